@@ -1,0 +1,27 @@
+"""Search the hyperparameters of a Keras network and leave the best model in production.
+
+    from search import StudyConfig, run
+
+    result = run(StudyConfig(n_trials=50))
+    print(result.best.value, result.test_accuracy, result.model_version)
+
+Importing this package loads nothing heavy: `run` is looked up when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from search.config import InputError, RunError, StudyConfig
+
+if TYPE_CHECKING:
+    from search.pipeline import run
+
+__all__ = ["InputError", "RunError", "StudyConfig", "run"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "run":
+        from search.pipeline import run
+
+        return run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

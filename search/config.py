@@ -1,0 +1,324 @@
+"""StudyConfig: every setting of a run, checked when it is built and never changed afterwards."""
+
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+from search import space
+
+KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
+"""The modules of keras.datasets, beside mnist, that hold images with integer labels."""
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; nothing was created or changed. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """The run had to stop; what it had finished is kept. Exit code 1."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line, the settings file and the README say of a setting."""
+
+    group: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+    env: str = ""
+
+
+def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
+    return field(default=default, metadata={"option": Option(group, help, **rules)})
+
+
+_NAME = r"[A-Za-z0-9._-]+"
+_STUDY, _DATA, _SPACE, _TRAINING, _MLFLOW = (
+    "Study",
+    "Data",
+    "Search space (a value, a list a,b,c, or a range low:high, low:high:step, low:high:log)",
+    "Training",
+    "MLflow",
+)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The settings of a study. Raises InputError, in one line, for a value outside its rule."""
+
+    n_trials: int = _option(
+        50, _STUDY, "Finished trials (complete or pruned) the study shall have in all.", low=1
+    )
+    study_name: str = _option("mnist-dnn", _STUDY, "Name of the study.", pattern=_NAME)
+    storage: str = _option(
+        "sqlite:///study.db", _STUDY, "Optuna's database.", env="OPTUNA_STORAGE"
+    )
+    sampler: str = _option(
+        "tpe", _STUDY, "How trials are proposed.", choices=("tpe", "random", "qmc", "grid")
+    )
+    pruner: str = _option(
+        "median",
+        _STUDY,
+        "How hopeless trials are ended early.",
+        choices=("median", "halving", "hyperband", "none"),
+    )
+    timeout: float | None = _option(
+        None, _STUDY, "Start no more trials after so many seconds, go on to the retraining.", low=0
+    )
+    patience: int | None = _option(
+        None,
+        _STUDY,
+        "Start no more trials after so many without a better one, go on to the retraining.",
+        low=1,
+    )
+    seed: int = _option(
+        0, _STUDY, "What proposals, weights, shuffles and dropout depend on.", low=0, high=2**31 - 1
+    )
+    dataset: str = _option(
+        "mnist",
+        _DATA,
+        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), or the path of an .npz file.",
+    )
+    validation_split: float = _option(
+        0.1, _DATA, "Share of the training data, its end, that validates.", low=0, below=1
+    )
+    hidden_units: str = _option("128,256,512,1024", _SPACE, "Width of the hidden layer.")
+    dropout_rate: str = _option("0.0:0.5", _SPACE, "Share of hidden activations dropped.")
+    learning_rate: str = _option("1e-4:1e-2:log", _SPACE, "Adam's step size.")
+    epochs: int = _option(5, _TRAINING, "Passes over the training data in a trial.", low=1)
+    batch_size: int = _option(128, _TRAINING, "Examples in a step.", low=1)
+    tracking_uri: str = _option(
+        "sqlite:///mlflow.db",
+        _MLFLOW,
+        "MLflow's database or tracking server.",
+        env="MLFLOW_TRACKING_URI",
+    )
+    experiment: str = _option(
+        "MNIST_Classification", _MLFLOW, "Experiment that holds the runs.", pattern=_NAME
+    )
+    model_name: str = _option(
+        "MNIST_DNN_Model", _MLFLOW, "Registered model that the winner becomes.", pattern=_NAME
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in options().items():
+            value = getattr(self, name)
+            _check(name, value, option, _kind(name), _optional(name))
+        _ = self.space
+        if self.sampler == "grid":
+            try:
+                self.space.grid()
+            except ValueError as error:
+                raise InputError(
+                    f"--sampler grid: {error}; give a list, for example "
+                    "--dropout-rate 0.1,0.3 --learning-rate 0.001"
+                ) from None
+        if same_database(self.storage, self.tracking_uri):
+            raise InputError(
+                "--storage and --tracking-uri must be two databases (Optuna and MLflow cannot "
+                f"share one), but both are {redact(self.storage)}; give one another file name"
+            )
+
+    @cached_property
+    def space(self) -> space.Space:
+        """The search space that the three hyperparameter options describe."""
+        parameters = {}
+        for name in space.DOMAINS:
+            try:
+                parameters[name] = space.parse(name, getattr(self, name))
+            except ValueError as error:
+                raise InputError(f"{flag(name)} {error}") from None
+        return space.Space(**parameters)
+
+    def settings(self, dataset_digest: str) -> dict[str, Any]:
+        """What must stay the same for as long as a study lives: its fingerprint.
+
+        The sampler and the pruner may change, but a grid stays a grid.
+        """
+        return {
+            **{name: str(parameter) for name, parameter in self.space.as_dict().items()},
+            "grid": self.sampler == "grid",
+            "dataset": dataset_digest,
+            "validation_split": self.validation_split,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+def options() -> dict[str, Option]:
+    """Every setting's option, in the order that help shows them."""
+    return {f.name: f.metadata["option"] for f in fields(StudyConfig)}
+
+
+def defaults() -> dict[str, Any]:
+    """Every setting's default."""
+    return {f.name: f.default for f in fields(StudyConfig)}
+
+
+def flag(name: str) -> str:
+    """The command line's word for the setting `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def _field_type(name: str) -> Any:
+    return next(f.type for f in fields(StudyConfig) if f.name == name)
+
+
+def _kind(name: str) -> type:
+    kinds = [kind for kind in get_args(_field_type(name)) if kind is not type(None)]
+    return kinds[0] if kinds else _field_type(name)  # type: ignore[no-any-return]
+
+
+def _optional(name: str) -> bool:
+    return type(None) in get_args(_field_type(name))
+
+
+def _check(name: str, value: Any, option: Option, kind: type, optional: bool) -> None:
+    if value is None and optional:
+        return
+    rule = _rule(option, kind)
+    example = defaults()[name]
+    remedy = f"; for example {flag(name)} {10 if example is None else example}"
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise InputError(f"{flag(name)} must be {rule}, but got {value!r}{remedy}")
+    if kind is str:
+        if option.choices and value not in option.choices:
+            near = difflib.get_close_matches(value, option.choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else remedy
+            raise InputError(f"{flag(name)} must be {rule}, but got {value!r}{hint}")
+        if option.pattern and not re.fullmatch(option.pattern, value):
+            raise InputError(f"{flag(name)} must be {rule}, but got {value!r}{remedy}")
+        if not value.strip() or "\0" in value:
+            raise InputError(f"{flag(name)} must not be empty, but got {value!r}{remedy}")
+        return
+    inside = (
+        math.isfinite(value)
+        and (option.low is None or value >= option.low)
+        and (option.high is None or value <= option.high)
+        and (option.below is None or option.low is None or option.low < value < option.below)
+    )
+    if not inside:
+        raise InputError(f"{flag(name)} must be {rule}, but got {value}{remedy}")
+
+
+def _rule(option: Option, kind: type) -> str:
+    if option.choices:
+        return "one of " + ", ".join(option.choices)
+    if option.pattern:
+        return "letters, digits, '.', '_' and '-' only"
+    if kind is str:
+        return "text"
+    noun = "a whole number" if kind is int else "a number"
+    if option.below is not None:
+        return f"{noun} between {option.low:g} and {option.below:g}"
+    if option.high is not None:
+        return f"{noun} from {option.low:g} to {option.high:.10g}"
+    return f"{noun}, {option.low:g} or more"
+
+
+def from_text(name: str, text: str) -> Any:
+    """The value of the setting `name` that the command line or the environment gives as text."""
+    kind = _kind(name)
+    if kind is str:
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        return text  # StudyConfig refuses it and names the rule
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The settings in a TOML file, its keys the options' names with - or _.
+
+    A list is read as the list notation, a number as a fixed hyperparameter. Raises InputError.
+    """
+    try:
+        loaded = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"--config must name a readable TOML file, but {path!r} is not: {error.strerror}; "
+            "check the path"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--config must name a TOML file, but {path!r} is not: {_one_line(error)}; "
+            "write lines like n-trials = 50"
+        ) from None
+    known = options()
+    settings = {}
+    for key, value in loaded.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise InputError(
+                f"--config {path}: every key must be an option's name, but got {key!r}; "
+                f"did you mean {near.replace('_', '-')}?"
+            )
+        if name in space.DOMAINS:
+            value = _as_notation(value)
+        settings[name] = value
+    return settings
+
+
+def _as_notation(value: Any) -> Any:
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line of at most 300 characters, passwords masked."""
+    text = redact(_one_line(error))
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file behind a SQLite URL; None for any other database."""
+    match = re.match(r"sqlite(\+\w+)?:///(?P<path>.+)", url)
+    return Path(match["path"]).absolute() if match else None
+
+
+def same_database(storage: str, tracking_uri: str) -> bool:
+    """Whether both URLs lead to one database."""
+    paths = sqlite_path(storage), sqlite_path(tracking_uri)
+    if None in paths:
+        return storage.split("?")[0] == tracking_uri.split("?")[0]
+    one, other = (path.resolve() for path in paths if path is not None)
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+
+def redact(text: str) -> str:
+    """`text` with the passwords of all URLs in it masked."""
+    text = re.sub(r"(\w[\w+.-]*://)([^\s/@:'\"]*):[^\s'\"]*@(?=[^\s@]*)", r"\1\2:***@", text)
+    return re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^\s&'\"]+", r"\1=***", text)
+
+
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Each setting that differs, as `name: stored -> given`."""
+    names = [*given, *(name for name in stored if name not in given)]
+    return [
+        f"{name}: {stored.get(name)} -> {given.get(name)}"
+        for name in names
+        if stored.get(name) != given.get(name)
+    ]

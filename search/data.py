@@ -1,0 +1,223 @@
+"""The dataset: load it, check it, scale it, split it."""
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.config import KERAS_DATASETS, InputError, one_line
+
+MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+Images = NDArray[np.float32]
+Labels = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels, ready to train on.
+
+    x: float32 of shape (n, features), uint8 sources scaled to [0, 1], others as they are;
+    y: int32 of shape (n,), from 0 to `classes` - 1.
+    The validation set is the end of the training data, as in Keras' `validation_split`.
+    `x_all`, `y_all` are training and validation data together; `digest` is the SHA-256 of the
+    source arrays.
+    """
+
+    name: str
+    digest: str
+    x_all: Images
+    y_all: Labels
+    x_test: Images
+    y_test: Labels
+    train_size: int
+    classes: int
+    sample_shape: tuple[int, ...]
+
+    @property
+    def features(self) -> int:
+        """Numbers in one flat example."""
+        return int(self.x_all.shape[1])
+
+    @property
+    def train(self) -> tuple[Images, Labels]:
+        """What trials train on."""
+        return self.x_all[: self.train_size], self.y_all[: self.train_size]
+
+    @property
+    def validation(self) -> tuple[Images, Labels]:
+        """What trials are judged by."""
+        return self.x_all[self.train_size :], self.y_all[self.train_size :]
+
+    def __str__(self) -> str:
+        sizes = self.train_size, len(self.x_all) - self.train_size, len(self.x_test)
+        return f"{self.name}: " + " / ".join(f"{size:,}" for size in sizes) + (
+            f" examples to train, validate, test; {self.features} features, {self.classes} classes"
+        )
+
+
+def load(name: str, validation_split: float) -> Dataset:
+    """The dataset `name`: mnist, one of Keras', or the path of an .npz file.
+
+    Raises InputError, in one line, where it cannot be used.
+    """
+    if name == "mnist":
+        arrays = _from_file(MNIST, name)
+    elif name in KERAS_DATASETS:
+        arrays = _from_keras(name)
+    elif name.endswith(".npz") or "/" in name:
+        arrays = _from_file(Path(name), name)
+    else:
+        raise InputError(
+            f"--dataset must be mnist, {', '.join(KERAS_DATASETS)} or the path of an .npz file, "
+            f"but got {name!r}; check the spelling"
+        )
+    return _prepare(name, arrays, validation_split)
+
+
+def _from_file(path: Path, name: str) -> dict[str, NDArray[Any]]:
+    """The four arrays in an .npz file; objects are never unpickled."""
+    refuse = _refusal(name)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise refuse("must be an .npz archive", "a single array", "np.savez")
+            missing = [key for key in ARRAYS if key not in archive]
+            if missing:
+                raise refuse(
+                    f"must hold {', '.join(ARRAYS)}", f"no {', '.join(missing)}", "np.savez"
+                )
+            return {key: archive[key] for key in ARRAYS}
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+            raise refuse(
+                "must be a readable .npz file", str(error.strerror).lower(), "path"
+            ) from None
+        raise refuse("must be a whole .npz file", one_line(error), "np.savez") from None
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise refuse(
+                "must hold arrays of numbers", "an array of objects", "numeric"
+            ) from None
+        raise refuse("must be a whole .npz file", one_line(error), "np.savez") from None
+    except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, MemoryError) as error:
+        raise refuse("must be a whole .npz file", one_line(error), "np.savez") from None
+    except Exception as error:  # zlib.error, struct.error, SyntaxError, ...: any damaged archive
+        raise refuse("must be a whole .npz file", one_line(error), "np.savez") from None
+
+
+_REMEDIES = {
+    "np.savez": "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)",
+    "path": "check the path",
+    "numeric": "convert it with .astype('float32') and .astype('int64') before saving",
+    "labels": "number the classes 0, 1, 2, ... without a gap, each with training examples",
+    "rows": "check how the arrays were made",
+}
+
+
+def _refusal(name: str) -> Callable[[str, str, str], InputError]:
+    def refuse(rule: str, found: str, remedy: str) -> InputError:
+        return InputError(f"--dataset {name}: {rule}, but has {found}; {_REMEDIES[remedy]}")
+
+    return refuse
+
+
+def _from_keras(name: str) -> dict[str, NDArray[Any]]:
+    import keras
+
+    try:
+        (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, name).load_data()
+    except Exception as error:  # the download raises whatever the network does
+        raise InputError(
+            f"--dataset {name}: Keras must be able to download it, but {one_line(error)}; "
+            "connect to the internet once, or give the path of an .npz file"
+        ) from None
+    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+
+
+def _prepare(name: str, arrays: dict[str, NDArray[Any]], validation_split: float) -> Dataset:
+    refuse = _refusal(name)
+    digest = hashlib.sha256()
+    for key in ARRAYS:
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).data)
+
+    for part in ("train", "test"):
+        _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
+    x_train, x_test = arrays["x_train"], arrays["x_test"]
+    if x_train.shape[1:] != x_test.shape[1:] or (x_train.dtype == np.uint8) != (
+        x_test.dtype == np.uint8
+    ):
+        raise refuse(
+            "x_train and x_test must hold examples of one shape and type",
+            f"{x_train.dtype}{x_train.shape[1:]} and {x_test.dtype}{x_test.shape[1:]}",
+            "rows",
+        )
+    y_train, y_test = arrays["y_train"].ravel(), arrays["y_test"].ravel()
+    present = np.unique(y_train)
+    if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
+        shown = ", ".join(map(str, present[:12])) + (", ..." if len(present) > 12 else "")
+        raise refuse("y_train must hold labels 0 to C-1, C >= 2", f"labels {shown}", "labels")
+    if y_test.min() < 0 or y_test.max() >= len(present):
+        raise refuse(
+            f"y_test must hold labels 0 to {len(present) - 1}, as y_train does",
+            f"labels from {y_test.min()} to {y_test.max()}",
+            "labels",
+        )
+    train_size = int(len(x_train) * (1 - validation_split))  # Keras' own rounding
+    if not 0 < train_size < len(x_train):
+        raise InputError(
+            f"--validation-split must leave examples to train and to validate, but "
+            f"{validation_split} of {len(x_train)} leaves {train_size} and "
+            f"{len(x_train) - train_size}; give a share nearer to 0.5 or more data"
+        )
+    return Dataset(
+        name=name,
+        digest=digest.hexdigest(),
+        x_all=_scale(x_train, "x_train", refuse),
+        y_all=y_train.astype(np.int32),
+        x_test=_scale(x_test, "x_test", refuse),
+        y_test=y_test.astype(np.int32),
+        train_size=train_size,
+        classes=len(present),
+        sample_shape=x_train.shape[1:],
+    )
+
+
+def _check_part(
+    part: str, x: NDArray[Any], y: NDArray[Any], refuse: Callable[[str, str, str], InputError]
+) -> None:
+    if x.dtype.kind not in "buif" or x.ndim < 2:
+        raise refuse(
+            f"x_{part} must hold numbers in shape (n, ...)", f"{x.dtype}{x.shape}", "numeric"
+        )
+    if y.dtype.kind not in "ui" or y.shape not in ((len(y),), (len(y), 1)):
+        raise refuse(
+            f"y_{part} must hold whole numbers in shape (n,)", f"{y.dtype}{y.shape}", "numeric"
+        )
+    if len(x) != len(y):
+        raise refuse(
+            f"x_{part} and y_{part} must be of one length", f"{len(x)} and {len(y)}", "rows"
+        )
+    if x.size == 0:
+        raise refuse(f"x_{part} must have examples", f"none (shape {x.shape})", "rows")
+
+
+def _scale(
+    x: NDArray[Any], key: str, refuse: Callable[[str, str, str], InputError]
+) -> Images:
+    """Flat float32 examples; uint8, the usual type of images, becomes [0, 1]."""
+    flat = x.reshape(len(x), -1)
+    if x.dtype == np.uint8:
+        return flat.astype(np.float32) / np.float32(255)
+    with np.errstate(over="ignore"):
+        scaled = flat.astype(np.float32)
+    if not np.isfinite(scaled).all():
+        raise refuse(f"{key} must hold finite numbers (float32)", "NaN or infinity", "rows")
+    return scaled
