@@ -50,7 +50,7 @@ _NAME = r"[A-Za-z0-9._-]+"
 _STUDY, _DATA, _SPACE, _TRAINING, _MLFLOW = (
     "Study",
     "Data",
-    "Search space (a value, a list a,b,c, or a range low:high, low:high:step, low:high:log)",
+    "Search space: V, V,V,V, LOW:HIGH, LOW:HIGH:STEP or LOW:HIGH:log",
     "Training",
     "MLflow",
 )
@@ -77,7 +77,10 @@ class StudyConfig:
         choices=("median", "halving", "hyperband", "none"),
     )
     timeout: float | None = _option(
-        None, _STUDY, "Start no more trials after so many seconds, go on to the retraining.", low=0
+        None,
+        _STUDY,
+        "Start no more trials after so many seconds, go on to the retraining.",
+        low=0,
     )
     patience: int | None = _option(
         None,

@@ -2,10 +2,7 @@
 
 import keras
 
-from search.space import Hyperparameters
-
-OPTIMIZER, LOSS = "adam", "sparse_categorical_crossentropy"
-ACTIVATION, OUTPUT_ACTIVATION = "relu", "softmax"
+from search.space import RECIPE, Hyperparameters
 
 
 def build(
@@ -21,14 +18,14 @@ def build(
             keras.Input((features,), name="example"),
             keras.layers.Dense(
                 hyperparameters.hidden_units,
-                activation=ACTIVATION,
+                activation=RECIPE["activation"],
                 kernel_initializer=keras.initializers.GlorotUniform(seed),
                 name="hidden",
             ),
             keras.layers.Dropout(hyperparameters.dropout_rate, seed=seed, name="dropout"),
             keras.layers.Dense(
                 classes,
-                activation=OUTPUT_ACTIVATION,
+                activation=RECIPE["output_activation"],
                 kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
                 name="probabilities",
             ),
@@ -37,7 +34,7 @@ def build(
     )
     model.compile(
         optimizer=keras.optimizers.Adam(hyperparameters.learning_rate),
-        loss=LOSS,
+        loss=RECIPE["loss"],
         metrics=["accuracy"],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )

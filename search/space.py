@@ -131,6 +131,15 @@ REFERENCE = Hyperparameters(hidden_units=512, dropout_rate=0.2, learning_rate=0.
 """The configuration that most MNIST tutorials use: what a search has to beat."""
 
 
+RECIPE = {
+    "optimizer": "adam",
+    "activation": "relu",
+    "output_activation": "softmax",
+    "loss": "sparse_categorical_crossentropy",
+}
+"""What every network of the search has in common."""
+
+
 @dataclass(frozen=True)
 class Space:
     """What each hyperparameter may be."""

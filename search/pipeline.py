@@ -1,0 +1,225 @@
+"""The one path of a run, top to bottom."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search import data, engine, registry, sampling, storage, tracking
+from search.config import RunError, StudyConfig
+from search.reconcile import reconcile
+from search.registry import Winner
+from search.space import REFERENCE
+from search.tracking import Tracking
+
+if TYPE_CHECKING:
+    from search.trial import Outcome, Worker
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves.
+
+    best: the COMPLETE trial with the highest val_accuracy, `best.value`.
+    reference: the study's trial of the reference configuration, None where it was not tried.
+    test_accuracy, test_loss: of the best configuration trained anew on training and validation
+    data. model_version: its version of the registered model.
+    complete, pruned, failed: trials of the study in all; `ran` of them in this run.
+    stopped: why the search ended before its budget, if it did.
+    mended: what the reconciliation had to mend.
+    """
+
+    config: StudyConfig
+    best: FrozenTrial
+    reference: FrozenTrial | None
+    test_accuracy: float
+    test_loss: float
+    model_version: int
+    newly_registered: bool
+    parent_run_id: str
+    model_run_id: str
+    complete: int
+    pruned: int
+    failed: int
+    ran: int
+    seconds: float
+    stopped: str | None
+    mended: tuple[str, ...]
+
+
+class Listener:
+    """What a run tells while it goes; this one keeps silent."""
+
+    def start(self, study: optuna.Study, dataset: data.Dataset, missing: int) -> None:
+        """The study is open and `missing` trials are to run."""
+
+    def trial(self, outcome: "Outcome", best: float | None) -> None:
+        """A trial ended; `best` is the best value of the study so far."""
+
+    def mended(self, lines: list[str]) -> None:
+        """The ledgers disagreed and were mended."""
+
+    def retraining(self, trial: FrozenTrial) -> None:
+        """The winner is being trained anew."""
+
+
+def run(config: StudyConfig, listener: Listener | None = None) -> Result:
+    """Run the study until it has `config.n_trials` finished trials, and register the best.
+
+    Doing it again after the end changes nothing. Raises InputError where something given cannot
+    be used, RunError where the run has to stop.
+    """
+    began = time.monotonic()
+    listener = listener or Listener()
+    dataset = data.load(config.dataset, config.validation_split)
+    settings = config.settings(_short(dataset))
+    storage.check(config)
+    tracking.check(config.tracking_uri)
+    storage.check_same(config, settings)
+    with storage.sole_runner(config):
+        study = storage.open_study(config, settings)
+        ledger = Tracking(config).open()
+        facts = tracking.facts(config, dataset)
+        dataset_input = tracking.dataset_input(dataset)
+        parent = ledger.parent_run(study, {**settings, "study_name": config.study_name})
+
+        def mend() -> list[str]:
+            return reconcile(study, ledger, parent, config, facts, dataset_input)
+
+        mended = mend()
+        listener.mended(mended)
+        missing = storage.missing_places(study, sampling.budget(config))
+        listener.start(study, dataset, len(missing))
+        job = _Job(config, study, ledger, parent, listener)
+        try:
+            stopped = job.search(missing)
+            mended += mend()
+            winner = job.register_best(dataset, facts, dataset_input)
+        except KeyboardInterrupt:
+            mend()
+            ledger.close(parent, "KILLED")
+            raise
+        except Exception:
+            ledger.close(parent, "FAILED")
+            raise
+        ledger.close(parent, "FINISHED")
+        return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
+
+
+def _short(dataset: data.Dataset) -> str:
+    return f"{dataset.name.rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
+
+
+class _Job:
+    """The steps of a run that share an open study."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        study: optuna.Study,
+        ledger: Tracking,
+        parent: str,
+        listener: Listener,
+    ) -> None:
+        self.config = config
+        self.study = study
+        self.ledger = ledger
+        self.parent = parent
+        self.listener = listener
+        self.ran = 0
+        self._worker: Worker | None = None
+
+    def worker(self) -> "Worker":
+        """The worker, TensorFlow and all, made when it is first needed."""
+        if self._worker is None:
+            self.ledger.reopen(self.parent)
+            self._worker = engine.start_worker(self.config, self.parent)
+        return self._worker
+
+    def search(self, missing: list[int]) -> str | None:
+        """Run the missing trials; returns why the search stopped early, if it did."""
+        patience = engine.Patience(self.config.patience)
+        for trial in self._finished():
+            patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
+        if not missing or patience.exhausted:
+            return None
+        best = max((t.value for t in self._complete() if t.value is not None), default=None)
+
+        def on_trial(outcome: "Outcome") -> None:
+            nonlocal best
+            self.ran += 1
+            if outcome.value is not None:
+                best = outcome.value if best is None else max(best, outcome.value)
+            self.listener.trial(outcome, best)
+
+        return engine.run_trials(
+            self.worker(), missing, on_trial, timeout=self.config.timeout, patience=patience
+        )
+
+    def register_best(
+        self, dataset: data.Dataset, facts: dict[str, Any], dataset_input: Any
+    ) -> Winner:
+        """Retrain, test, register and promote the best trial, as far as that is not yet done."""
+        best = self.best()
+        uid = self.study.user_attrs["study_uid"]
+        runs = self.ledger.runs_of(self.parent)
+        run = registry.find_retrained(self.ledger, runs, best.number)
+        new = run is None
+        if run is None:
+            self.worker()
+            self.listener.retraining(best)
+            params = tracking.params_of(best, facts)
+            run_id = registry.retrain(
+                self.config, dataset, self.ledger, self.parent, best, params, dataset_input
+            )
+            run = self.ledger.client.get_run(run_id)
+        return registry.register(self.ledger, self.config, run, uid, new=new)
+
+    def best(self) -> FrozenTrial:
+        """The best COMPLETE trial, the earlier of equals. Raises RunError where there is none."""
+        complete = self._complete()
+        if not complete:
+            raise RunError(
+                f"no trial of study {self.config.study_name} completed, so there is no best one "
+                "and nothing was registered; look at the failures, or use --pruner none"
+            )
+        return max(complete, key=lambda trial: (trial.value, -trial.number))
+
+    def result(
+        self, winner: Winner, stopped: str | None, mended: tuple[str, ...], seconds: float
+    ) -> Result:
+        """What the run leaves."""
+        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+        reference = [
+            trial
+            for trial in self._complete()
+            if trial.params == REFERENCE.as_dict()
+        ]
+        return Result(
+            config=self.config,
+            best=self.best(),
+            reference=reference[0] if reference else None,
+            test_accuracy=winner.test_accuracy,
+            test_loss=winner.test_loss,
+            model_version=winner.version,
+            newly_registered=winner.new,
+            parent_run_id=self.parent,
+            model_run_id=winner.run_id,
+            complete=states.count(TrialState.COMPLETE),
+            pruned=states.count(TrialState.PRUNED),
+            failed=states.count(TrialState.FAIL),
+            ran=self.ran,
+            seconds=seconds,
+            stopped=stopped,
+            mended=mended,
+        )
+
+    def _finished(self) -> list[FrozenTrial]:
+        trials = self.study.get_trials(deepcopy=False, states=storage.FINISHED)
+        return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))
+
+    def _complete(self) -> list[FrozenTrial]:
+        return [trial for trial in self._finished() if trial.state is TrialState.COMPLETE]

@@ -1,0 +1,222 @@
+"""The winner: train it anew on all training data, test it once, register it, promote it.
+
+Every step leaves a mark that the next start finds, so a run killed between any two of them is
+continued there, and a finished one is left alone.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from filelock import FileLock
+from mlflow.entities import DatasetInput, Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, infer_signature
+from optuna.trial import FrozenTrial
+
+from search.config import StudyConfig, sqlite_path
+from search.data import Dataset
+from search.space import Hyperparameters
+from search.tracking import METRICS, NUMBER, STUDY, STUDY_UID, Tracking
+
+ALIAS, STAGE = "production", "Production"
+_MODEL_URI, _PROMOTED = "model_uri", "promoted"
+_PINNED = ("tensorflow", "keras", "numpy")
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The retrained best trial and where it is registered."""
+
+    trial: int
+    run_id: str
+    version: int
+    test_loss: float
+    test_accuracy: float
+    new: bool
+
+
+def retrain(
+    config: StudyConfig,
+    dataset: Dataset,
+    tracking: Tracking,
+    parent: str,
+    trial: FrozenTrial,
+    params: dict[str, Any],
+    dataset_input: DatasetInput,
+) -> str:
+    """Train `trial`'s configuration on training and validation data and log it; returns the run.
+
+    The test images are evaluated here and nowhere else. The run ends FINISHED, and names the
+    logged model in its tag `model_uri`, or it does not count.
+    """
+    from search import model, training
+
+    run_id = tracking.create_run(parent, f"retrain-trial-{trial.number:04d}", trial.number)
+    tracking.log_start(run_id, params, dataset_input)
+    hyperparameters = Hyperparameters(**trial.params)
+    seed = trial.user_attrs["seed"]
+    network = model.build(hyperparameters, dataset.features, dataset.classes, seed)
+    losses = training.train(
+        network,
+        (dataset.x_all, dataset.y_all),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=seed,
+    )
+    now = int(time.time() * 1000)
+    history = [
+        {"epoch": epoch, "time_ms": now, **{METRICS[k]: losses[k][epoch] for k in losses}}
+        for epoch in range(config.epochs)
+    ]
+    test = training.evaluate(network, (dataset.x_test, dataset.y_test))
+    tracking.log_result(
+        run_id, history, {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
+    )
+    with tempfile.TemporaryDirectory() as folder, _silence():
+        legacy = Path(folder) / "mnist_model.h5"
+        network.save(legacy)
+        tracking.client.log_artifact(run_id, str(legacy))
+    with tracking.active(run_id), _silence():
+        example = dataset.x_all[:2]
+        info = Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=_KerasFlavor,
+            model=network,
+            signature=infer_signature(example, network.predict(example, verbose=0)),
+            input_example=example,
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in _PINNED],
+        )
+        tracking.client.set_tag(run_id, _MODEL_URI, info.model_uri)
+    return run_id
+
+
+class _KerasFlavor:
+    """`mlflow.keras`, whose save_model (3.17) fails on an input example without its folder."""
+
+    __name__ = "mlflow.keras"
+
+    @staticmethod
+    def save_model(path: str, **arguments: Any) -> None:
+        os.makedirs(path)
+        mlflow.keras.save_model(path=path, **arguments)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Saving makes Keras warn that HDF5 is a legacy format, and draw progress bars."""
+    import keras
+    from absl import logging
+
+    verbosity, interactive = logging.get_verbosity(), keras.config.is_interactive_logging_enabled()
+    logging.set_verbosity(logging.ERROR)
+    keras.config.disable_interactive_logging()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if interactive:
+            keras.config.enable_interactive_logging()
+
+
+def find_retrained(tracking: Tracking, runs: list[Run], number: int) -> Run | None:
+    """The finished retraining of trial `number` among a study's nested runs."""
+    for run in runs:
+        tags = run.data.tags
+        is_retraining = (run.info.run_name or "").startswith("retrain-")
+        if is_retraining and tags.get(NUMBER) == str(number) and _MODEL_URI in tags:
+            if run.info.status == "FINISHED":
+                return run
+    return None
+
+
+def find_version(tracking: Tracking, config: StudyConfig, run_id: str) -> ModelVersion | None:
+    """The model version that was registered from `run_id`."""
+    found = tracking.client.search_model_versions(f"run_id = '{run_id}'")
+    versions = [version for version in found if version.name == config.model_name]
+    return versions[0] if versions else None
+
+
+def is_promoted(version: ModelVersion | None) -> bool:
+    """Whether registering and promoting `version` was carried through to the end."""
+    return version is not None and _PROMOTED in version.tags
+
+
+def register(
+    tracking: Tracking, config: StudyConfig, run: Run, uid: str, *, new: bool
+) -> Winner:
+    """Register the model of `run` and make it the one in production, as far as it is not yet."""
+    client = tracking.client
+    number = int(run.data.tags[NUMBER])
+    version = find_version(tracking, config, run.info.run_id)
+    if not is_promoted(version):
+        with _promoting(config):
+            if version is None:
+                with contextlib.suppress(MlflowException):  # it exists
+                    client.create_registered_model(config.model_name)
+                model_uri = run.data.tags[_MODEL_URI]
+                model_id = model_uri.removeprefix("models:/")
+                version = client.create_model_version(
+                    config.model_name,
+                    source=client.get_logged_model(model_id).artifact_location,
+                    run_id=run.info.run_id,
+                    model_id=model_id,
+                    tags={STUDY: config.study_name, STUDY_UID: uid, NUMBER: str(number)},
+                )
+            client.set_registered_model_alias(config.model_name, ALIAS, version.version)
+            follow_alias(tracking, config.model_name)
+            client.set_model_version_tag(config.model_name, version.version, _PROMOTED, "true")
+    assert version is not None
+    return Winner(
+        trial=number,
+        run_id=run.info.run_id,
+        version=int(version.version),
+        test_loss=run.data.metrics["test_loss"],
+        test_accuracy=run.data.metrics["test_accuracy"],
+        new=new,
+    )
+
+
+def follow_alias(tracking: Tracking, name: str) -> list[str]:
+    """Give the stage Production to the version with the alias, and to no other; says what changed.
+
+    The alias is one row, so one version by construction. Stages are one column a version, and two
+    processes that promote at once leave two.
+    """
+    client = tracking.client
+    changed = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated, and asked for
+        try:
+            production = client.get_model_version_by_alias(name, ALIAS).version
+        except MlflowException:
+            return []  # nothing registered, or no alias: nothing to follow
+        versions = client.search_model_versions(f"name = '{name}'")
+        for version in sorted(versions, key=lambda v: v.version != production):
+            wanted = STAGE if version.version == production else "Archived"
+            if version.current_stage != wanted and STAGE in (wanted, version.current_stage):
+                client.transition_model_version_stage(name, version.version, wanted)
+                changed.append(f"version {version.version} of {name}: stage now {wanted}")
+    return changed
+
+
+def _promoting(config: StudyConfig) -> FileLock:
+    """One process of this host promotes at a time."""
+    path = sqlite_path(config.tracking_uri)
+    if path is None:
+        key = sha256(config.tracking_uri.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"registry-{key}"
+    return FileLock(f"{path}.{config.model_name}.lock", timeout=120)

@@ -1,0 +1,150 @@
+"""What a trial tries, and when it is ended: samplers and pruners that depend on places.
+
+Optuna's own samplers carry their random state from trial to trial, so a resumed study would
+propose the same again. Here every trial gets a sampler of its own, seeded by the study's seed and
+the trial's place, so a study proposes the same in one go, resumed, or with lost trials replaced.
+"""
+
+import binascii
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config import StudyConfig
+from search.space import REFERENCE, Hyperparameters, Space
+
+
+def seeds(seed: int, place: int) -> tuple[int, int]:
+    """The seeds of the trial at `place`: one for its proposal, one for its training."""
+    first, second = np.random.SeedSequence([seed, place]).generate_state(2)
+    return int(first) % 2**31, int(second) % 2**31
+
+
+def budget(config: StudyConfig) -> int:
+    """How many finished trials the study shall have: at most the whole grid, for a grid."""
+    if config.sampler == "grid":
+        return min(config.n_trials, len(config.space.grid()))
+    return config.n_trials
+
+
+def sampler(config: StudyConfig, place: int) -> BaseSampler:
+    """The sampler of the trial at `place`; the first one proposes the reference."""
+    seed, _ = seeds(config.seed, place)
+    if config.sampler == "grid":
+        return _fixed(config.space.grid()[place], RandomSampler(seed))
+    if place == 0 and REFERENCE in config.space:
+        return _fixed(REFERENCE, RandomSampler(seed))
+    if config.sampler == "tpe":
+        return TPESampler(seed=seed)
+    if config.sampler == "qmc":
+        return _PlacedQMC(config.space, place, config.seed)
+    return RandomSampler(seed)
+
+
+def _fixed(hyperparameters: Hyperparameters, base: BaseSampler) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return PartialFixedSampler(hyperparameters.as_dict(), base)
+
+
+class _PlacedQMC(QMCSampler):
+    """A scrambled Sobol sequence whose point is the trial's place, not a stored counter."""
+
+    def __init__(self, space: Space, place: int, seed: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            super().__init__(scramble=True, seed=seed, warn_independent_sampling=False)
+        self._distributions = distributions(space)
+        self._place = place
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
+        return {name: dist for name, dist in self._distributions.items() if not dist.single()}
+
+    def _find_sample_id(self, study: Any, search_space: Any) -> int:
+        return self._place
+
+
+class _Recorder:
+    """Takes the place of a trial to learn which distributions a space asks for."""
+
+    def __init__(self) -> None:
+        self.distributions: dict[str, BaseDistribution] = {}
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        self.distributions[name] = optuna.distributions.CategoricalDistribution(choices)
+        return choices[0]
+
+    def suggest_int(self, name: str, low: int, high: int, **rule: Any) -> int:
+        self.distributions[name] = optuna.distributions.IntDistribution(low, high, **rule)
+        return low
+
+    def suggest_float(self, name: str, low: float, high: float, **rule: Any) -> float:
+        self.distributions[name] = optuna.distributions.FloatDistribution(low, high, **rule)
+        return low
+
+
+def distributions(space: Space) -> Mapping[str, BaseDistribution]:
+    """Optuna's distributions for `space`."""
+    recorder = _Recorder()
+    space.suggest(recorder)
+    return recorder.distributions
+
+
+def pruner(config: StudyConfig) -> BasePruner:
+    """The pruner; it judges an epoch's val_accuracy by the same epoch of earlier trials."""
+    makers: dict[str, Callable[[], BasePruner]] = {
+        "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=0),
+        "halving": _Halving,
+        "hyperband": lambda: _PlacedHyperband(
+            min_resource=1, max_resource=config.epochs, reduction_factor=3
+        ),
+        "none": optuna.pruners.NopPruner,
+    }
+    return makers[config.pruner]()
+
+
+class _Halving(SuccessiveHalvingPruner):
+    """Successive halving that leaves out failed trials, whose places others have taken."""
+
+    def __init__(self) -> None:
+        super().__init__(min_resource=1, reduction_factor=3)
+
+    def prune(self, study: Any, trial: FrozenTrial) -> bool:
+        return super().prune(_WithoutFailures(study), trial)  # type: ignore[arg-type]
+
+
+class _WithoutFailures:
+    """The part of a study that successive halving reads."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+        self._storage = study._storage
+        self.direction = study.direction
+
+    def get_trials(self, deepcopy: bool = True) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=deepcopy)
+        return [trial for trial in trials if trial.state is not TrialState.FAIL]
+
+
+class _PlacedHyperband(HyperbandPruner):
+    """Hyperband whose brackets go by a trial's place, not its number; failed trials have none."""
+
+    def _get_bracket_id(self, study: Any, trial: FrozenTrial) -> int:
+        place = trial.user_attrs.get("place")
+        if place is None or trial.state is TrialState.FAIL:
+            return -1
+        share = binascii.crc32(f"place {place}".encode()) % self._total_trial_allocation_budget
+        for bracket, size in enumerate(self._trial_allocation_budgets):
+            share -= size
+            if share < 0:
+                return bracket
+        raise AssertionError("the brackets' budgets add up to the total")
+
+

@@ -1,0 +1,368 @@
+"""The Optuna side: check, create and open a study's database, safely.
+
+Neither Optuna nor MLflow survives a first start in parallel, or a kill during it, so both SQLite
+databases are made complete in a temporary file, under a lock, and then renamed.
+"""
+
+import contextlib
+import os
+import socket
+import sqlite3
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import sqlalchemy
+from filelock import FileLock, Timeout
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import Engine
+
+from search.config import (
+    InputError,
+    RunError,
+    StudyConfig,
+    differences,
+    one_line,
+    redact,
+    sqlite_path,
+)
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_OPTUNA_TABLES = {"studies", "trials", "version_info"}
+_LOCK_TIMEOUT = 120  # seconds; creating both databases takes about 4
+_BUSY_TIMEOUT = 60_000  # milliseconds that a SQLite connection waits for another's write
+
+_tuned: set[str] = set()
+
+
+# ---- checks that change nothing -------------------------------------------------------------
+
+
+def check(config: StudyConfig) -> None:
+    """Raise InputError where `config.storage` is no database of Optuna's, existing or to be made.
+
+    A SQLite file is only read.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = sqlite_path(config.storage)
+    if path is None:
+        _check_server(config.storage)
+        return
+    check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
+    if path.exists():
+        _check_schema(config.storage, path)
+
+
+def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str) -> None:
+    """Raise InputError where `path` is not a sound SQLite file with `tables`, nor to be made."""
+    if "?" in url or ":memory:" in url:
+        raise InputError(
+            f"{option} must be sqlite:///PATH, a file without '?', but got {url!r}; "
+            f"for example {option} sqlite:///{path.name.split('?')[0].strip(':') or 'study'}.db"
+        )
+    if not path.parent.is_dir():
+        raise InputError(
+            f"{option} must lie in an existing folder, but {str(path.parent)!r} is none; "
+            "create it first"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"{option} must be writable, but the folder {str(path.parent)!r} is not; "
+            "choose another folder or change its permissions"
+        )
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise InputError(f"{option} must be a file, but {str(path)!r} is a folder; name a file")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise InputError(
+            f"{option} must be readable and writable, but {str(path)!r} is not; "
+            "change its permissions"
+        )
+    other = f"move it away or give another file, for example {option} sqlite:///new.db"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
+            if path.stat().st_size == 0:
+                raise InputError(
+                    f"{option} must be {owner}'s database, but {str(path)!r} is empty; {other}"
+                )
+            verdict = file.execute("PRAGMA quick_check(1)").fetchone()[0]
+            found = {
+                row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type='table'")
+            }
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error) or "busy" in str(error):
+            return  # in use, so sound; opening it will wait
+        verdict, found = str(error), set()
+    except sqlite3.DatabaseError as error:
+        verdict, found = str(error), set()
+    if verdict != "ok":
+        raise InputError(
+            f"{option} must be a sound SQLite database, but {str(path)!r} is not "
+            f"({' '.join(str(verdict).split())[:120]}); {other}"
+        )
+    if not tables <= found:
+        raise InputError(
+            f"{option} must be {owner}'s database, but {str(path)!r} is another program's; {other}"
+        )
+
+
+def _read_only(path: Path) -> str:
+    return f"sqlite:///{_braces(path.as_uri())}?mode=ro&uri=true"
+
+
+def _braces(url: str) -> str:
+    """RDBStorage formats its URL; doubled braces survive that."""
+    return url.replace("{", "{{").replace("}", "}}")
+
+
+def _check_schema(url: str, path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
+        try:
+            row = file.execute("SELECT version_num FROM alembic_version").fetchone()
+        except sqlite3.DatabaseError:
+            row = None
+    head = _alembic_head()
+    if row is None or row[0] != head:
+        raise InputError(
+            f"--storage must be a database of Optuna {optuna.__version__}, but {str(path)!r} has "
+            f"the schema {row[0] if row else 'of an Optuna before 1.3'}; copy the file and run "
+            f"optuna storage upgrade --storage {redact(url)}, or give another file"
+        )
+
+
+def _alembic_head() -> str:
+    storage = RDBStorage("sqlite:///:memory:")
+    return storage.get_head_version()
+
+
+def _check_server(url: str) -> None:
+    try:
+        engine = sqlalchemy.create_engine(url)
+        with engine.connect():
+            pass
+        engine.dispose()
+    except Exception as error:  # a bad URL, a missing driver, a refused connection
+        raise InputError(
+            "--storage must be a database that can be opened, for example sqlite:///study.db, "
+            f"but {redact(url)!r} cannot: {one_line(error)}; check the URL and the server"
+        ) from None
+
+
+def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
+    """Raise InputError where the study exists with other settings; reads only."""
+    path = sqlite_path(config.storage)
+    if path is not None and not path.exists():
+        return
+    url = _braces(config.storage) if path is None else _read_only(path)
+    if path is None and not sqlalchemy.inspect(sqlalchemy.create_engine(url)).has_table("studies"):
+        return
+    storage = RDBStorage(url, skip_table_creation=True)
+    try:
+        study = optuna.load_study(study_name=config.study_name, storage=storage)
+    except KeyError:
+        return
+    try:
+        _refuse_other(study, config, settings)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
+    remedy = f"give another --study-name, for example --study-name {config.study_name}-2"
+    if study.direction is not optuna.study.StudyDirection.MAXIMIZE:
+        raise InputError(
+            f"--study-name {config.study_name} must be a study that maximizes val_accuracy, but "
+            f"direction: {study.direction.name.lower()} -> maximize; {remedy}"
+        )
+    stored = study.user_attrs.get("settings")
+    if stored is None:
+        if study.get_trials(deepcopy=False):
+            raise InputError(
+                f"--study-name {config.study_name} must be a study of this tool, but the one in "
+                f"{redact(config.storage)} was made by another program; {remedy}"
+            )
+        return
+    changed = differences(stored, settings)
+    if changed:
+        raise InputError(
+            f"--study-name {config.study_name} exists with other settings (stored -> given): "
+            f"{'; '.join(changed)}; {remedy}"
+        )
+
+
+# ---- creating and opening --------------------------------------------------------------------
+
+
+def tune_sqlite(path: Path) -> None:
+    """From now on, open `path` in WAL mode and wait 60 s for locks, whoever connects here.
+
+    Optuna's and MLflow's engines both pass through SQLAlchemy; other files are left alone.
+    """
+    if not _tuned:
+        sqlalchemy.event.listen(Engine, "connect", _on_connect)
+    _tuned.add(str(path.resolve()))
+
+
+def _on_connect(connection: Any, _: Any) -> None:
+    if not isinstance(connection, sqlite3.Connection):
+        return
+    if connection.execute("PRAGMA database_list").fetchone()[2] in _tuned:
+        connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT}")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")  # WAL: safe against kills
+
+
+def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
+    """Make the database `path`, complete or not at all; `fill` gets the URL of an empty file."""
+    with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT):
+        if path.exists():
+            return
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.unlink(missing_ok=True)
+        try:
+            fill(f"sqlite:///{unfinished}")
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Optuna's storage behind `url`, its schema created first where there is none."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = sqlite_path(url)
+    if path is None:
+        return RDBStorage(_braces(url), engine_kwargs={"pool_pre_ping": True})
+
+    def fill(unfinished: str) -> None:
+        storage = RDBStorage(_braces(unfinished))
+        storage.remove_session()
+        storage.engine.dispose()
+
+    create_sqlite(path, fill)
+    tune_sqlite(path)
+    return RDBStorage(_braces(f"sqlite:///{path}"))
+
+
+def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
+    """The study of `config`, created where it does not exist.
+
+    Raises InputError where it exists with other settings.
+    """
+    storage = open_storage(config.storage)
+    study = optuna.create_study(
+        study_name=config.study_name, storage=storage, direction="maximize", load_if_exists=True
+    )
+    _refuse_other(study, config, settings)
+    if "study_uid" not in study.user_attrs:
+        study.set_user_attr("study_uid", uuid.uuid4().hex)
+    if "settings" not in study.user_attrs:
+        study.set_user_attr("settings", settings)
+    return study
+
+
+@contextlib.contextmanager
+def sole_runner(config: StudyConfig) -> Iterator[None]:
+    """Hold the study: one process runs it at a time. Raises InputError where another does.
+
+    The lock is the operating system's, so it goes with its holder, however that ends.
+    """
+    path = sqlite_path(config.storage)
+    if path is None:
+        key = sha256(config.storage.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"study-{key}"
+    file = Path(f"{path}.{config.study_name}.lock")
+
+    def sign(descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{socket.gethostname()}, pid {os.getpid()}".encode(), 0)
+
+    lock = FileLock(file, on_acquired=sign)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            holder = file.read_text() or "another process"
+        except OSError:
+            holder = "another process"
+        raise RunError(
+            f"study {config.study_name} is being run by {holder}; wait for it, or give another "
+            "--study-name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---- trials ----------------------------------------------------------------------------------
+
+
+def owner() -> dict[str, Any]:
+    """This process's mark on a trial: host, pid and start time, which no later process shares."""
+    process = psutil.Process()
+    return {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "started": round(process.create_time(), 2),
+    }
+
+
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether a RUNNING trial's process is gone, as far as this host can tell."""
+    mark = trial.user_attrs.get("owner")
+    if mark is None:
+        return True  # it died before it signed, since the study has one runner at a time
+    if mark["host"] != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(mark["pid"])
+        return abs(process.create_time() - mark["started"]) > 1 or (
+            process.status() == psutil.STATUS_ZOMBIE
+        )
+    except psutil.NoSuchProcess:
+        return True
+
+
+def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
+    """End a RUNNING trial as FAIL; the reason is written first, so that no failure lacks one."""
+    study._storage.set_trial_user_attr(trial._trial_id, "failure", reason)
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
+class _AfterTheEnd(RDBStorage):
+    """Lets a finished trial be linked to an MLflow run that could only be made later."""
+
+    def check_trial_is_updatable(self, trial_id: int, trial_state: TrialState) -> None: ...
+
+
+def link(study: optuna.Study, trial: FrozenTrial, run_id: str, url: str) -> None:
+    """Record the MLflow run of `trial`, finished or not."""
+    if not trial.state.is_finished():
+        study._storage.set_trial_user_attr(trial._trial_id, "mlflow_run_id", run_id)
+        return
+    path = sqlite_path(url)
+    storage = _AfterTheEnd(_braces(url if path is None else f"sqlite:///{path}"))
+    storage.set_trial_user_attr(trial._trial_id, "mlflow_run_id", run_id)
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def missing_places(study: optuna.Study, total: int) -> list[int]:
+    """The places, of 0 to `total` - 1, that no finished trial has: the budget that is left.
+
+    A trial's place is how many trials that did not fail came before it. A study of `total` trials
+    has every place once, and a lost trial is replaced in its place.
+    """
+    taken = {
+        trial.user_attrs.get("place")
+        for trial in study.get_trials(deepcopy=False, states=FINISHED)
+    }
+    return [place for place in range(total) if place not in taken]

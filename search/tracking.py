@@ -1,0 +1,323 @@
+"""The MLflow side: the parent run, a nested run per trial, and making a run match its trial.
+
+Optuna is the truth and this is its mirror. What a run shall hold follows from its trial alone
+(its history and `params_of`), timestamps included, so writing it once more changes nothing, and a
+run that was lost, or never made, is written again from the trial.
+"""
+
+import contextlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import optuna
+import requests
+from mlflow.data.dataset import Dataset as MlflowDataset
+from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _get_latest_schema_revision
+from mlflow.tracking import MlflowClient
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config import InputError, StudyConfig, one_line, redact, sqlite_path
+from search.data import Dataset
+from search.space import RECIPE
+from search.storage import check_sqlite, create_sqlite, tune_sqlite
+
+PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
+NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
+ORPHAN = "optuna.orphan"
+STATUS = {
+    TrialState.RUNNING: "RUNNING",
+    TrialState.COMPLETE: "FINISHED",
+    TrialState.PRUNED: "KILLED",
+    TrialState.FAIL: "FAILED",
+}
+METRICS = {  # Keras' name -> ours
+    "loss": "train_loss",
+    "accuracy": "train_accuracy",
+    "val_loss": "val_loss",
+    "val_accuracy": "val_accuracy",
+}
+_SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
+_BATCH = 900  # MLflow takes 1,000 entries a call
+
+
+def check(uri: str) -> None:
+    """Raise InputError where `uri` is no MLflow database or server; a file is only read."""
+    path = sqlite_path(uri)
+    if path is not None:
+        check_sqlite("--tracking-uri", uri, path, {"experiments", "runs"}, "MLflow")
+        if path.exists():
+            _check_schema(uri, path)
+    elif uri.split(":")[0].split("+")[0] not in _SCHEMES or "://" not in uri:
+        raise InputError(
+            "--tracking-uri must be sqlite:///FILE, a database URL or http(s)://SERVER, but got "
+            f"{redact(uri)!r}; for example --tracking-uri sqlite:///mlflow.db"
+        )
+    elif uri.startswith("http"):
+        _check_server(uri)
+
+
+def _check_schema(uri: str, path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
+        try:
+            row = file.execute("SELECT version_num FROM alembic_version").fetchone()
+        except sqlite3.DatabaseError:
+            row = None
+    if row is None or row[0] != _get_latest_schema_revision():
+        raise InputError(
+            f"--tracking-uri must be a database of MLflow {mlflow.__version__}, but {str(path)!r} "
+            f"has the schema {row[0] if row else 'of no version'}; copy the file and run "
+            f"mlflow db upgrade {redact(uri)}, or give another file"
+        )
+
+
+def _check_server(uri: str) -> None:
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=10).raise_for_status()
+    except requests.RequestException as error:
+        raise InputError(
+            f"--tracking-uri must be a running MLflow server, but {redact(uri)} is not: "
+            f"{one_line(error)}; start it, or give sqlite:///mlflow.db"
+        ) from None
+
+
+class Tracking:
+    """The experiment's runs. Constructing stores; `open` creates what is missing."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        path = sqlite_path(config.tracking_uri)
+        self.uri = config.tracking_uri if path is None else f"sqlite:///{path}"
+        self._path = path
+        self._experiment = config.experiment
+
+    def open(self) -> "Tracking":
+        """Create the database and the experiment where they do not exist."""
+        # MLflow's own 7 retries of 120 s would cost a hung server's trial 20 minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        if self._path is not None:
+            create_sqlite(self._path, lambda url: _create_schema(url, self._artifacts()))
+            tune_sqlite(self._path)
+        self.client = MlflowClient(self.uri, registry_uri=self.uri)
+        self.experiment_id = self._experiment_id()
+        return self
+
+    def _artifacts(self) -> str:
+        assert self._path is not None
+        return (self._path.parent / "mlruns").as_uri()
+
+    def _experiment_id(self) -> str:
+        found = self.client.get_experiment_by_name(self._experiment)
+        if found is None:
+            location = None if self._path is None else f"{self._artifacts()}/{self._experiment}"
+            try:
+                return self.client.create_experiment(self._experiment, artifact_location=location)
+            except MlflowException:  # another process was first
+                found = self.client.get_experiment_by_name(self._experiment)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            raise InputError(
+                f"--experiment {self._experiment} must not be deleted, but it is in the trash of "
+                f"{redact(self.uri)}; restore it with mlflow experiments restore, or give another"
+            )
+        return str(found.experiment_id)
+
+    # ---- the parent run ----------------------------------------------------------------------
+
+    def parent_run(self, study: optuna.Study, params: Mapping[str, Any]) -> str:
+        """The id of the study's parent run, made where there is none."""
+        run_id = study.user_attrs.get("mlflow_run_id")
+        if run_id is not None and self._exists(run_id):
+            return str(run_id)
+        uid = study.user_attrs["study_uid"]
+        runs = self._search(f"tags.`{STUDY_UID}` = '{uid}'")
+        parents = [run for run in runs if PARENT not in run.data.tags]
+        if parents:
+            run_id = parents[-1].info.run_id  # the oldest
+        else:
+            run_id = self.client.create_run(
+                self.experiment_id,
+                run_name=study.study_name,
+                tags={STUDY: study.study_name, STUDY_UID: uid},
+            ).info.run_id
+        self._log(run_id, params=params)
+        study.set_user_attr("mlflow_run_id", run_id)
+        return str(run_id)
+
+    def _exists(self, run_id: str) -> bool:
+        try:
+            run = self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return bool(run.info.lifecycle_stage == "active")
+
+    def reopen(self, run_id: str) -> None:
+        """Show the parent run as running."""
+        self.client.update_run(run_id, status="RUNNING")
+
+    def close(self, run_id: str, status: str) -> None:
+        """End a run that has not ended."""
+        if self.client.get_run(run_id).info.status == "RUNNING":
+            self.client.set_terminated(run_id, status)
+
+    # ---- runs of trials ----------------------------------------------------------------------
+
+    def create_run(self, parent: str, name: str, number: int, tags: Mapping[str, str] | None = None) -> str:
+        """A new nested run of trial `number`; returns its id."""
+        run = self.client.create_run(
+            self.experiment_id,
+            run_name=name,
+            tags={PARENT: parent, NUMBER: str(number), **(tags or {})},
+        )
+        return str(run.info.run_id)
+
+    def log_start(self, run_id: str, params: Mapping[str, Any], dataset: DatasetInput) -> None:
+        """Write what is known before the first epoch."""
+        self._log(run_id, params=params)
+        self.client.log_inputs(run_id, [dataset])
+
+    def log_epoch(self, run_id: str, epoch: Mapping[str, float]) -> None:
+        """Write one entry of a trial's history."""
+        self._log(run_id, metrics=_metrics([epoch]))
+
+    def finish(self, run_id: str, trial: FrozenTrial) -> None:
+        """End the run as its trial ended; the tag of the state is the last thing written."""
+        ended = trial.datetime_complete
+        self.client.set_terminated(
+            run_id, STATUS[trial.state], None if ended is None else int(ended.timestamp() * 1000)
+        )
+        tags = {STATE: trial.state.name}
+        if trial.state is TrialState.FAIL:
+            tags[FAILURE] = trial.user_attrs.get("failure", "unknown")
+        self._log(run_id, tags=tags)
+
+    def runs_of(self, parent: str) -> list[Run]:
+        """The nested runs of a study, trials' and others', newest first."""
+        return self._search(f"tags.`{PARENT}` = '{parent}'")
+
+    def mend(
+        self, run_id: str, trial: FrozenTrial, facts: Mapping[str, Any], dataset: DatasetInput
+    ) -> None:
+        """Write all of a finished trial into its run; what is there already stays as it is."""
+        self.log_start(run_id, params_of(trial, facts), dataset)
+        self._log(run_id, metrics=_metrics(trial.user_attrs.get("history", ())))
+        self.finish(run_id, trial)
+
+    def orphan(self, run: Run) -> None:
+        """End a run that belongs to no trial, and say so."""
+        self.client.set_tag(run.info.run_id, ORPHAN, "true")
+        if run.info.status == "RUNNING":
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def _search(self, query: str) -> list[Run]:
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], query, max_results=1000, page_token=token
+            )
+            runs.extend(page)
+            token = page.token
+            if not token:
+                return runs
+
+    def _log(
+        self,
+        run_id: str,
+        metrics: Iterable[Metric] = (),
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        entries = list(metrics)
+        self.client.log_batch(
+            run_id,
+            metrics=entries[:_BATCH],
+            params=[Param(key, str(value)) for key, value in (params or {}).items()],
+            tags=[RunTag(key, value) for key, value in (tags or {}).items()],
+        )
+        for first in range(_BATCH, len(entries), _BATCH):
+            self.client.log_batch(run_id, metrics=entries[first : first + _BATCH])
+
+    # ---- the retrained winner ------------------------------------------------------------------
+
+    def log_result(
+        self, run_id: str, history: list[dict[str, float]], final: Mapping[str, float]
+    ) -> None:
+        """Write the retraining's history and its final metrics."""
+        now = int(time.time() * 1000)
+        last = [Metric(name, value, now, len(history) - 1) for name, value in final.items()]
+        self._log(run_id, metrics=[*_metrics(history), *last])
+
+    @contextlib.contextmanager
+    def active(self, run_id: str) -> Iterator[None]:
+        """Make `run_id` MLflow's active run, which only `log_model` needs; end it FINISHED."""
+        before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_registry_uri(self.uri)
+        try:
+            with mlflow.start_run(run_id=run_id, nested=True):
+                yield
+        finally:
+            mlflow.set_tracking_uri(before[0])
+            mlflow.set_registry_uri(before[1])
+
+
+def _create_schema(url: str, artifacts: str) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(url, artifacts).engine.dispose()
+
+
+def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
+    return [
+        Metric(name, entry[name], int(entry["time_ms"]), int(entry["epoch"]))
+        for entry in history
+        for name in METRICS.values()
+        if name in entry
+    ]
+
+
+def params_of(trial: FrozenTrial, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The params that the run of `trial` shall hold; `facts` are those of all trials."""
+    own = {
+        name: trial.user_attrs[name]
+        for name in ("seed", "trainable_parameters")
+        if name in trial.user_attrs
+    }
+    return {**trial.params, **facts, **own}
+
+
+def facts(config: StudyConfig, dataset: Dataset) -> dict[str, Any]:
+    """The params that the runs of all trials share."""
+    return {
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "validation_split": config.validation_split,
+        **RECIPE,
+        "dataset": config.dataset,
+        "train_samples": dataset.train_size,
+        "validation_samples": len(dataset.x_all) - dataset.train_size,
+        "test_samples": len(dataset.x_test),
+        "num_classes": dataset.classes,
+    }
+
+
+def dataset_input(dataset: Dataset) -> DatasetInput:
+    """The dataset as `mlflow.data` describes it."""
+    x, y = dataset.train
+    described: MlflowDataset = mlflow.data.from_numpy(
+        features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
+    )
+    return DatasetInput(described._to_mlflow_entity(), tags=[])

@@ -1,0 +1,179 @@
+"""One trial: suggest, train, report, prune, mirror.
+
+A worker process builds a `Worker` once and runs one trial a task. The Optuna trial is written
+first and is the truth; the MLflow run follows as well as it can, and `reconcile` writes later
+what a failing tracking server did not take.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import optuna
+from optuna.trial import TrialState
+from optuna_integration import KerasPruningCallback
+
+from search import data, model, sampling, storage, training
+from search.config import StudyConfig, one_line
+from search.space import Hyperparameters
+from search.tracking import METRICS, STATE, Tracking, dataset_input, facts, params_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended, as the engine and the display need it.
+
+    value: val_accuracy after the last epoch, of a COMPLETE trial.
+    last: val_accuracy after the last epoch that was run, where there was one.
+    """
+
+    number: int
+    place: int
+    state: str
+    value: float | None
+    last: float | None
+    hyperparameters: Hyperparameters | None
+    epochs: int
+    seconds: float
+    failure: str | None
+
+
+class Worker:
+    """What a process needs to run trials: the study, the dataset and the tracking, opened once."""
+
+    def __init__(self, config: StudyConfig, parent_run: str) -> None:
+        training.limit_threads(1)
+        self.config = config
+        self.parent_run = parent_run
+        self.dataset = data.load(config.dataset, config.validation_split)
+        self.study = optuna.load_study(
+            study_name=config.study_name,
+            storage=storage.open_storage(config.storage),
+            pruner=sampling.pruner(config),
+        )
+        self.tracking = Tracking(config).open()
+        self.facts = facts(config, self.dataset)
+        self.dataset_input = dataset_input(self.dataset)
+        self.owner = storage.owner()
+
+    def run_trial(self, place: int) -> Outcome:
+        """Run the trial at `place` to its end, whatever that is. Optuna's errors are raised."""
+        self.study.sampler = sampling.sampler(self.config, place)
+        attempt = _Attempt(self, place)
+        try:
+            self.study.optimize(attempt.objective, n_trials=1, catch=(Exception,))
+        finally:
+            attempt.end()
+        return attempt.outcome()
+
+
+class _Attempt:
+    """A trial in progress, and its run."""
+
+    def __init__(self, worker: Worker, place: int) -> None:
+        self._worker = worker
+        self._place = place
+        self._began = time.monotonic()
+        self._number: int | None = None
+        self._hyperparameters: Hyperparameters | None = None
+        self._history: list[dict[str, float]] = []
+        self._run_id: str | None = None
+        self._mirrored = True
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """Train what `trial` proposes; returns val_accuracy after the last epoch."""
+        try:
+            return self._train(trial)
+        except optuna.TrialPruned:
+            raise
+        except KeyboardInterrupt:
+            trial.set_user_attr("failure", "interrupted by the user")
+            raise
+        except Exception as error:
+            trial.set_user_attr("failure", f"{type(error).__name__}: {one_line(error)}")
+            raise
+
+    def _train(self, trial: optuna.Trial) -> float:
+        worker, config = self._worker, self._worker.config
+        _, seed = sampling.seeds(config.seed, self._place)
+        self._number = trial.number
+        trial.set_user_attr("owner", worker.owner)
+        trial.set_user_attr("place", self._place)
+        trial.set_user_attr("seed", seed)
+        self._hyperparameters = config.space.suggest(trial)
+
+        network = model.build(
+            self._hyperparameters, worker.dataset.features, worker.dataset.classes, seed
+        )
+        trial.set_user_attr("trainable_parameters", model.trainable_parameters(network))
+        self._mirror(self._open_run, trial)
+        training.train(
+            network,
+            worker.dataset.train,
+            validation=worker.dataset.validation,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            seed=seed,
+            callbacks=[
+                keras.callbacks.LambdaCallback(
+                    on_epoch_end=lambda epoch, logs: self._record(trial, epoch, logs)
+                ),
+                KerasPruningCallback(trial, "val_accuracy"),
+            ],
+        )
+        return self._history[-1]["val_accuracy"]
+
+    def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
+        entry: dict[str, float] = {"epoch": epoch, "time_ms": int(time.time() * 1000)}
+        entry.update({ours: float(logs[keras_name]) for keras_name, ours in METRICS.items()})
+        self._history.append(entry)
+        trial.set_user_attr("history", self._history)
+        self._mirror(lambda: self._worker.tracking.log_epoch(str(self._run_id), entry))
+
+    def _open_run(self, trial: optuna.Trial) -> None:
+        worker = self._worker
+        self._run_id = worker.tracking.create_run(
+            worker.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
+        )
+        trial.set_user_attr("mlflow_run_id", self._run_id)
+        frozen = worker.study._storage.get_trial(trial._trial_id)
+        worker.tracking.log_start(
+            self._run_id, params_of(frozen, worker.facts), worker.dataset_input
+        )
+
+    def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
+        """Write to MLflow unless this trial's run has already missed something."""
+        if not self._mirrored:
+            return
+        try:
+            write(*arguments)
+        except Exception:  # whatever the server does, the trial goes on; reconcile repairs the run
+            self._mirrored = False
+
+    def end(self) -> None:
+        """End the run as the trial ended."""
+        if self._number is not None and self._run_id is not None:
+            self._mirror(
+                lambda: self._worker.tracking.finish(str(self._run_id), self._frozen())
+            )
+
+    def _frozen(self) -> optuna.trial.FrozenTrial:
+        assert self._number is not None
+        return self._worker.study.get_trials(deepcopy=False)[self._number]
+
+    def outcome(self) -> Outcome:
+        """How it went."""
+        trial = self._frozen()
+        return Outcome(
+            number=trial.number,
+            place=self._place,
+            state=trial.state.name,
+            value=trial.value if trial.state is TrialState.COMPLETE else None,
+            last=self._history[-1]["val_accuracy"] if self._history else None,
+            hyperparameters=self._hyperparameters,
+            epochs=len(self._history),
+            seconds=time.monotonic() - self._began,
+            failure=trial.user_attrs.get("failure"),
+        )
