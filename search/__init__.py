@@ -3,19 +3,19 @@
     from search import StudyConfig, run
 
     result = run(StudyConfig(n_trials=50))
-    print(result.best.value, result.test_accuracy, result.model_version)
+    print(result.best.value, result.winner.test_accuracy, result.winner.version)
 
 Importing this package loads nothing heavy: `run` is looked up when it is first used.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from search.config import InputError, RunError, StudyConfig
+from search.config import InputError, Interrupted, RunError, StudyConfig
 
 if TYPE_CHECKING:
     from search.pipeline import run
 
-__all__ = ["InputError", "RunError", "StudyConfig", "run"]
+__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "run"]
 __version__ = "0.1.0"
 
 

@@ -28,9 +28,22 @@ class RunError(Exception):
     exit_code = 1
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user or the system ended the run; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 @dataclass(frozen=True)
 class Option:
-    """What the command line, the settings file and the README say of a setting."""
+    """What the command line, the settings file and the README say of a setting.
+
+    low, high: the ends of the allowed range; below: with low, an open interval instead.
+    choices, pattern: what a text may be. env: the environment's variable for it.
+    none: the word for None, of a setting that may be None.
+    """
 
     group: str
     help: str
@@ -40,6 +53,7 @@ class Option:
     choices: tuple[str, ...] = ()
     pattern: str = ""
     env: str = ""
+    none: str = "none"
 
 
 def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
@@ -64,9 +78,7 @@ class StudyConfig:
         50, _STUDY, "Finished trials (complete or pruned) the study shall have in all.", low=1
     )
     study_name: str = _option("mnist-dnn", _STUDY, "Name of the study.", pattern=_NAME)
-    storage: str = _option(
-        "sqlite:///study.db", _STUDY, "Optuna's database.", env="OPTUNA_STORAGE"
-    )
+    storage: str = _option("sqlite:///study.db", _STUDY, "Optuna's database.", env="OPTUNA_STORAGE")
     sampler: str = _option(
         "tpe", _STUDY, "How trials are proposed.", choices=("tpe", "random", "qmc", "grid")
     )
@@ -88,6 +100,16 @@ class StudyConfig:
         "Start no more trials after so many without a better one, go on to the retraining.",
         low=1,
     )
+    workers: int | None = _option(
+        None,
+        _STUDY,
+        "Trials at once, each a process of one thread; auto: one per core. 1 runs in the main "
+        "process and is reproducible.",
+        low=1,
+        high=256,
+        none="auto",
+    )
+    max_failures: int = _option(5, _STUDY, "Stop after so many trials in a row have failed.", low=1)
     seed: int = _option(
         0, _STUDY, "What proposals, weights, shuffles and dropout depend on.", low=0, high=2**31 - 1
     )
@@ -118,9 +140,8 @@ class StudyConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, option in options().items():
-            value = getattr(self, name)
-            _check(name, value, option, _kind(name), _optional(name))
+        for name in options():
+            _check(name, getattr(self, name))
         _ = self.space
         if self.sampler == "grid":
             try:
@@ -178,45 +199,41 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _field_type(name: str) -> Any:
-    return next(f.type for f in fields(StudyConfig) if f.name == name)
-
-
 def _kind(name: str) -> type:
-    kinds = [kind for kind in get_args(_field_type(name)) if kind is not type(None)]
-    return kinds[0] if kinds else _field_type(name)  # type: ignore[no-any-return]
+    """The type of the setting `name`: int, float or str."""
+    annotation = next(f.type for f in fields(StudyConfig) if f.name == name)
+    return next(kind for kind in (*get_args(annotation), annotation) if isinstance(kind, type))
 
 
-def _optional(name: str) -> bool:
-    return type(None) in get_args(_field_type(name))
-
-
-def _check(name: str, value: Any, option: Option, kind: type, optional: bool) -> None:
-    if value is None and optional:
+def _check(name: str, value: Any) -> None:
+    """Raise InputError where `value` breaks the rule of the setting `name`."""
+    option, kind, default = options()[name], _kind(name), defaults()[name]
+    if value is None and default is None:
         return
-    rule = _rule(option, kind)
-    example = defaults()[name]
-    remedy = f"; for example {flag(name)} {10 if example is None else example}"
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise InputError(f"{flag(name)} must be {rule}, but got {value!r}{remedy}")
-    if kind is str:
-        if option.choices and value not in option.choices:
-            near = difflib.get_close_matches(value, option.choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else remedy
-            raise InputError(f"{flag(name)} must be {rule}, but got {value!r}{hint}")
-        if option.pattern and not re.fullmatch(option.pattern, value):
-            raise InputError(f"{flag(name)} must be {rule}, but got {value!r}{remedy}")
-        if not value.strip() or "\0" in value:
-            raise InputError(f"{flag(name)} must not be empty, but got {value!r}{remedy}")
-        return
-    inside = (
+    remedy = f"; for example {flag(name)} {2 if default is None else default}"
+    if isinstance(value, str) and option.choices:
+        near = difflib.get_close_matches(value, option.choices, n=1)
+        remedy = f"; did you mean {near[0]}?" if near else remedy
+    accepted = (int, float) if kind is float else (kind,)
+    fits = isinstance(value, accepted) and not isinstance(value, bool)
+    if not fits or not _holds(value, option):
+        raise InputError(f"{flag(name)} must be {_rule(option, kind)}, but got {value!r}{remedy}")
+
+
+def _holds(value: Any, option: Option) -> bool:
+    if isinstance(value, str):
+        return (
+            value.strip() != ""
+            and "\0" not in value
+            and (not option.choices or value in option.choices)
+            and (not option.pattern or re.fullmatch(option.pattern, value) is not None)
+        )
+    return (
         math.isfinite(value)
         and (option.low is None or value >= option.low)
         and (option.high is None or value <= option.high)
         and (option.below is None or option.low is None or option.low < value < option.below)
     )
-    if not inside:
-        raise InputError(f"{flag(name)} must be {rule}, but got {value}{remedy}")
 
 
 def _rule(option: Option, kind: type) -> str:
@@ -225,8 +242,10 @@ def _rule(option: Option, kind: type) -> str:
     if option.pattern:
         return "letters, digits, '.', '_' and '-' only"
     if kind is str:
-        return "text"
+        return "text, not empty"
     noun = "a whole number" if kind is int else "a number"
+    if option.none != "none":
+        noun = f"{option.none} or {noun}"
     if option.below is not None:
         return f"{noun} between {option.low:g} and {option.below:g}"
     if option.high is not None:
@@ -239,6 +258,8 @@ def from_text(name: str, text: str) -> Any:
     kind = _kind(name)
     if kind is str:
         return text
+    if defaults()[name] is None and text == options()[name].none:
+        return None
     try:
         return kind(text)
     except ValueError:
@@ -274,7 +295,7 @@ def read_file(path: str) -> dict[str, Any]:
             )
         if name in space.DOMAINS:
             value = _as_notation(value)
-        settings[name] = value
+        settings[name] = from_text(name, value) if isinstance(value, str) else value
     return settings
 
 

@@ -1,28 +1,78 @@
-"""Run the missing trials, one task each, until the budget is met or something says stop."""
+"""Run trials as tasks: N of them on W workers, until the budget is met or something says stop.
+
+A trial is a task. One process, a pool of processes or a cluster differ only in which
+`concurrent.futures.Executor` takes the tasks, so the number of trials is exact whichever it is.
+"""
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any
 
 from search.config import RunError, StudyConfig
+from search.outcome import Outcome
 
 if TYPE_CHECKING:
-    from search.trial import Outcome, Worker
+    from search.trial import Worker
 
-MAX_FAILURES = 5  # trials failing in a row before the search gives up
+INTERRUPTED = "interrupted"
+_DEATHS = 3  # pools that may break in a row, without a trial finished, before the run stops
 
 
-def start_worker(config: StudyConfig, parent_run: str) -> "Worker":
-    """Everything heavy a trial needs, TensorFlow included, loaded without its banner."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _silent_stderr():
-        from search.trial import Worker
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # retracing advice
-    return Worker(config, parent_run)
+# ---- in a worker -------------------------------------------------------------------------------
+
+_arguments: tuple[StudyConfig, str] | None = None
+_worker: "Worker | None" = None
+
+
+def _prepare(config: StudyConfig, parent_run: str) -> None:
+    """Remember what the worker is for; the first task makes it and gets its errors."""
+    global _arguments, _worker
+    _arguments, _worker = (config, parent_run), None
+
+
+def _prepare_process(config: StudyConfig, parent_run: str) -> None:
+    """The same in a process that leaves Ctrl-C to the main process, and dies with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _prepare(config, parent_run)
+
+
+def _ready() -> "Worker":
+    """The worker of this process, with everything heavy a trial needs, TensorFlow included."""
+    global _worker
+    if _worker is None:
+        assert _arguments is not None
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        with _silent_stderr():
+            from search.trial import Worker
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
+        _worker = Worker(*_arguments)
+    return _worker
+
+
+def _run_trial(place: int) -> Outcome:
+    return _ready().run_trial(place)
+
+
+def _retrain(number: int) -> str:
+    return _ready().retrain(number)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -39,41 +89,153 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def run_trials(
-    worker: "Worker",
-    places: Iterable[int],
-    on_trial: Callable[["Outcome"], None],
-    *,
-    timeout: float | None,
-    patience: "Patience",
-) -> str | None:
-    """Run a trial for every place, a failed one again; returns why it stopped early, if it did.
+# ---- in the main process -----------------------------------------------------------------------
 
-    Raises RunError after MAX_FAILURES failures in a row.
-    """
-    queue = deque(places)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    failures = 0
-    while queue:
-        if deadline is not None and time.monotonic() >= deadline:
-            return f"--timeout: {timeout:g} s are over"
-        if patience.exhausted:
-            return f"--patience: {patience.limit} trials without a better one"
-        place = queue.popleft()
-        outcome = worker.run_trial(place)
-        on_trial(outcome)
-        if outcome.state == "FAIL":
-            queue.appendleft(place)
-            failures += 1
-            if failures == MAX_FAILURES:
-                raise RunError(
-                    f"{failures} trials in a row failed, the last with {outcome.failure}; "
-                    "mend the cause and run the same command again"
+
+def worker_count(workers: int | None) -> int:
+    """How many workers `--workers` asks for; None: one per core, one where there is a GPU."""
+    if workers is not None:
+        return workers
+    if any(os.path.exists(device) for device in ("/dev/nvidia0", "/dev/kfd")):
+        return 1  # processes would compete for the GPU's memory
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class InProcess(Executor):
+    """Runs a task at once, in this process."""
+
+    def __init__(self, initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
+        initializer(*initargs)
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Run `task`; an interruption is raised here, anything else by the future."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Engine:
+    """Workers, started when the first task comes and replaced when one of them dies."""
+
+    def __init__(self, config: StudyConfig, parent_run: str) -> None:
+        self._config = config
+        self._parent_run = parent_run
+        self.workers = worker_count(config.workers)
+        self._executor: Executor | None = None
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and isinstance(self._executor, ProcessPoolExecutor):
+            for process in list((self._executor._processes or {}).values()):
+                process.kill()
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def _submit(self, task: Callable[[int], Any], argument: int) -> "Future[Any]":
+        if self._executor is None:
+            arguments = (self._config, self._parent_run)
+            if self.workers == 1:
+                self._executor = InProcess(_prepare, arguments)
+            else:
+                self._executor = ProcessPoolExecutor(
+                    self.workers,
+                    mp_context=multiprocessing.get_context("spawn"),
+                    initializer=_prepare_process,
+                    initargs=arguments,
                 )
-        else:
-            failures = 0
-            patience.see(outcome.value)
-    return None
+        return self._executor.submit(task, argument)
+
+    def _bury(self) -> None:
+        """Wait until every process of a broken pool is gone."""
+        assert self._executor is not None
+        self._executor.shutdown()
+        self._executor = None
+
+    def retrain(self, number: int) -> str:
+        """Train the configuration of trial `number` anew on a worker; returns its MLflow run."""
+        for _ in range(_DEATHS):
+            try:
+                return str(self._submit(_retrain, number).result())
+            except BrokenProcessPool:
+                self._bury()
+        raise RunError(_DYING.format(_DEATHS))
+
+    def run_trials(
+        self,
+        places: Iterable[int],
+        on_trial: Callable[[Outcome], None],
+        on_death: Callable[[], None],
+        *,
+        timeout: float | None,
+        patience: "Patience",
+        max_failures: int,
+        stopping: Callable[[], bool],
+    ) -> str | None:
+        """Run a trial for every place, a failed one again; returns why it stopped early, if so.
+
+        on_trial: gets every trial's outcome, in the order in which they end.
+        on_death: is called when a worker has died and took the others with it.
+        stopping: tells whether no more trials shall start.
+        Raises RunError after `max_failures` failures, or three deaths, in a row.
+        """
+        queue = deque(places)
+        running: dict[Future[Outcome], int] = {}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        failures = deaths = 0
+        stopped = None
+        while True:
+            if stopping():
+                stopped = INTERRUPTED
+            elif deadline is not None and time.monotonic() >= deadline:
+                stopped = f"--timeout: {timeout:g} s are over"
+            elif patience.exhausted:
+                stopped = f"--patience: {patience.limit} trials without a better one"
+            while queue and not stopped and len(running) < self.workers:
+                try:
+                    running[self._submit(_run_trial, queue[0])] = queue[0]
+                except BrokenProcessPool:
+                    break  # those that run say so too
+                queue.popleft()
+            if not running:
+                return stopped if queue else None
+
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                place = running.pop(future)
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    queue.extendleft(sorted([place, *running.values()], reverse=True))
+                    running.clear()
+                    self._bury()
+                    on_death()
+                    deaths += 1
+                    if deaths == _DEATHS:
+                        raise RunError(_DYING.format(deaths)) from None
+                    break
+                on_trial(outcome)
+                if outcome.state == "FAIL":
+                    queue.appendleft(place)
+                    failures += 1
+                    if failures == max_failures:
+                        raise RunError(
+                            f"{failures} trials in a row failed, the last with {outcome.failure}; "
+                            "mend the cause, or allow more with --max-failures, and run again"
+                        )
+                else:
+                    deaths = failures = 0
+                    patience.see(outcome.value)
+
+
+_DYING = (
+    "workers died {} times in a row (out of memory?); use fewer --workers, a smaller --batch-size "
+    "or a smaller --hidden-units, and run the same command again"
+)
 
 
 class Patience:

@@ -3,44 +3,38 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search import data, engine, registry, sampling, storage, tracking
 from search.config import RunError, StudyConfig
+from search.outcome import Outcome
 from search.reconcile import reconcile
 from search.registry import Winner
 from search.space import REFERENCE
 from search.tracking import Tracking
-
-if TYPE_CHECKING:
-    from search.trial import Outcome, Worker
 
 
 @dataclass(frozen=True)
 class Result:
     """What a run leaves.
 
-    best: the COMPLETE trial with the highest val_accuracy, `best.value`.
+    best: the COMPLETE trial with the highest val_accuracy, `best.value`; None only where the run
+    was interrupted before one completed.
     reference: the study's trial of the reference configuration, None where it was not tried.
-    test_accuracy, test_loss: of the best configuration trained anew on training and validation
-    data. model_version: its version of the registered model.
+    winner: the best configuration trained anew on training and validation data, its accuracy on
+    the test images and its version of the registered model; None where the run was interrupted.
     complete, pruned, failed: trials of the study in all; `ran` of them in this run.
     stopped: why the search ended before its budget, if it did.
     mended: what the reconciliation had to mend.
     """
 
     config: StudyConfig
-    best: FrozenTrial
+    best: FrozenTrial | None
     reference: FrozenTrial | None
-    test_accuracy: float
-    test_loss: float
-    model_version: int
-    newly_registered: bool
+    winner: Winner | None
     parent_run_id: str
-    model_run_id: str
     complete: int
     pruned: int
     failed: int
@@ -56,11 +50,15 @@ class Listener:
     def start(self, study: optuna.Study, dataset: data.Dataset, missing: int) -> None:
         """The study is open and `missing` trials are to run."""
 
-    def trial(self, outcome: "Outcome", best: float | None) -> None:
+    def trial(self, outcome: Outcome, best: float | None) -> None:
         """A trial ended; `best` is the best value of the study so far."""
 
     def mended(self, lines: list[str]) -> None:
         """The ledgers disagreed and were mended."""
+
+    def stopping(self) -> bool:
+        """Whether no more trials shall start; those that run are waited for."""
+        return False
 
     def retraining(self, trial: FrozenTrial) -> None:
         """The winner is being trained anew."""
@@ -86,26 +84,27 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
         dataset_input = tracking.dataset_input(dataset)
         parent = ledger.parent_run(study, {**settings, "study_name": config.study_name})
 
-        def mend() -> list[str]:
-            return reconcile(study, ledger, parent, config, facts, dataset_input)
+        def mend(interruption: str | None = None) -> list[str]:
+            return reconcile(study, ledger, parent, config, facts, dataset_input, interruption)
 
         mended = mend()
         listener.mended(mended)
         missing = storage.missing_places(study, sampling.budget(config))
         listener.start(study, dataset, len(missing))
-        job = _Job(config, study, ledger, parent, listener)
         try:
-            stopped = job.search(missing)
-            mended += mend()
-            winner = job.register_best(dataset, facts, dataset_input)
-        except KeyboardInterrupt:
-            mend()
+            with engine.Engine(config, parent) as workers:
+                job = _Job(config, study, ledger, parent, listener, workers)
+                stopped = job.search(missing, mend)
+                mended += mend()
+                winner = None if stopped == engine.INTERRUPTED else job.register_best()
+        except KeyboardInterrupt as interruption:
+            mend(str(interruption) or "interrupted")
             ledger.close(parent, "KILLED")
             raise
         except Exception:
             ledger.close(parent, "FAILED")
             raise
-        ledger.close(parent, "FINISHED")
+        ledger.close(parent, "KILLED" if winner is None else "FINISHED")
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
 
 
@@ -123,23 +122,17 @@ class _Job:
         ledger: Tracking,
         parent: str,
         listener: Listener,
+        workers: engine.Engine,
     ) -> None:
         self.config = config
         self.study = study
         self.ledger = ledger
         self.parent = parent
         self.listener = listener
+        self.workers = workers
         self.ran = 0
-        self._worker: Worker | None = None
 
-    def worker(self) -> "Worker":
-        """The worker, TensorFlow and all, made when it is first needed."""
-        if self._worker is None:
-            self.ledger.reopen(self.parent)
-            self._worker = engine.start_worker(self.config, self.parent)
-        return self._worker
-
-    def search(self, missing: list[int]) -> str | None:
+    def search(self, missing: list[int], mend: Callable[[], list[str]]) -> str | None:
         """Run the missing trials; returns why the search stopped early, if it did."""
         patience = engine.Patience(self.config.patience)
         for trial in self._finished():
@@ -148,20 +141,28 @@ class _Job:
             return None
         best = max((t.value for t in self._complete() if t.value is not None), default=None)
 
-        def on_trial(outcome: "Outcome") -> None:
+        def on_trial(outcome: Outcome) -> None:
             nonlocal best
             self.ran += 1
             if outcome.value is not None:
                 best = outcome.value if best is None else max(best, outcome.value)
             self.listener.trial(outcome, best)
 
-        return engine.run_trials(
-            self.worker(), missing, on_trial, timeout=self.config.timeout, patience=patience
+        def on_death() -> None:
+            self.listener.mended(mend())
+
+        self.ledger.reopen(self.parent)
+        return self.workers.run_trials(
+            missing,
+            on_trial,
+            on_death,
+            timeout=self.config.timeout,
+            patience=patience,
+            max_failures=self.config.max_failures,
+            stopping=self.listener.stopping,
         )
 
-    def register_best(
-        self, dataset: data.Dataset, facts: dict[str, Any], dataset_input: Any
-    ) -> Winner:
+    def register_best(self) -> Winner:
         """Retrain, test, register and promote the best trial, as far as that is not yet done."""
         best = self.best()
         uid = self.study.user_attrs["study_uid"]
@@ -169,13 +170,9 @@ class _Job:
         run = registry.find_retrained(self.ledger, runs, best.number)
         new = run is None
         if run is None:
-            self.worker()
+            self.ledger.reopen(self.parent)
             self.listener.retraining(best)
-            params = tracking.params_of(best, facts)
-            run_id = registry.retrain(
-                self.config, dataset, self.ledger, self.parent, best, params, dataset_input
-            )
-            run = self.ledger.client.get_run(run_id)
+            run = self.ledger.client.get_run(self.workers.retrain(best.number))
         return registry.register(self.ledger, self.config, run, uid, new=new)
 
     def best(self) -> FrozenTrial:
@@ -189,25 +186,17 @@ class _Job:
         return max(complete, key=lambda trial: (trial.value, -trial.number))
 
     def result(
-        self, winner: Winner, stopped: str | None, mended: tuple[str, ...], seconds: float
+        self, winner: Winner | None, stopped: str | None, mended: tuple[str, ...], seconds: float
     ) -> Result:
         """What the run leaves."""
         states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
-        reference = [
-            trial
-            for trial in self._complete()
-            if trial.params == REFERENCE.as_dict()
-        ]
+        reference = [trial for trial in self._complete() if trial.params == REFERENCE.as_dict()]
         return Result(
             config=self.config,
-            best=self.best(),
+            best=self.best() if self._complete() else None,
             reference=reference[0] if reference else None,
-            test_accuracy=winner.test_accuracy,
-            test_loss=winner.test_loss,
-            model_version=winner.version,
-            newly_registered=winner.new,
+            winner=winner,
             parent_run_id=self.parent,
-            model_run_id=winner.run_id,
             complete=states.count(TrialState.COMPLETE),
             pruned=states.count(TrialState.PRUNED),
             failed=states.count(TrialState.FAIL),

@@ -22,23 +22,25 @@ def reconcile(
     config: StudyConfig,
     facts: dict[str, Any],
     dataset: DatasetInput,
+    interruption: str | None = None,
 ) -> list[str]:
     """End what was left running and make every run match its trial; says what it mended.
 
+    interruption: why every trial of this run has ended, where it has.
     Doing it twice changes nothing, and so does being killed in the middle and done again.
     """
     mended = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if storage.is_lost(trial):
-            storage.fail(study, trial, LOST)
-            mended.append(f"trial {trial.number} was lost: now FAIL")
+        if interruption is not None or storage.is_lost(trial):
+            storage.fail(study, trial, interruption or LOST)
+            mended.append(f"trial {trial.number} was left running: now FAIL")
 
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     all_runs = tracking.runs_of(parent)
-    for run in all_runs:
-        if run.info.status == "RUNNING" and not _is_trial(run):
-            tracking.client.set_terminated(run.info.run_id, "KILLED")
-            mended.append(f"run {run.info.run_name} was left running: ended")
+    for other in all_runs:
+        if other.info.status == "RUNNING" and not _is_trial(other):
+            tracking.client.set_terminated(other.info.run_id, "KILLED")
+            mended.append(f"run {other.info.run_name} was left running: ended")
     runs = _runs_by_trial(all_runs)
     for number, trial in trials.items():
         if not trial.state.is_finished():
@@ -61,10 +63,14 @@ def reconcile(
     for number, candidates in runs.items():
         known = trials.get(number)
         keep = None if known is None else _run_of(known, candidates)
-        for run in candidates:
-            if run is not keep and not (known is not None and not known.state.is_finished()):
-                tracking.orphan(run)
-                mended.append(f"run {run.info.run_name} ({run.info.run_id}) has no trial: ended")
+        if known is not None and not known.state.is_finished():
+            continue
+        for extra in candidates:
+            if extra is not keep:
+                tracking.orphan(extra)
+                mended.append(
+                    f"run {extra.info.run_id} ({extra.info.run_name}) has no trial: ended"
+                )
     return mended
 
 

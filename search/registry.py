@@ -25,7 +25,7 @@ from mlflow.models import Model, infer_signature
 from optuna.trial import FrozenTrial
 
 from search.config import StudyConfig, sqlite_path
-from search.data import Dataset
+from search.data import Dataset, scaled
 from search.space import Hyperparameters
 from search.tracking import METRICS, NUMBER, STUDY, STUDY_UID, Tracking
 
@@ -60,7 +60,7 @@ def retrain(
     The test images are evaluated here and nowhere else. The run ends FINISHED, and names the
     logged model in its tag `model_uri`, or it does not count.
     """
-    from search import model, training
+    from search import model, training  # not at the top: the main process only registers
 
     run_id = tracking.create_run(parent, f"retrain-trial-{trial.number:04d}", trial.number)
     tracking.log_start(run_id, params, dataset_input)
@@ -88,7 +88,7 @@ def retrain(
         network.save(legacy)
         tracking.client.log_artifact(run_id, str(legacy))
     with tracking.active(run_id), _silence():
-        example = dataset.x_all[:2]
+        example = scaled(dataset.x_all[:2])
         info = Model.log(
             artifact_path=None,
             name="model",
@@ -136,10 +136,10 @@ def find_retrained(tracking: Tracking, runs: list[Run], number: int) -> Run | No
     """The finished retraining of trial `number` among a study's nested runs."""
     for run in runs:
         tags = run.data.tags
-        is_retraining = (run.info.run_name or "").startswith("retrain-")
-        if is_retraining and tags.get(NUMBER) == str(number) and _MODEL_URI in tags:
-            if run.info.status == "FINISHED":
-                return run
+        named = (run.info.run_name or "").startswith("retrain-")
+        complete = run.info.status == "FINISHED" and _MODEL_URI in tags
+        if named and complete and tags.get(NUMBER) == str(number):
+            return run
     return None
 
 
@@ -155,9 +155,7 @@ def is_promoted(version: ModelVersion | None) -> bool:
     return version is not None and _PROMOTED in version.tags
 
 
-def register(
-    tracking: Tracking, config: StudyConfig, run: Run, uid: str, *, new: bool
-) -> Winner:
+def register(tracking: Tracking, config: StudyConfig, run: Run, uid: str, *, new: bool) -> Winner:
     """Register the model of `run` and make it the one in production, as far as it is not yet."""
     client = tracking.client
     number = int(run.data.tags[NUMBER])

@@ -2,7 +2,6 @@
 
 import shlex
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -10,11 +9,9 @@ from rich.console import Console
 
 from search.config import redact
 from search.data import Dataset
+from search.outcome import Outcome
 from search.pipeline import Listener, Result
 from search.space import Hyperparameters
-
-if TYPE_CHECKING:
-    from search.trial import Outcome
 
 _COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 
@@ -24,6 +21,16 @@ class Lines(Listener):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Let the running trials finish and start no more."""
+        self._stopping = True
+        self._print("stopping when the running trials have finished; Ctrl-C again ends them now")
+
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -39,7 +46,7 @@ class Lines(Listener):
         else:
             self._print(f"study {study.study_name}: {missing} trials to run")
 
-    def trial(self, outcome: "Outcome", best: float | None) -> None:
+    def trial(self, outcome: Outcome, best: float | None) -> None:
         """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""
         value = "    --" if outcome.last is None else f"{outcome.last:.4f}"
         text = (
@@ -65,7 +72,7 @@ class Lines(Listener):
 
 def summary(result: Result) -> str:
     """The end of a run in a dozen lines."""
-    config, best = result.config, result.best
+    config, best, winner = result.config, result.best, result.winner
     took = timedelta(seconds=round(result.seconds))
     lines = [
         "",
@@ -74,21 +81,22 @@ def summary(result: Result) -> str:
     ]
     if result.stopped:
         lines.append(f"Stopped early: {result.stopped}.")
-    lines.append("")
-    lines.append(_row(f"best: trial {best.number}", best))
-    if result.reference is not None:
-        lines.append(_row(f"reference: trial {result.reference.number}", result.reference))
-        lines.append(_gain(result))
-    verb = "registered as" if result.newly_registered else "already registered as"
+    if best is not None:
+        lines += ["", _row(f"best: trial {best.number}", best)]
+        if result.reference is not None:
+            lines.append(_row(f"reference: trial {result.reference.number}", result.reference))
+            lines.append(_gain(best, result.reference, result.complete))
+    if winner is None:
+        return "\n".join([*lines, "", "Run the same command again to go on."])
+    verb = "Registered as" if winner.new else "Already registered as"
     lines += [
         "",
-        f"Trained anew on all training data: test accuracy {result.test_accuracy:.4f}, "
-        f"test loss {result.test_loss:.4f} (the test images were used this once).",
-        f"{verb} {config.model_name} version {result.model_version}: "
-        f"alias production, stage Production",
+        f"Trained anew on all training data: test accuracy {winner.test_accuracy:.4f}, "
+        f"test loss {winner.test_loss:.4f} (the test images were used this once).",
+        f"{verb} {config.model_name} version {winner.version}: alias production, stage Production.",
         "",
         "Look further:",
-        f"  mlflow ui{_mlflow_option(result)}",
+        f"  mlflow ui{_mlflow_option(config.tracking_uri)}",
         f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
     ]
     return "\n".join(lines)
@@ -98,19 +106,17 @@ def _row(title: str, trial: FrozenTrial) -> str:
     return f"{title:22s} val_accuracy {trial.value:.4f}  {Hyperparameters(**trial.params)}"
 
 
-def _gain(result: Result) -> str:
-    assert result.reference is not None
-    if result.best.number == result.reference.number:
+def _gain(best: FrozenTrial, reference: FrozenTrial, complete: int) -> str:
+    if best.number == reference.number:
         return "The search found nothing better than the reference configuration."
-    gain = (result.best.value or 0) - (result.reference.value or 0)
+    gain = (best.value or 0) - (reference.value or 0)
     return (
         f"The search gained {gain:+.4f} val_accuracy over the reference. It is the best of "
-        f"{result.complete} noisy results, so part of that is luck."
+        f"{complete} noisy results, so part of that is luck."
     )
 
 
-def _mlflow_option(result: Result) -> str:
-    uri = result.config.tracking_uri
+def _mlflow_option(uri: str) -> str:
     if uri == "sqlite:///mlflow.db":
         return ""
     if uri.startswith("http"):

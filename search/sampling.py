@@ -146,5 +146,3 @@ class _PlacedHyperband(HyperbandPruner):
             if share < 0:
                 return bracket
         raise AssertionError("the brackets' budgets add up to the total")
-
-

@@ -21,13 +21,18 @@ Number = int | float
 class Suggests(Protocol):
     """The part of `optuna.Trial` that sampling needs; its arguments are Optuna's."""
 
-    def suggest_categorical(self, name: str, choices: tuple[Number, ...]) -> Number: ...
+    def suggest_categorical(self, name: str, choices: tuple[Number, ...]) -> Number:
+        """One of `choices`."""
+
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
-    ) -> int: ...
+    ) -> int:
+        """A whole number from `low` to `high`."""
+
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float: ...
+    ) -> float:
+        """A number from `low` to `high`."""
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,6 @@ def missing_places(study: optuna.Study, total: int) -> list[int]:
     has every place once, and a lost trial is replaced in its place.
     """
     taken = {
-        trial.user_attrs.get("place")
-        for trial in study.get_trials(deepcopy=False, states=FINISHED)
+        trial.user_attrs.get("place") for trial in study.get_trials(deepcopy=False, states=FINISHED)
     }
     return [place for place in range(total) if place not in taken]

@@ -17,7 +17,7 @@ from typing import Any
 import mlflow
 import optuna
 import requests
-from mlflow.data.dataset import Dataset as MlflowDataset
+from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import _get_latest_schema_revision
@@ -70,7 +70,7 @@ def _check_schema(uri: str, path: Path) -> None:
             row = file.execute("SELECT version_num FROM alembic_version").fetchone()
         except sqlite3.DatabaseError:
             row = None
-    if row is None or row[0] != _get_latest_schema_revision():
+    if row is None or row[0] != _get_latest_schema_revision():  # type: ignore[no-untyped-call]
         raise InputError(
             f"--tracking-uri must be a database of MLflow {mlflow.__version__}, but {str(path)!r} "
             f"has the schema {row[0] if row else 'of no version'}; copy the file and run "
@@ -174,7 +174,9 @@ class Tracking:
 
     # ---- runs of trials ----------------------------------------------------------------------
 
-    def create_run(self, parent: str, name: str, number: int, tags: Mapping[str, str] | None = None) -> str:
+    def create_run(
+        self, parent: str, name: str, number: int, tags: Mapping[str, str] | None = None
+    ) -> str:
         """A new nested run of trial `number`; returns its id."""
         run = self.client.create_run(
             self.experiment_id,
@@ -277,7 +279,8 @@ class Tracking:
 def _create_schema(url: str, artifacts: str) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    SqlAlchemyStore(url, artifacts).engine.dispose()
+    store = SqlAlchemyStore(url, artifacts)  # type: ignore[no-untyped-call]
+    store.engine.dispose()
 
 
 def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
@@ -291,12 +294,9 @@ def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
 
 def params_of(trial: FrozenTrial, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The params that the run of `trial` shall hold; `facts` are those of all trials."""
-    own = {
-        name: trial.user_attrs[name]
-        for name in ("seed", "trainable_parameters")
-        if name in trial.user_attrs
-    }
-    return {**trial.params, **facts, **own}
+    own = ("seed", "trainable_parameters")
+    attrs = {name: value for name, value in trial.user_attrs.items() if name in own}
+    return {**trial.params, **facts, **attrs}
 
 
 def facts(config: StudyConfig, dataset: Dataset) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def facts(config: StudyConfig, dataset: Dataset) -> dict[str, Any]:
 def dataset_input(dataset: Dataset) -> DatasetInput:
     """The dataset as `mlflow.data` describes it."""
     x, y = dataset.train
-    described: MlflowDataset = mlflow.data.from_numpy(
+    described = from_numpy(
         features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
     )
     return DatasetInput(described._to_mlflow_entity(), tags=[])

@@ -6,6 +6,7 @@ its metrics and every callback still work. Networks of equal architecture share 
 graph: learning rate and dropout rate are variables of it, and so are the seeds.
 """
 
+import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,8 +31,9 @@ class TrainingDiverged(Exception):
 
 def limit_threads(threads: int) -> None:
     """Give TensorFlow `threads` threads; has no effect once TensorFlow has run."""
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
 def train(
@@ -46,7 +48,7 @@ def train(
 ) -> History:
     """Train `model` in place, as `fit` would, and return the history: a list an epoch a metric.
 
-    examples, validation: x of shape (n, features), y of shape (n,).
+    examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,).
     seed: decides the order of the examples in every epoch and the dropout masks.
     Raises TrainingDiverged, and whatever a callback raises.
     """
@@ -77,7 +79,7 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Any:
     return tf.random.experimental.stateless_shuffle(tf.range(examples), seed=[seed, epoch])
 
 
-class EpochInGraph(keras.Sequential):
+class EpochInGraph(keras.Sequential):  # type: ignore[misc]
     """A network whose `train_step` takes the whole training set and runs one epoch on it."""
 
     batch_size: int
@@ -109,9 +111,7 @@ class EpochInGraph(keras.Sequential):
                 for source, target in zip(mine.weights, theirs.weights, strict=True):
                     target.assign(source)
         model.optimizer.build(model.trainable_variables)
-        for source, target in zip(
-            self.optimizer.variables, model.optimizer.variables, strict=True
-        ):
+        for source, target in zip(self.optimizer.variables, model.optimizer.variables, strict=True):
             target.assign(source)
 
     def train_step(self, data: Any) -> Any:
@@ -124,7 +124,7 @@ class EpochInGraph(keras.Sequential):
 
         def train_on(first: Any) -> Any:
             batch = order[first : first + self.batch_size]  # the last one may be smaller
-            step((tf.gather(x, batch), tf.gather(y, batch)))
+            step((_scaled(tf.gather(x, batch)), tf.gather(y, batch)))
             return first + self.batch_size
 
         tf.while_loop(
@@ -136,7 +136,7 @@ class EpochInGraph(keras.Sequential):
         return self.get_metrics_result()
 
 
-class FusedAdam(keras.optimizers.Adam):
+class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]
     """Keras' Adam, a variable's whole update in TensorFlow's one kernel for it.
 
     The same numbers (Kingma and Ba 2015) in a third of the time.
@@ -227,9 +227,7 @@ def _compile(model: keras.Sequential, batch_size: int) -> EpochInGraph:
     ]
     graph = EpochInGraph([keras.Input(model.input_shape[1:]), *layers])
     graph.prepare(batch_size)
-    graph.compile(
-        optimizer=FusedAdam(), loss=model.loss, metrics=["accuracy"], jit_compile=False
-    )
+    graph.compile(optimizer=FusedAdam(), loss=model.loss, metrics=["accuracy"], jit_compile=False)
     graph.optimizer.build(graph.trainable_variables)  # else `fit` traces the epoch twice
     return graph
 
@@ -239,4 +237,10 @@ def _whole(x: Images, y: Labels) -> tf.data.Dataset:
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
+    examples = tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
+    return examples.map(lambda x, y: (_scaled(x), y))
+
+
+def _scaled(x: Any) -> Any:
+    """What `data.scaled` does, in the graph."""
+    return tf.cast(x, tf.float32) / 255.0 if x.dtype == tf.uint8 else x

@@ -7,7 +7,6 @@ what a failing tracking server did not take.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -15,29 +14,11 @@ import optuna
 from optuna.trial import TrialState
 from optuna_integration import KerasPruningCallback
 
-from search import data, model, sampling, storage, training
+from search import data, model, registry, sampling, storage, training
 from search.config import StudyConfig, one_line
+from search.outcome import Outcome
 from search.space import Hyperparameters
 from search.tracking import METRICS, STATE, Tracking, dataset_input, facts, params_of
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a trial ended, as the engine and the display need it.
-
-    value: val_accuracy after the last epoch, of a COMPLETE trial.
-    last: val_accuracy after the last epoch that was run, where there was one.
-    """
-
-    number: int
-    place: int
-    state: str
-    value: float | None
-    last: float | None
-    hyperparameters: Hyperparameters | None
-    epochs: int
-    seconds: float
-    failure: str | None
 
 
 class Worker:
@@ -60,6 +41,8 @@ class Worker:
 
     def run_trial(self, place: int) -> Outcome:
         """Run the trial at `place` to its end, whatever that is. Optuna's errors are raised."""
+        if place > 0:
+            self._let_the_first_begin()
         self.study.sampler = sampling.sampler(self.config, place)
         attempt = _Attempt(self, place)
         try:
@@ -67,6 +50,25 @@ class Worker:
         finally:
             attempt.end()
         return attempt.outcome()
+
+    def _let_the_first_begin(self) -> None:
+        """A study's first trial is the one at place 0, whichever worker is ready first."""
+        deadline = time.monotonic() + 60
+        while not self.study.get_trials(deepcopy=False) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def retrain(self, number: int) -> str:
+        """Train the configuration of trial `number` anew, log it and return its run."""
+        trial = self.study.get_trials(deepcopy=False)[number]
+        return registry.retrain(
+            self.config,
+            self.dataset,
+            self.tracking,
+            self.parent_run,
+            trial,
+            params_of(trial, self.facts),
+            self.dataset_input,
+        )
 
 
 class _Attempt:
@@ -88,8 +90,8 @@ class _Attempt:
             return self._train(trial)
         except optuna.TrialPruned:
             raise
-        except KeyboardInterrupt:
-            trial.set_user_attr("failure", "interrupted by the user")
+        except KeyboardInterrupt as interruption:
+            trial.set_user_attr("failure", str(interruption) or "interrupted")
             raise
         except Exception as error:
             trial.set_user_attr("failure", f"{type(error).__name__}: {one_line(error)}")
@@ -155,9 +157,7 @@ class _Attempt:
     def end(self) -> None:
         """End the run as the trial ended."""
         if self._number is not None and self._run_id is not None:
-            self._mirror(
-                lambda: self._worker.tracking.finish(str(self._run_id), self._frozen())
-            )
+            self._mirror(lambda: self._worker.tracking.finish(str(self._run_id), self._frozen()))
 
     def _frozen(self) -> optuna.trial.FrozenTrial:
         assert self._number is not None

@@ -1,0 +1,300 @@
+"""The settings: checked when built, read from text and files, printed without secrets."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search import config
+from search.config import InputError, RunError, StudyConfig
+
+DIGEST = "mnist (0123456789ab)"
+
+
+def test_the_defaults_are_valid() -> None:
+    assert StudyConfig() == StudyConfig(**config.defaults())
+
+
+def test_a_configuration_never_changes() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        StudyConfig().epochs = 3  # type: ignore[misc]
+
+
+def test_the_two_errors_have_two_exit_codes() -> None:
+    assert (InputError.exit_code, RunError.exit_code) == (2, 1)
+
+
+@pytest.mark.parametrize("name", config.options())
+def test_every_setting_says_what_it_is_for(name: str) -> None:
+    option = config.options()[name]
+    assert option.help.endswith(".")
+    assert option.group
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"n_trials": 0}, "--n-trials must be a whole number"),
+        ({"n_trials": 1.0}, "--n-trials must be a whole number"),
+        ({"n_trials": True}, "--n-trials must be a whole number"),
+        ({"n_trials": None}, "--n-trials must be a whole number"),
+        ({"n_trials": "5"}, "--n-trials must be a whole number"),
+        ({"epochs": -1}, "--epochs must be a whole number"),
+        ({"batch_size": 0}, "--batch-size must be a whole number"),
+        ({"seed": -1}, "--seed must be a whole number from 0 to 2147483647"),
+        ({"seed": 2**31}, "--seed must be a whole number from 0 to 2147483647"),
+        ({"timeout": -0.1}, "--timeout must be a number, 0 or more"),
+        ({"timeout": float("nan")}, "--timeout must be a number, 0 or more"),
+        ({"patience": 0}, "--patience must be a whole number"),
+        ({"validation_split": 0.0}, "--validation-split must be a number between 0 and 1"),
+        ({"validation_split": 1}, "--validation-split must be a number between 0 and 1"),
+        ({"sampler": "TPE"}, "--sampler must be one of tpe, random, qmc, grid"),
+        ({"pruner": ""}, "--pruner must be one of median, halving, hyperband, none"),
+        ({"study_name": "a b"}, "--study-name must be letters, digits"),
+        ({"study_name": "a\n"}, "--study-name must be letters, digits"),
+        ({"dataset": " "}, "--dataset must be text, not empty"),
+        ({"dataset": "a\0b"}, "--dataset must be text, not empty"),
+        ({"storage": 3}, "--storage must be text, not empty"),
+        ({"hidden_units": 512}, "--hidden-units must be text, not empty"),
+        ({"dropout_rate": "1"}, "--dropout-rate must be numbers from 0 to below 1"),
+    ],
+)
+def test_a_value_outside_its_rule_is_refused(given: dict[str, Any], rule: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        StudyConfig(**given)
+    assert str(refusal.value).startswith(rule)
+    assert "but got" in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n_trials": 1, "epochs": 1, "batch_size": 1, "seed": 0, "patience": 1, "timeout": 0},
+        {"seed": 2**31 - 1},
+        {"timeout": 1},
+        {"timeout": None, "patience": None},
+        {"validation_split": 0.999},
+        {"study_name": "A-z_0.9"},
+        {"sampler": "grid", "dropout_rate": "0.1,0.3", "learning_rate": "0.001"},
+    ],
+)
+def test_the_ends_of_the_rules_are_allowed(given: dict[str, Any]) -> None:
+    StudyConfig(**given)
+
+
+def test_a_misspelt_choice_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean median"):
+        StudyConfig(pruner="medain")
+
+
+def test_a_grid_of_ranges_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--sampler grid: .*dropout_rate.*give a list"):
+        StudyConfig(sampler="grid")
+
+
+def test_the_space_is_what_the_options_describe() -> None:
+    space = StudyConfig(hidden_units="64", dropout_rate="0:0.5", learning_rate="1e-3").space
+    assert {name: str(parameter) for name, parameter in space.as_dict().items()} == {
+        "hidden_units": "64",
+        "dropout_rate": "0:0.5",
+        "learning_rate": "0.001",
+    }
+
+
+def fingerprint(**given: Any) -> dict[str, Any]:
+    return StudyConfig(**given).settings(DIGEST)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_units": "128"},
+        {"dropout_rate": "0.0:0.4"},
+        {"learning_rate": "1e-4:1e-2"},
+        {"validation_split": 0.2},
+        {"epochs": 6},
+        {"batch_size": 64},
+        {"seed": 1},
+    ],
+)
+def test_what_decides_a_trial_changes_the_fingerprint(changed: dict[str, Any]) -> None:
+    assert len(config.differences(fingerprint(), fingerprint(**changed))) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"n_trials": 51},
+        {"sampler": "random"},
+        {"pruner": "none"},
+        {"timeout": 60.0},
+        {"patience": 3},
+        {"hidden_units": "128, 256,512,1024"},
+        {"learning_rate": "0.0001:0.01:log"},
+        {"model_name": "other"},
+    ],
+)
+def test_what_may_change_leaves_the_fingerprint(changed: dict[str, Any]) -> None:
+    assert fingerprint() == fingerprint(**changed)
+
+
+def test_a_grid_has_a_fingerprint_of_its_own() -> None:
+    lists = {"dropout_rate": "0.1,0.3", "learning_rate": "0.001"}
+    assert config.differences(fingerprint(**lists), fingerprint(sampler="grid", **lists)) == [
+        "grid: False -> True"
+    ]
+
+
+def test_the_fingerprint_holds_the_dataset() -> None:
+    assert DIGEST in fingerprint().values()
+
+
+def test_differences_name_what_was_stored_and_what_is_given() -> None:
+    assert config.differences({"a": 1, "b": 2, "old": 3}, {"a": 1, "b": 5, "new": 4}) == [
+        "b: 2 -> 5",
+        "new: None -> 4",
+        "old: 3 -> None",
+    ]
+    assert config.differences({"a": 1}, {"a": 1}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("n_trials", "50", 50),
+        ("n_trials", "1.5", "1.5"),
+        ("n_trials", "", ""),
+        ("timeout", "1.5", 1.5),
+        ("patience", "3", 3),
+        ("validation_split", "0.2", 0.2),
+        ("study_name", "7", "7"),
+        ("hidden_units", "512", "512"),
+    ],
+)
+def test_text_becomes_a_settings_own_type_or_stays_to_be_refused(
+    name: str, text: str, value: Any
+) -> None:
+    read = config.from_text(name, text)
+    assert (read, type(read)) == (value, type(value))
+
+
+def read(folder: Path, text: str) -> dict[str, Any]:
+    path = folder / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    return config.read_file(str(path))
+
+
+def test_a_file_gives_settings_with_either_spelling_of_a_key(tmp_path: Path) -> None:
+    assert read(tmp_path, 'n-trials = 7\nbatch_size = 64\nstudy-name = "a"\n') == {
+        "n_trials": 7,
+        "batch_size": 64,
+        "study_name": "a",
+    }
+
+
+def test_a_file_may_write_hyperparameters_as_lists_numbers_or_text(tmp_path: Path) -> None:
+    settings = read(
+        tmp_path, 'hidden-units = [64, 128]\ndropout-rate = 0.2\nlearning-rate = "1e-4:1e-2:log"\n'
+    )
+    assert settings == {
+        "hidden_units": "64,128",
+        "dropout_rate": "0.2",
+        "learning_rate": "1e-4:1e-2:log",
+    }
+    StudyConfig(**settings)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert read(tmp_path, "") == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("n-trails", "n-trials"), ("batchsize", "batch-size"), ("learnig-rate", "learning-rate")],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, near: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        read(tmp_path, f"{key} = 5\n")
+    assert repr(key) in str(refusal.value)
+    assert near in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("storage", "tracking"),
+    [
+        ("sqlite:///a.db", "sqlite:///a.db"),
+        ("sqlite:///a.db", "sqlite:///./a.db"),
+        ("sqlite:///a.db", "sqlite:///folder/../a.db"),
+        ("sqlite+pysqlite:///a.db", "sqlite:///a.db"),
+        ("postgresql://host/db", "postgresql://host/db"),
+    ],
+)
+def test_one_database_for_both_is_recognized(storage: str, tracking: str) -> None:
+    assert config.same_database(storage, tracking)
+
+
+def test_one_database_is_recognized_through_links_and_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.db").touch()
+    Path("symbolic.db").symlink_to("a.db")
+    Path("hard.db").hardlink_to("a.db")
+    for other in (f"sqlite:///{tmp_path}/a.db", "sqlite:///symbolic.db", "sqlite:///hard.db"):
+        assert config.same_database("sqlite:///a.db", other)
+
+
+@pytest.mark.parametrize(
+    ("storage", "tracking"),
+    [
+        ("sqlite:///a.db", "sqlite:///b.db"),
+        ("sqlite:///a.db", "postgresql://host/a.db"),
+        ("postgresql://host/optuna", "postgresql://host/mlflow"),
+        ("sqlite:///a.db", "http://localhost:5000"),
+    ],
+)
+def test_two_databases_are_told_apart(storage: str, tracking: str) -> None:
+    assert not config.same_database(storage, tracking)
+
+
+def test_the_file_behind_a_url_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.sqlite_path("sqlite:///a.db") == tmp_path / "a.db"
+    assert config.sqlite_path("sqlite:////var/a.db") == Path("/var/a.db")
+    assert config.sqlite_path("postgresql://host/a") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://me:hunter2@host/db",
+        "postgresql+psycopg://me:hunter2@host:5432/db?sslmode=require",
+        "http://me:hunter2@host:5000/path",
+        "postgresql://host/db?user=me&password=hunter2",
+        "postgresql://me:p@hunter2@host/db",
+        "postgresql://me:p:hunter2@host/db",
+        "http://:hunter2@host",
+        "https://host/?token=hunter2&x=1",
+        "cannot open 'mysql://me:hunter2@host/db': refused",
+        "from postgresql://me:hunter2@one/db to http://you:hunter2@two/",
+    ],
+)
+def test_no_password_is_printed(text: str) -> None:
+    assert "hunter2" not in config.redact(text)
+    assert "***" in config.redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:///study.db",
+        "http://localhost:5000",
+        "postgresql://me@host/db",
+        "sqlite:///a@b.db",
+        "--study-name a exists (stored -> given): epochs: 5 -> 6",
+    ],
+)
+def test_what_is_no_secret_is_printed_as_it_is(text: str) -> None:
+    assert config.redact(text) == text

@@ -1,0 +1,203 @@
+"""Datasets: the bundled digits, files of one's own, scaling and splitting."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from search import data
+from search.config import InputError
+
+SHA256 = {
+    "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+    "y_train": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+    "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+    "y_test": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
+}
+
+
+@pytest.fixture(scope="module")
+def mnist() -> data.Dataset:
+    return data.load("mnist", 0.1)
+
+
+def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
+    """A small valid dataset: 40 and 10 examples of 4 numbers, 2 classes."""
+    rng = np.random.default_rng(0)
+    return {
+        "x_train": rng.normal(size=(40, 4)).astype(np.float32),
+        "y_train": np.arange(40) % 2,
+        "x_test": rng.normal(size=(10, 4)).astype(np.float32),
+        "y_test": np.arange(10) % 2,
+        **changed,
+    }
+
+
+def load(folder: Path, share: float = 0.1, **changed: Any) -> data.Dataset:
+    path = folder / "data.npz"
+    np.savez(path, **arrays(**changed))
+    return data.load(str(path), share)
+
+
+@pytest.mark.parametrize("key", data.ARRAYS)
+def test_the_bundled_digits_are_the_standard_ones(key: str) -> None:
+    with np.load(data.MNIST, allow_pickle=False) as archive:
+        array = archive[key]
+    assert array.dtype == np.uint8
+    assert hashlib.sha256(array.tobytes()).hexdigest() == SHA256[key]
+
+
+def test_the_digits_are_split_into_54_6_and_10_thousand(mnist: data.Dataset) -> None:
+    assert mnist.train[0].shape == (54_000, 784)
+    assert mnist.validation[0].shape == (6_000, 784)
+    assert mnist.x_test.shape == (10_000, 784)
+    assert mnist.x_all.shape == (60_000, 784)
+    assert [len(y) for _, y in (mnist.train, mnist.validation)] == [54_000, 6_000]
+    assert (mnist.features, mnist.classes, mnist.sample_shape) == (784, 10, (28, 28))
+
+
+def test_the_digits_are_scaled_to_one(mnist: data.Dataset) -> None:
+    for x in (mnist.x_all, mnist.x_test):
+        scaled = data.scaled(x)
+        assert scaled.dtype == np.float32
+        assert (scaled.min(), scaled.max()) == (0.0, 1.0)
+    with np.load(data.MNIST, allow_pickle=False) as archive:
+        pixels = archive["x_train"].reshape(60_000, 784)
+    np.testing.assert_array_equal(mnist.x_all, pixels)
+    np.testing.assert_array_equal(
+        data.scaled(mnist.x_all[:100]), pixels[:100].astype(np.float32) / np.float32(255)
+    )
+
+
+def test_the_digits_labels_are_whole_numbers(mnist: data.Dataset) -> None:
+    for y in (mnist.y_all, mnist.y_test):
+        assert y.dtype == np.int32
+        assert set(np.unique(y)) == set(range(10))
+
+
+def test_a_dataset_says_its_sizes(mnist: data.Dataset) -> None:
+    assert str(mnist).startswith("mnist: 54,000 / 6,000 / 10,000 examples")
+
+
+def test_the_validation_set_is_the_end_of_the_training_data(tmp_path: Path) -> None:
+    x = np.arange(160, dtype=np.float32).reshape(40, 4)
+    dataset = load(tmp_path, 0.25, x_train=x)
+    np.testing.assert_array_equal(dataset.train[0], x[:30])
+    np.testing.assert_array_equal(dataset.validation[0], x[30:])
+    np.testing.assert_array_equal(dataset.validation[1], np.arange(30, 40) % 2)
+    np.testing.assert_array_equal(dataset.x_all, x)
+
+
+@pytest.mark.parametrize(
+    ("share", "train"), [(0.1, 36), (0.5, 20), (0.01, 39), (0.97, 1), (0.3, 28), (0.26, 29)]
+)
+def test_the_split_rounds_as_keras_does(tmp_path: Path, share: float, train: int) -> None:
+    assert load(tmp_path, share).train_size == train == int(40 * (1 - share))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numbers_with_a_fraction_stay_as_they_are(tmp_path: Path, kind: type) -> None:
+    x = np.linspace(-300, 300, 160).reshape(40, 4).astype(kind)
+    dataset = load(tmp_path, x_train=x)
+    assert dataset.x_all.dtype == np.float32
+    np.testing.assert_array_equal(dataset.x_all, x.astype(np.float32))
+
+
+def test_whole_numbers_other_than_bytes_stay_as_they_are(tmp_path: Path) -> None:
+    x = np.arange(160).reshape(40, 4)
+    np.testing.assert_array_equal(load(tmp_path, x_train=x).x_all, x)
+
+
+def test_bytes_stay_bytes_until_they_are_scaled(tmp_path: Path) -> None:
+    x = np.full((40, 2, 2), 51, dtype=np.uint8)
+    dataset = load(tmp_path, x_train=x, x_test=x[:10])
+    assert dataset.x_all.dtype == dataset.x_test.dtype == np.uint8
+    np.testing.assert_array_equal(
+        data.scaled(dataset.x_all), np.full((40, 4), 0.2, dtype=np.float32)
+    )
+    assert dataset.sample_shape == (2, 2)
+
+
+def test_numbers_with_a_fraction_are_not_scaled(tmp_path: Path) -> None:
+    dataset = load(tmp_path, x_train=np.full((40, 4), 255.0))
+    np.testing.assert_array_equal(data.scaled(dataset.x_all), np.full((40, 4), 255.0))
+
+
+def test_images_of_any_shape_become_flat(tmp_path: Path) -> None:
+    x = np.zeros((40, 2, 3, 4), dtype=np.float32)
+    dataset = load(tmp_path, x_train=x, x_test=x[:10])
+    assert dataset.features == 24
+    assert dataset.x_all.flags.c_contiguous
+
+
+def test_labels_in_a_column_are_accepted(tmp_path: Path) -> None:
+    column = load(tmp_path, y_train=np.arange(40)[:, None] % 2, y_test=np.arange(10)[:, None] % 2)
+    row = load(tmp_path)
+    assert column.y_all.shape == (40,)
+    np.testing.assert_array_equal(column.y_all, row.y_all)
+    np.testing.assert_array_equal(column.y_test, row.y_test)
+
+
+def test_a_test_set_may_lack_a_class(tmp_path: Path) -> None:
+    assert load(tmp_path, y_test=np.zeros(10, dtype=np.uint8)).classes == 2
+
+
+def test_arrays_in_fortran_order_are_read_like_others(tmp_path: Path) -> None:
+    usual = load(tmp_path)
+    fortran = load(tmp_path, x_train=np.asfortranarray(arrays()["x_train"]))
+    np.testing.assert_array_equal(fortran.x_all, usual.x_all)
+    assert fortran.digest == usual.digest
+
+
+def test_compressed_files_are_read(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "small.npz", **arrays())
+    assert data.load(str(tmp_path / "small.npz"), 0.1).digest == load(tmp_path).digest
+
+
+def test_the_digest_depends_on_the_numbers_and_not_on_the_file(tmp_path: Path) -> None:
+    first = load(tmp_path)
+    again = data.load(os.path.relpath(tmp_path / "data.npz"), 0.5)
+    assert first.digest == again.digest
+    x = arrays()["x_train"]
+    x[7, 3] += 1
+    assert load(tmp_path, x_train=x).digest != first.digest
+
+
+def test_the_digest_depends_on_the_type_and_the_shape(tmp_path: Path) -> None:
+    x = np.zeros((40, 2, 2), dtype=np.float32)
+    digests = {
+        load(tmp_path, x_train=changed, x_test=changed[:10]).digest
+        for changed in (x, x.reshape(40, 4), x.astype(np.float64), x.astype(np.int32))
+    }
+    assert len(digests) == 4
+
+
+class Trap:
+    """Unpickling it creates the file `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("key", data.ARRAYS)
+def test_objects_are_never_unpickled(tmp_path: Path, key: str) -> None:
+    marker = tmp_path / "marker"
+    trap = np.array([Trap(marker)], dtype=object)
+    with pytest.raises(InputError, match="must hold arrays of numbers, but has an array of obj"):
+        load(tmp_path, **{key: trap})
+    assert not marker.exists()
+    with np.load(tmp_path / "data.npz", allow_pickle=True) as archive:
+        archive[key][0].close()
+    assert marker.exists(), "the trap does not work, so the test above shows nothing"
+
+
+def test_a_name_that_is_neither_a_dataset_nor_a_file_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--dataset must be mnist, .*but got 'emnist'"):
+        data.load("emnist", 0.1)
