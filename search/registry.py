@@ -83,10 +83,6 @@ def retrain(
     tracking.log_result(
         run_id, history, {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
     )
-    with tempfile.TemporaryDirectory() as folder, _silence():
-        legacy = Path(folder) / "mnist_model.h5"
-        network.save(legacy)
-        tracking.client.log_artifact(run_id, str(legacy))
     with tracking.active(run_id), _silence():
         example = scaled(dataset.x_all[:2])
         info = Model.log(
@@ -98,6 +94,12 @@ def retrain(
             input_example=example,
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in _PINNED],
         )
+        with tempfile.TemporaryDirectory() as folder:
+            # Last, because writing HDF5 (Keras 3.15) drops the optimizer from the model's own
+            # compile configuration, and a .keras file written afterwards would lack it.
+            legacy = Path(folder) / "mnist_model.h5"
+            network.save(legacy)
+            tracking.client.log_artifact(run_id, str(legacy))
         tracking.client.set_tag(run_id, _MODEL_URI, info.model_uri)
     return run_id
 

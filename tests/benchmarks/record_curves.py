@@ -1,4 +1,4 @@
-"""Record real learning curves on MNIST: python tests/benchmarks/record_curves.py --configurations 220
+"""Record real learning curves on MNIST: python tests/benchmarks/record_curves.py
 
 Random configurations of the default space, and the reference on many seeds, each trained for five
 epochs on 54,000 digits. A row holds val and test accuracy after every epoch and the seconds of

@@ -1,0 +1,80 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 2,000 real training digits and 400 test digits."""
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    with np.load(ROOT / "search" / "datasets" / "mnist.npz") as mnist:
+        np.savez(
+            path,
+            x_train=mnist["x_train"][:2000],
+            y_train=mnist["y_train"][:2000],
+            x_test=mnist["x_test"][:400],
+            y_test=mnist["y_test"][:400],
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def clouds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clouds of points in four dimensions: trains in milliseconds."""
+    path = tmp_path_factory.mktemp("data") / "clouds.npz"
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(3, 4)) * 3
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.arange(count) % 3
+        return (centres[y] + random.normal(size=(count, 4))).astype("float32"), y
+
+    (x_train, y_train), (x_test, y_test) = draw(150), draw(30)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return path
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
+    """The real command, in a process group of its own, as a shell would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "study.py"), *options],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=dict(os.environ),
+    )
+
+
+def command(folder: Path, *options: str, timeout: float = 300) -> tuple[int, str, str]:
+    """Run the real command to its end; returns exit code, standard output and error."""
+    process = start(folder, *options)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+    return process.returncode, out, err

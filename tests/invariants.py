@@ -1,0 +1,129 @@
+"""What must hold of both ledgers whenever a run has ended, whatever happened before."""
+
+import sqlite3
+from collections import defaultdict
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import optuna
+from mlflow.tracking import MlflowClient
+from optuna.trial import TrialState
+
+from search.tracking import METRICS, STATUS
+
+
+def dump(folder: Path) -> dict[str, list[str]]:
+    """Everything in both databases."""
+    content = {}
+    for name in ("study.db", "mlflow.db"):
+        with closing(sqlite3.connect(folder / name)) as database:
+            content[name] = list(database.iterdump())
+    return content
+
+
+def check(
+    folder: Path,
+    finished: int | None = None,
+    *,
+    study_name: str = "mnist-dnn",
+    model_name: str = "MNIST_DNN_Model",
+    registered: bool = True,
+) -> dict[str, Any]:
+    """Assert that both ledgers in `folder` agree; returns what was found."""
+    for name in ("study.db", "mlflow.db"):
+        with closing(sqlite3.connect(folder / name)) as database:
+            assert database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
+    study = optuna.load_study(study_name=study_name, storage=storage)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(uri, registry_uri=uri)
+    experiments = [e for e in client.search_experiments() if e.name == "MNIST_Classification"]
+    assert len(experiments) == 1
+    runs = client.search_runs([experiments[0].experiment_id], max_results=5000)
+    mine = [run for run in runs if run.data.tags.get("optuna.study_name") == study_name]
+    parents = [run for run in mine if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    parent = parents[0]
+    assert parent.info.run_id == study.user_attrs["mlflow_run_id"]
+    assert parent.info.status != "RUNNING"
+    children = [
+        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    ]
+    by_trial = defaultdict(list)
+    for run in children:
+        assert run.info.status != "RUNNING"
+        if run.info.run_name.startswith("trial-") and "optuna.orphan" not in run.data.tags:
+            by_trial[int(run.data.tags["optuna.trial_number"])].append(run)
+
+    trials = study.get_trials()
+    assert sorted(by_trial) == [trial.number for trial in trials]
+    for trial in trials:
+        assert trial.state.is_finished(), f"trial {trial.number} is {trial.state.name}"
+        (run,) = by_trial[trial.number]
+        check_pair(client, trial, run)
+    places = sorted(t.user_attrs["place"] for t in trials if t.state is not TrialState.FAIL)
+    assert places == list(range(len(places)))
+    if finished is not None:
+        assert len(places) == finished
+
+    winner = None
+    if registered:
+        winner = check_registered(client, study, children, model_name)
+    storage.remove_session()
+    storage.engine.dispose()
+    return {
+        "study": study,
+        "trials": trials,
+        "runs": {number: runs[0] for number, runs in by_trial.items()},
+        "parent": parent,
+        "children": children,
+        "client": client,
+        "winner": winner,
+    }
+
+
+def check_pair(client: MlflowClient, trial: optuna.trial.FrozenTrial, run: Any) -> None:
+    """Assert that a run is as its trial says."""
+    assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
+    assert run.info.run_name == f"trial-{trial.number:04d}"
+    assert run.info.status == STATUS[trial.state]
+    assert run.data.tags["optuna.trial_state"] == trial.state.name
+    for name, value in trial.params.items():
+        assert run.data.params[name] == str(value)
+    if trial.state is TrialState.FAIL:
+        assert trial.user_attrs["failure"]
+        assert run.data.tags["optuna.failure"] == trial.user_attrs["failure"]
+    history = trial.user_attrs.get("history", [])
+    assert [entry["epoch"] for entry in history] == list(range(len(history)))
+    for name in METRICS.values():
+        logged = client.get_metric_history(run.info.run_id, name)
+        assert [m.step for m in logged] == list(range(len(history)))
+        assert [m.value for m in logged] == [entry[name] for entry in history]
+    reported = trial.intermediate_values
+    assert list(reported.values()) == [e["val_accuracy"] for e in history][: len(reported)]
+    if trial.state is not TrialState.FAIL:
+        assert len(reported) == len(history) > 0
+    if trial.state is TrialState.COMPLETE:
+        assert trial.value == history[-1]["val_accuracy"] == run.data.metrics["val_accuracy"]
+
+
+def check_registered(client: MlflowClient, study: Any, children: list[Any], name: str) -> Any:
+    """Assert that exactly one version is in production, the retrained best; returns its run."""
+    versions = client.search_model_versions(f"name = '{name}'")
+    production = [v for v in versions if v.current_stage == "Production"]
+    assert len(production) == 1
+    assert client.get_model_version_by_alias(name, "production").version == production[0].version
+    run = next((r for r in children if r.info.run_id == production[0].run_id), None)
+    if run is None:
+        return None  # another study's model is in production
+    best = max(
+        (t for t in study.get_trials() if t.state is TrialState.COMPLETE),
+        key=lambda t: (t.value, -t.number),
+    )
+    assert run.data.tags["optuna.trial_number"] == str(best.number)
+    assert run.info.run_name == f"retrain-trial-{best.number:04d}"
+    assert run.info.status == "FINISHED"
+    assert 0 <= run.data.metrics["test_accuracy"] <= 1
+    assert sum(v.run_id == run.info.run_id for v in versions) == 1
+    return run
