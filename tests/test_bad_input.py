@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -115,8 +116,10 @@ TRIALS = ("--n-trials must be a whole number, 1 or more", "for example --n-trial
 EPOCHS = ("--epochs must be a whole number, 1 or more", "for example --epochs 5")
 BATCH = ("--batch-size must be a whole number, 1 or more", "for example --batch-size 128")
 SEED = ("--seed must be a whole number from 0 to 2147483647", "for example --seed 0")
-PATIENCE = ("--patience must be a whole number, 1 or more", "for example --patience 10")
-TIMEOUT = ("--timeout must be a number, 0 or more", "for example --timeout 10")
+PATIENCE = ("--patience must be a whole number, 1 or more", "for example --patience 2")
+WORKERS = ("--workers must be auto or a whole number from 1 to 256", "for example --workers 2")
+FAILURES = ("--max-failures must be a whole number, 1 or more", "for example --max-failures 5")
+TIMEOUT = ("--timeout must be a number, 0 or more", "for example --timeout 2")
 SPLIT = (
     "--validation-split must be a number between 0 and 1",
     "for example --validation-split 0.1",
@@ -141,22 +144,27 @@ RATE_EXAMPLE = "for example 1e-4:1e-2:log"
 RATE = ("--learning-rate must be numbers above 0, at most 10", RATE_EXAMPLE)
 
 VALUES = [
+    ("hidden_units", "", ("--hidden-units must be text, not empty", "--hidden-units 128,")),
+    ("dropout_rate", "", ("--dropout-rate must be text, not empty", "--dropout-rate 0.0:0.5")),
+    ("learning_rate", "", ("--learning-rate must be text, not empty", "--learning-rate 1e-4:")),
     *[("n_trials", text, TRIALS) for text in ("0", "-1", "1.5", "abc", "", " ", "1e3", "0x10")],
     *[("n_trials", text, TRIALS) for text in ("inf", "nan", "5 trials", "½", "--n-trials")],
     *[("epochs", text, EPOCHS) for text in ("0", "-5", "2.0", "five", "")],
     *[("batch_size", text, BATCH) for text in ("0", "-128", "12.5", "big", "")],
     *[("seed", text, SEED) for text in ("-1", "2147483648", "0.5", "random", "")],
+    *[("workers", text, WORKERS) for text in ("0", "-1", "257", "1.5", "all", "")],
+    *[("max_failures", text, FAILURES) for text in ("0", "-1", "none", "")],
     *[("patience", text, PATIENCE) for text in ("0", "-1", "2.5", "much", "")],
     *[("timeout", text, TIMEOUT) for text in ("-1", "nan", "inf", "-inf", "60s", "1:00", "")],
     *[("validation_split", text, SPLIT) for text in ("0", "1", "nan", "-0.1", "1.5", "inf")],
     *[("validation_split", text, SPLIT) for text in ("10%", "", "1/10", "0,1")],
-    *[("sampler", text, SAMPLER) for text in ("bayesian", "", "TPE", "tpe ")],
+    *[("sampler", text, SAMPLER) for text in ("bayesian", "", "TPE")],
     *[("pruner", text, PRUNER) for text in ("patient", "", "NONE")],
     *[("study_name", text, STUDY) for text in ("a/b", "../a", "a b", "", "naïve", "研究", "a:b")],
     *[("study_name", text, STUDY) for text in ("a\nb", "a\n", "{a}", "a'b", "a;b", "a%b")],
     *[("experiment", text, EXPERIMENT) for text in ("a/b", "a b", "", "é", "a\tb")],
     *[("model_name", text, MODEL) for text in ("a/b", "models:/a", "a b", "", "模型", "a@b")],
-    *[("hidden_units", text, UNITS) for text in ("12a", "0", "-1", "1.5", "", "65537", "1e3")],
+    *[("hidden_units", text, UNITS) for text in ("12a", "0", "-1", "1.5", "65537", "1e3")],
     *[("hidden_units", text, UNITS) for text in ("128,", ",128", "128;256", "[128, 256]", "64:")],
     *[("hidden_units", text, UNITS) for text in ("0:64", "64:100000", "nan", "inf", "64 128")],
     ("hidden_units", "128,128", ("--hidden-units must not name a value twice", UNITS_EXAMPLE)),
@@ -165,7 +173,7 @@ VALUES = [
     ("hidden_units", "64:128:1.5", ("--hidden-units must end in a step or in log", UNITS_EXAMPLE)),
     ("hidden_units", "1024:64", ("--hidden-units must be a range from low to high", UNITS_EXAMPLE)),
     *[("hidden_units", text, UNITS_FORM) for text in ("1:2:3:4", "1,2:4", "1:4,8")],
-    *[("dropout_rate", text, DROPOUT) for text in ("1", "1.2", "-0.1", "nan", "inf", "", "50%")],
+    *[("dropout_rate", text, DROPOUT) for text in ("1", "1.2", "-0.1", "nan", "inf", "50%")],
     *[("dropout_rate", text, DROPOUT) for text in ("0:1", "0.1,", "0.1..0.5", "0,5 0,6", ":", "x")],
     *[("dropout_rate", text, DROPOUT_ENDS) for text in ("0.5:0.1", "0.2:0.2")],
     *[("dropout_rate", text, DROPOUT_STEP) for text in ("0.1:0.5:0", "0.1:0.5:-0.1", "0.1:0.5:1")],
@@ -178,7 +186,7 @@ VALUES = [
         "0:0.5:log",
         ("--dropout-rate must start above 0 on a log scale", DROPOUT_EXAMPLE),
     ),
-    *[("learning_rate", text, RATE) for text in ("0", "-1", "0:1:log", "11", "nan", "inf", "")],
+    *[("learning_rate", text, RATE) for text in ("0", "-1", "0:1:log", "11", "nan", "inf")],
     *[("learning_rate", text, RATE) for text in ("1e-400", "1e-4:", "fast", "1e-4:100")],
     (
         "learning_rate",
@@ -196,12 +204,14 @@ def test_a_value_outside_its_rule_is_refused(
     refused: Refused, name: str, text: str, said: tuple[str, str]
 ) -> None:
     rule, remedy = said
-    refused(command(**{name: text}), f"error: {rule}", f"but got {text!r}", remedy)
+    got = from_text(name, text)
+    refused(command(**{name: text}), f"error: {rule}", f"but got {got!r}", remedy)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "near"),
     [
+        ("sampler", "tpe ", "did you mean tpe?"),
         ("sampler", "tpee", "did you mean tpe?"),
         ("sampler", "rand", "did you mean random?"),
         ("pruner", "medain", "did you mean median?"),
@@ -360,8 +370,8 @@ def test_a_storage_that_is_no_database_is_refused(
     (folder / "here").mkdir()
     line = refused(command(storage=url), f"error: {rule}", remedy)
     assert "hunter2" not in line
-    if "/" in url and "hunter2" not in url and "\n" not in url:
-        assert url.split("?")[0].split("/")[-1][:200] in line
+    words = re.findall(r"\w+", url.partition(":")[2]) or [url]
+    assert any(word[:200] in line for word in words)
 
 
 TRACKING = "--tracking-uri must be sqlite:///FILE, a database URL or http(s)://SERVER"
@@ -492,7 +502,7 @@ def test_a_bad_address_in_the_environment_is_refused(
         ("[study]\nn-trials = 5", ("'study'", "did you mean study-name?")),
         ("[[epochs]]\nn = 5", (EPOCHS[0], "[{'n': 5}]", EPOCHS[1])),
         ('config = "other.toml"', ("'config'", "did you mean")),
-        ('n-trials = "5"', (TRIALS[0], "but got '5'", TRIALS[1])),
+        ('n-trials = "five"', (TRIALS[0], "but got 'five'", TRIALS[1])),
         ("n-trials = 5.0", (TRIALS[0], "but got 5.0", TRIALS[1])),
         ("n-trials = true", (TRIALS[0], "but got True", TRIALS[1])),
         ("n-trials = [5]", (TRIALS[0], "but got [5]", TRIALS[1])),
@@ -500,14 +510,14 @@ def test_a_bad_address_in_the_environment_is_refused(
         ("n-trials = 2026-01-01", (TRIALS[0], "but got datetime.date", TRIALS[1])),
         ("n-trials = nan", (TRIALS[0], "but got nan", TRIALS[1])),
         ("n-trials = 0", (TRIALS[0], "but got 0", TRIALS[1])),
-        (f"n-trials = {'9' * 400}", (TRIALS[0], "but got 999", TRIALS[1])),
+        (f"epochs = {'9' * 400}", ("--epochs must be a whole number", "but got 999", EPOCHS[1])),
         (f"n-trials = {'9' * 5000}", ("--config", "study.toml")),
         ("seed = -1", (SEED[0], "but got -1", SEED[1])),
         ("seed = false", (SEED[0], "but got False", SEED[1])),
         ("timeout = inf", (TIMEOUT[0], "but got inf", TIMEOUT[1])),
         ("timeout = nan", (TIMEOUT[0], "but got nan", TIMEOUT[1])),
         ("timeout = 12:00:00", (TIMEOUT[0], "but got datetime.time", TIMEOUT[1])),
-        ('timeout = "none"', (TIMEOUT[0], "but got 'none'", TIMEOUT[1])),
+        ('timeout = "never"', (TIMEOUT[0], "but got 'never'", TIMEOUT[1])),
         ("validation-split = true", (SPLIT[0], "but got True", SPLIT[1])),
         ("validation-split = 1", (SPLIT[0], "but got 1", SPLIT[1])),
         ("validation-split = [0.1]", (SPLIT[0], "but got [0.1]", SPLIT[1])),
@@ -544,7 +554,7 @@ def test_a_bad_settings_file_is_refused(
     folder: Path, refused: Refused, text: str, fragments: tuple[str, ...]
 ) -> None:
     (folder / "study.toml").write_text(text + "\n", encoding="utf-8")
-    refused(["--config", "study.toml"], *fragments)
+    refused(["--config", "study.toml", "--workers", "1"], *fragments)
 
 
 def test_a_misspelt_key_says_the_file_and_the_rule(folder: Path, refused: Refused) -> None:
