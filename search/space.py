@@ -85,7 +85,7 @@ Parameter = Choice | Range
 
 def _divides(step: Number, length: Number) -> bool:
     ratio = length / step
-    return math.isclose(ratio, round(ratio), rel_tol=0, abs_tol=1e-9)
+    return math.isfinite(ratio) and math.isclose(ratio, round(ratio), rel_tol=0, abs_tol=1e-9)
 
 
 @dataclass(frozen=True)

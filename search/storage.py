@@ -10,9 +10,10 @@ import socket
 import sqlite3
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -20,7 +21,7 @@ import psutil
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import Engine
 
 from search.config import (
@@ -87,11 +88,11 @@ def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str
         )
     other = f"move it away or give another file, for example {option} sqlite:///new.db"
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
-            if path.stat().st_size == 0:
-                raise InputError(
-                    f"{option} must be {owner}'s database, but {str(path)!r} is empty; {other}"
-                )
+        if path.stat().st_size == 0:
+            raise InputError(
+                f"{option} must be {owner}'s database, but {str(path)!r} is empty; {other}"
+            )
+        with read_only(path) as file:
             verdict = file.execute("PRAGMA quick_check(1)").fetchone()[0]
             found = {
                 row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type='table'")
@@ -113,8 +114,21 @@ def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str
         )
 
 
-def _read_only(path: Path) -> str:
-    return f"sqlite:///{_braces(path.as_uri())}?mode=ro&uri=true"
+def _read_only_uri(path: Path) -> str:
+    """A URI that opens `path` and leaves nothing beside it.
+
+    Reading a WAL database leaves its -wal and -shm files behind, so one that has none, and so no
+    other user and nothing pending, is opened as immutable.
+    """
+    pending = Path(f"{path}-wal").exists()
+    return f"{path.as_uri()}?{'mode=ro' if pending else 'immutable=1'}"
+
+
+@contextlib.contextmanager
+def read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """The SQLite database `path`, to read and nothing else."""
+    with contextlib.closing(sqlite3.connect(_read_only_uri(path), uri=True)) as connection:
+        yield connection
 
 
 def _braces(url: str) -> str:
@@ -123,7 +137,7 @@ def _braces(url: str) -> str:
 
 
 def _check_schema(url: str, path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
+    with read_only(path) as file:
         try:
             row = file.execute("SELECT version_num FROM alembic_version").fetchone()
         except sqlite3.DatabaseError:
@@ -160,10 +174,10 @@ def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
     path = sqlite_path(config.storage)
     if path is not None and not path.exists():
         return
-    url = _braces(config.storage) if path is None else _read_only(path)
+    url = config.storage if path is None else f"sqlite:///{_read_only_uri(path)}&uri=true"
     if path is None and not sqlalchemy.inspect(sqlalchemy.create_engine(url)).has_table("studies"):
         return
-    storage = RDBStorage(url, skip_table_creation=True)
+    storage = RDBStorage(_braces(url), skip_table_creation=True)
     try:
         study = optuna.load_study(study_name=config.study_name, storage=storage)
     except KeyError:
@@ -303,6 +317,18 @@ def sole_runner(config: StudyConfig) -> Iterator[None]:
 
 
 # ---- trials ----------------------------------------------------------------------------------
+
+
+class PlacedStudy(optuna.Study):
+    """A study whose trials are created with their marks (place, seed, owner), in one write."""
+
+    marks: Mapping[str, Any] = MappingProxyType({})
+
+    def ask(self, fixed_distributions: dict[str, Any] | None = None) -> optuna.Trial:
+        """Create the next trial; one that was enqueued elsewhere is left alone."""
+        self._thread_local.cached_all_trials = None
+        template = create_trial(state=TrialState.RUNNING, user_attrs=dict(self.marks))
+        return optuna.Trial(self, self._storage.create_new_trial(self._study_id, template))
 
 
 def owner() -> dict[str, Any]:

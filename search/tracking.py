@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config import InputError, StudyConfig, one_line, redact, sqlite_path
 from search.data import Dataset
 from search.space import RECIPE
-from search.storage import check_sqlite, create_sqlite, tune_sqlite
+from search.storage import check_sqlite, create_sqlite, read_only, tune_sqlite
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
@@ -65,7 +65,7 @@ def check(uri: str) -> None:
 
 
 def _check_schema(uri: str, path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
+    with read_only(path) as file:
         try:
             row = file.execute("SELECT version_num FROM alembic_version").fetchone()
         except sqlite3.DatabaseError:

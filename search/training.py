@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from search.data import Images, Labels
+from search.data import UINT8_SCALE, Images, Labels
 
 _VALIDATION_BATCH = 2_000
 _COMPILED_GRAPHS = 8  # architectures kept; a graph and its variables take a few MB
@@ -70,7 +70,8 @@ def train(
 
 def evaluate(model: keras.Model, examples: Examples) -> dict[str, float]:
     """The loss and the metrics of `model` on `examples`."""
-    logs = model.evaluate(_batched(*examples), verbose=0, return_dict=True)
+    batches = _batched(*examples).map(lambda x, y: (_scaled(x), y))
+    logs = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}
 
 
@@ -134,6 +135,11 @@ class EpochInGraph(keras.Sequential):  # type: ignore[misc]
             parallel_iterations=1,
         )
         return self.get_metrics_result()
+
+    def test_step(self, data: Any) -> Any:
+        """One validation batch."""
+        x, y = data
+        return super().test_step((_scaled(x), y))
 
 
 class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]
@@ -237,10 +243,9 @@ def _whole(x: Images, y: Labels) -> tf.data.Dataset:
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
-    examples = tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
-    return examples.map(lambda x, y: (_scaled(x), y))
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
 
 
 def _scaled(x: Any) -> Any:
     """What `data.scaled` does, in the graph."""
-    return tf.cast(x, tf.float32) / 255.0 if x.dtype == tf.uint8 else x
+    return tf.cast(x, tf.float32) * UINT8_SCALE if x.dtype == tf.uint8 else x

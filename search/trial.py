@@ -29,7 +29,7 @@ class Worker:
         self.config = config
         self.parent_run = parent_run
         self.dataset = data.load(config.dataset, config.validation_split)
-        self.study = optuna.load_study(
+        self.study = storage.PlacedStudy(
             study_name=config.study_name,
             storage=storage.open_storage(config.storage),
             pruner=sampling.pruner(config),
@@ -43,6 +43,8 @@ class Worker:
         """Run the trial at `place` to its end, whatever that is. Optuna's errors are raised."""
         if place > 0:
             self._let_the_first_begin()
+        _, seed = sampling.seeds(self.config.seed, place)
+        self.study.marks = {"place": place, "seed": seed, "owner": self.owner}
         self.study.sampler = sampling.sampler(self.config, place)
         attempt = _Attempt(self, place)
         try:
@@ -99,11 +101,8 @@ class _Attempt:
 
     def _train(self, trial: optuna.Trial) -> float:
         worker, config = self._worker, self._worker.config
-        _, seed = sampling.seeds(config.seed, self._place)
+        seed = worker.study.marks["seed"]
         self._number = trial.number
-        trial.set_user_attr("owner", worker.owner)
-        trial.set_user_attr("place", self._place)
-        trial.set_user_attr("seed", seed)
         self._hyperparameters = config.space.suggest(trial)
 
         network = model.build(

@@ -1,0 +1,65 @@
+"""The network is the plain one that was asked for."""
+
+import keras
+import numpy as np
+import pytest
+
+from search import model
+from search.space import REFERENCE, Hyperparameters
+
+
+def test_512_units_on_784_pixels_have_407050_trainable_parameters() -> None:
+    network = model.build(REFERENCE, features=784, classes=10, seed=0)
+    assert model.trainable_parameters(network) == 407_050
+    assert sum(weights.size for weights in network.get_weights()) == 407_050
+
+
+def test_the_layers_are_dense_relu_dropout_dense_softmax() -> None:
+    network = model.build(Hyperparameters(24, 0.3, 0.004), features=5, classes=3, seed=0)
+    assert type(network) is keras.Sequential
+    assert (network.input_shape, network.output_shape) == ((None, 5), (None, 3))
+    hidden, dropout, output = network.layers
+    assert [type(layer) for layer in network.layers] == [
+        keras.layers.Dense,
+        keras.layers.Dropout,
+        keras.layers.Dense,
+    ]
+    assert (hidden.units, output.units) == (24, 3)
+    assert (hidden.activation.__name__, output.activation.__name__) == ("relu", "softmax")
+    assert dropout.rate == 0.3
+
+
+def test_it_is_compiled_with_plain_adam_and_the_loss_for_integer_labels() -> None:
+    network = model.build(Hyperparameters(24, 0.3, 0.004), features=5, classes=3, seed=0)
+    assert type(network.optimizer) is keras.optimizers.Adam
+    assert float(network.optimizer.learning_rate) == pytest.approx(0.004)
+    assert network.loss == "sparse_categorical_crossentropy"
+    x, y = np.eye(5, dtype=np.float32), np.array([0, 1, 2, 0, 1])
+    expected = -np.log(network.predict(x, verbose=0)[np.arange(5), y]).mean()
+    measured = network.evaluate(x, y, verbose=0, return_dict=True)
+    assert measured["loss"] == pytest.approx(expected, rel=1e-5)
+    hits = network.predict(x, verbose=0).argmax(axis=1) == y
+    assert measured["accuracy"] == pytest.approx(hits.mean())
+
+
+def test_its_output_is_a_probability_for_every_class() -> None:
+    network = model.build(Hyperparameters(24, 0.3, 0.004), features=5, classes=3, seed=0)
+    probabilities = network.predict(np.random.default_rng(0).normal(size=(9, 5)), verbose=0)
+    assert probabilities.shape == (9, 3)
+    assert probabilities.sum(axis=1) == pytest.approx(np.ones(9), rel=1e-5)
+    assert probabilities.min() > 0
+
+
+def weights(seed: int, dropout: float = 0.2) -> list[bytes]:
+    network = model.build(Hyperparameters(24, dropout, 0.004), features=5, classes=3, seed=seed)
+    return [array.tobytes() for array in network.get_weights()]
+
+
+def test_the_first_weights_depend_on_the_seed_alone() -> None:
+    first = weights(3)
+    keras.utils.set_random_seed(99)
+    assert weights(3) == first
+    assert weights(3, dropout=0.4) == first
+    hidden, _, output, _ = weights(4)
+    assert hidden != first[0]
+    assert output != first[2]

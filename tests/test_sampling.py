@@ -1,0 +1,222 @@
+"""What a place proposes and whom a pruner ends is the same in one go, resumed, or with failures."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from search import sampling
+from search.config import StudyConfig
+from search.space import REFERENCE, Hyperparameters
+from search.storage import PlacedStudy
+
+SAMPLERS = ("tpe", "random", "qmc")
+PRUNERS = ("median", "halving", "hyperband")
+GRID = {"sampler": "grid", "hidden_units": "8,512", "dropout_rate": "0.1,0.2,0.3"}
+EPOCHS, PLACES = 9, 24
+
+
+class Broken(Exception):
+    """A trial that fails."""
+
+
+def config(**changed: Any) -> StudyConfig:
+    return StudyConfig(**{"pruner": "none", "epochs": EPOCHS, "n_trials": PLACES, **changed})
+
+
+def session(settings: StudyConfig, storage: InMemoryStorage) -> PlacedStudy:
+    """The study as a worker opens it: a pruner of its own, the sampler of every trial new."""
+    optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
+    return PlacedStudy(study_name="s", storage=storage, pruner=sampling.pruner(settings))
+
+
+def accuracy(tried: Hyperparameters, place: int, epoch: int) -> float:
+    """A made-up learning curve; curves of different places cross."""
+    digest = hashlib.sha256(f"{place} {epoch}".encode()).digest()
+    best = 1 - abs(tried.dropout_rate - 0.35) - abs(tried.learning_rate - 0.004) * 50
+    return best * (1 - 0.6 ** (epoch + 1)) + digest[0] / 1000 + 1e-5 * tried.hidden_units
+
+
+def run_trial(study: PlacedStudy, settings: StudyConfig, place: int, *, broken: bool) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        tried = settings.space.suggest(trial)
+        for epoch in range(EPOCHS):
+            trial.report(accuracy(tried, place, epoch), epoch)
+            if broken and epoch == 4:
+                raise Broken
+            if trial.should_prune() and not broken:
+                raise optuna.TrialPruned
+        return accuracy(tried, place, EPOCHS - 1)
+
+    study.marks = {"place": place, "seed": sampling.seeds(settings.seed, place)[1]}
+    study.sampler = sampling.sampler(settings, place)
+    study.optimize(objective, n_trials=1, catch=(Broken,))
+
+
+def search(
+    settings: StudyConfig,
+    *,
+    broken: Collection[int] = (),
+    sessions: Collection[int] = (),
+    places: int = PLACES,
+) -> dict[int, FrozenTrial]:
+    """The finished trials by place. broken: places that fail first; sessions: where one begins."""
+    storage = InMemoryStorage()
+    study = session(settings, storage)
+    for place in range(places):
+        if place in sessions:
+            study = session(settings, storage)
+        if place in broken:
+            run_trial(study, settings, place, broken=True)
+        run_trial(study, settings, place, broken=False)
+    trials = study.get_trials()
+    states = Counter(trial.state for trial in trials)
+    assert states[TrialState.FAIL] == len(broken)
+    finished = {t.user_attrs["place"]: t for t in trials if t.state is not TrialState.FAIL}
+    assert sorted(finished) == list(range(places))
+    return finished
+
+
+def proposals(trials: dict[int, FrozenTrial]) -> list[dict[str, Any]]:
+    return [trial.params for _, trial in sorted(trials.items())]
+
+
+def decisions(trials: dict[int, FrozenTrial]) -> list[tuple[str, list[float]]]:
+    return [
+        (trial.state.name, list(trial.intermediate_values.values()))
+        for _, trial in sorted(trials.items())
+    ]
+
+
+# ---- places and seeds --------------------------------------------------------------------------
+
+
+def test_every_place_has_two_seeds_of_its_own() -> None:
+    pairs = [sampling.seeds(seed, place) for seed in range(5) for place in range(200)]
+    flat = [seed for pair in pairs for seed in pair]
+    assert len(set(flat)) == len(flat) == 2000
+    assert all(0 <= seed < 2**31 for seed in flat)
+    assert pairs == [sampling.seeds(seed, place) for seed in range(5) for place in range(200)]
+
+
+# ---- proposals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruner", ["none", *PRUNERS])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_proposes_the_same_resumed_or_with_failed_trials_replaced(
+    name: str, pruner: str
+) -> None:
+    settings = config(sampler=name, pruner=pruner)
+    in_one_go = proposals(search(settings))
+    assert proposals(search(settings, sessions=(1, 7, 15))) == in_one_go
+    assert proposals(search(settings, broken=(0, 3, 14))) == in_one_go
+    assert proposals(search(settings, broken=(6, 18), sessions=(7, 18))) == in_one_go
+    assert len({tuple(point.values()) for point in in_one_go}) == PLACES
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_another_seed_gives_other_proposals(name: str) -> None:
+    one = proposals(search(config(sampler=name), places=6))
+    other = proposals(search(config(sampler=name, seed=1), places=6))
+    assert one[0] == other[0] == REFERENCE.as_dict()
+    assert all(a != b for a, b in zip(one[1:], other[1:], strict=True))
+
+
+@pytest.mark.parametrize("pruner", ["none", *PRUNERS])
+def test_tpe_learns_from_the_trials_before(pruner: str) -> None:
+    def late_mean(name: str) -> float:
+        settings = config(sampler=name, pruner=pruner, seed=5)
+        late = proposals(search(settings, places=60))[30:]
+        return sum(accuracy(Hyperparameters(**p), 0, EPOCHS - 1) for p in late) / len(late)
+
+    assert late_mean("tpe") > late_mean("random") + 0.05
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_first_place_proposes_the_reference(name: str) -> None:
+    settings = config(sampler=name)
+    assert REFERENCE in settings.space
+    assert proposals(search(settings, places=1)) == [REFERENCE.as_dict()]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "other", [{"hidden_units": "8,16"}, {"dropout_rate": "0.3:0.5"}, {"learning_rate": "0.01"}]
+)
+def test_the_first_place_stays_in_a_space_without_the_reference(
+    name: str, other: dict[str, str]
+) -> None:
+    settings = config(sampler=name, **other)
+    (point,) = proposals(search(settings, places=1))
+    assert point != REFERENCE.as_dict()
+    assert Hyperparameters(**point) in settings.space
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_proposal_lies_in_the_space(name: str) -> None:
+    settings = config(
+        sampler=name, hidden_units="64:512:64", dropout_rate="0.2", learning_rate="1e-4:1e-2:log"
+    )
+    points = [Hyperparameters(**point) for point in proposals(search(settings))]
+    assert all(point in settings.space for point in points)
+    assert len({point.hidden_units for point in points}) > 3
+
+
+def test_qmc_covers_every_choice_evenly() -> None:
+    for seed in range(4):
+        points = proposals(search(config(sampler="qmc", seed=seed), places=17))[1:]
+        units = Counter(point["hidden_units"] for point in points)
+        assert set(units) == {128, 256, 512, 1024}
+        assert max(units.values()) - min(units.values()) <= 1
+        halves = Counter(point["dropout_rate"] < 0.25 for point in points)
+        assert abs(halves[True] - 8) <= 1
+
+
+# ---- the grid ----------------------------------------------------------------------------------
+
+
+def test_a_grid_covers_every_point_once_the_reference_first() -> None:
+    settings = config(**GRID, learning_rate="0.001,0.01", n_trials=50)
+    assert sampling.budget(settings) == 12
+    points = proposals(search(settings, places=12, broken=(0, 5), sessions=(4,)))
+    assert points[0] == REFERENCE.as_dict()
+    expected = {(u, d, r) for u in (8, 512) for d in (0.1, 0.2, 0.3) for r in (0.001, 0.01)}
+    assert len(points) == 12
+    assert {tuple(point.values()) for point in points} == expected
+
+
+def test_the_budget_is_what_was_asked_where_the_grid_is_larger() -> None:
+    assert sampling.budget(config(**GRID, learning_rate="0.001,0.01", n_trials=7)) == 7
+    assert sampling.budget(config(n_trials=70)) == 70
+
+
+# ---- pruners -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_pruner_decides_the_same_resumed_or_with_failed_trials_replaced(pruner: str) -> None:
+    settings = config(sampler="random", pruner=pruner)
+    in_one_go = decisions(search(settings))
+    states = Counter(state for state, _ in in_one_go)
+    assert states["PRUNED"] > 2
+    assert states["COMPLETE"] > 2
+    assert decisions(search(settings, sessions=(1, 7, 15))) == in_one_go
+    assert decisions(search(settings, broken=(0, 3, 4, 14))) == in_one_go
+    assert decisions(search(settings, broken=range(PLACES), sessions=range(PLACES))) == in_one_go
+
+
+def test_without_a_pruner_every_trial_completes() -> None:
+    trials = search(config(sampler="random", pruner="none"))
+    assert {trial.state for trial in trials.values()} == {TrialState.COMPLETE}
+
+
+def test_the_median_pruner_waits_for_five_trials() -> None:
+    states = [state for state, _ in decisions(search(config(sampler="random", pruner="median")))]
+    assert set(states[:5]) == {"COMPLETE"}
+    assert "PRUNED" in states[5:]

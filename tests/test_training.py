@@ -1,0 +1,263 @@
+"""The epoch in the graph learns what a plain Keras loop learns, to float precision."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from search import data, model, training
+from search.space import Hyperparameters
+
+FEATURES, CLASSES, BATCH = 20, 4, 32
+WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
+Weights = list[NDArray[Any]]
+
+
+def examples(count: int, seed: int = 0) -> training.Examples:
+    random = np.random.default_rng(seed)
+    y = random.integers(0, CLASSES, count).astype(np.int32)
+    x = random.normal(size=(count, FEATURES)) + np.eye(CLASSES, FEATURES)[y] * 2
+    return x.astype(np.float32), y
+
+
+def network(dropout: float = 0.0, rate: float = 0.001, units: int = 16) -> keras.Sequential:
+    return model.build(Hyperparameters(units, dropout, rate), FEATURES, CLASSES, seed=3)
+
+
+def train(net: keras.Sequential, data: training.Examples, **options: Any) -> training.History:
+    return training.train(net, data, **{"epochs": 1, "batch_size": BATCH, "seed": 7, **options})
+
+
+def plain_fit(net: keras.Sequential, data: training.Examples, epochs: int, seed: int = 7) -> Any:
+    """Keras' own loop over the same examples in the same order."""
+    x, y = data
+    losses = []
+    for epoch in range(epochs):
+        order = training.epoch_order(len(x), seed, epoch).numpy()
+        history = net.fit(x[order], y[order], batch_size=BATCH, shuffle=False, verbose=0)
+        losses.append(history.history["loss"][0])
+    return losses
+
+
+def moved(before: Weights, after: Weights) -> bool:
+    return all(np.abs(b - a).max() > 0.01 for b, a in zip(before, after, strict=True))
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def no_graphs() -> None:
+    training._graphs.clear()
+
+
+@pytest.mark.parametrize("count", [WHOLE, RAGGED])
+def test_50_steps_are_those_of_the_plain_loop(count: int) -> None:
+    ours, plain = network(), network()
+    before = ours.get_weights()
+    assert same(before, plain.get_weights())
+    history = train(ours, examples(count))
+    losses = plain_fit(plain, examples(count), epochs=1)
+    assert moved(before, ours.get_weights())
+    assert same(ours.get_weights(), plain.get_weights())
+    assert history["loss"] == pytest.approx(losses, rel=1e-5)
+    assert int(ours.optimizer.iterations) == int(plain.optimizer.iterations) == 50
+
+
+def test_later_epochs_have_an_order_of_their_own_and_the_same_numbers() -> None:
+    ours, plain = network(), network()
+    history = train(ours, examples(RAGGED), epochs=3)
+    losses = plain_fit(plain, examples(RAGGED), epochs=3)
+    assert same(ours.get_weights(), plain.get_weights())
+    assert history["loss"] == pytest.approx(losses, rel=1e-5)
+    orders = [training.epoch_order(RAGGED, 7, epoch).numpy() for epoch in range(3)]
+    assert all(sorted(order) == list(range(RAGGED)) for order in orders)
+    assert len({order.tobytes() for order in orders}) == 3
+    assert list(training.epoch_order(100, 7, 0)) != list(training.epoch_order(100, 8, 0))
+
+
+def test_the_numbers_hold_after_other_rates_used_the_graph(no_graphs: None) -> None:
+    train(network(dropout=0.5, rate=0.1), examples(WHOLE))
+    ours, plain = network(), network()
+    train(ours, examples(WHOLE))
+    plain_fit(plain, examples(WHOLE), epochs=1)
+    assert len(training._graphs) == 1
+    assert same(ours.get_weights(), plain.get_weights())
+
+
+def test_the_last_smaller_batch_is_trained_on() -> None:
+    x, y = examples(BATCH + 1)
+    last = training.epoch_order(len(x), 7, 0).numpy()[-1]
+    changed = x.copy()
+    changed[last] += 5
+    one, other = network(), network()
+    train(one, (x, y))
+    train(other, (changed, y))
+    assert int(one.optimizer.iterations) == 2
+    assert not same(one.get_weights(), other.get_weights())
+
+
+def test_a_batch_larger_than_the_data_is_one_step() -> None:
+    net = network()
+    train(net, examples(10))
+    assert int(net.optimizer.iterations) == 1
+
+
+def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None:
+    ours, held_out = network(rate=0.01), examples(2 * training._VALIDATION_BATCH + 1, seed=1)
+    history = train(ours, examples(WHOLE), validation=held_out, epochs=2)
+    assert {name: len(values) for name, values in history.items()} == {
+        "loss": 2,
+        "accuracy": 2,
+        "val_loss": 2,
+        "val_accuracy": 2,
+    }
+    expected = ours.evaluate(*held_out, verbose=0, return_dict=True)
+    found = training.evaluate(ours, held_out)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert history["val_loss"][-1] == pytest.approx(expected["loss"], rel=1e-5)
+    assert history["val_accuracy"][-1] == pytest.approx(expected["accuracy"], rel=1e-5)
+    assert history["val_accuracy"][-1] > 0.5
+
+
+def test_equal_architectures_share_one_graph_whatever_their_rates(
+    no_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = []
+    epoch_order = training.epoch_order
+
+    def counting(*arguments: Any) -> Any:
+        traced.append(arguments)  # Python runs when the epoch is traced, not when it is trained
+        return epoch_order(*arguments)
+
+    monkeypatch.setattr(training, "epoch_order", counting)
+    for dropout, rate in ((0.0, 0.001), (0.4, 0.002), (0.1, 0.1)):
+        train(network(dropout, rate), examples(RAGGED), epochs=2)
+    assert len(training._graphs) == len(traced) == 1
+    train(network(units=17), examples(RAGGED))
+    train(network(units=17), examples(RAGGED), batch_size=16)
+    assert len(training._graphs) == len(traced) == 3
+
+
+def test_the_graph_not_used_for_longest_is_dropped_first(no_graphs: None) -> None:
+    for units in range(1, training._COMPILED_GRAPHS + 1):
+        training._graph_for(network(units=units), BATCH)
+    first, second = list(training._graphs)[:2]
+    training._graph_for(network(units=1), BATCH)
+    training._graph_for(network(units=99), BATCH)
+    assert len(training._graphs) == training._COMPILED_GRAPHS
+    assert first in training._graphs
+    assert second not in training._graphs
+
+
+def test_the_same_seed_gives_the_same_history_to_the_last_bit_after_other_trials() -> None:
+    def run(**options: Any) -> tuple[training.History, list[bytes]]:
+        net = network(dropout=0.3)
+        history = train(net, examples(RAGGED), validation=examples(99, 1), epochs=2, **options)
+        return history, [weight.tobytes() for weight in net.get_weights()]
+
+    first = run()
+    train(network(dropout=0.5, rate=0.1), examples(WHOLE, seed=5), seed=8)
+    assert run() == first
+    assert run(seed=8) != first
+
+
+def test_dropout_drops_in_training_by_its_rate_and_seed() -> None:
+    histories = [
+        train(network(dropout), examples(WHOLE), validation=examples(99, 1))
+        for dropout in (0.0, 0.5, 0.9)
+    ]
+    losses = [history["loss"][0] for history in histories]
+    assert losses == sorted(losses)
+    assert losses[2] > 1.2 * losses[0]
+
+
+def test_bytes_train_as_their_scaled_floats() -> None:
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (RAGGED, FEATURES)).astype(np.uint8)
+    y = (x[:, 0] // 64).astype(np.int32)
+    one, other = network(), network()
+    as_bytes = train(one, (x, y), validation=(x, y), epochs=2)
+    as_floats = train(other, (data.scaled(x), y), validation=(data.scaled(x), y), epochs=2)
+    assert as_bytes.keys() == as_floats.keys()
+    for name, values in as_bytes.items():
+        assert values == pytest.approx(as_floats[name], rel=1e-5)
+    assert same(one.get_weights(), other.get_weights())
+    assert training.evaluate(one, (x, y)) == pytest.approx(
+        training.evaluate(one, (data.scaled(x), y)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("factor", [np.inf, 1e30])
+def test_a_training_that_diverges_says_so(factor: float) -> None:
+    x, y = examples(WHOLE)
+    with pytest.raises(training.TrainingDiverged, match=r"became .* in epoch 0"):
+        train(network(rate=10.0), ((x * factor).astype(np.float32), y), epochs=3)
+
+
+def test_a_divergence_leaves_the_next_training_unaffected() -> None:
+    expected = train(network(), examples(WHOLE))
+    x, y = examples(WHOLE)
+    with pytest.raises(training.TrainingDiverged):
+        train(network(rate=10.0), (x * np.float32(1e30), y))
+    assert train(network(), examples(WHOLE)) == expected
+
+
+def test_an_exception_in_a_callback_leaves_the_next_training_unaffected() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(epoch: int, logs: dict[str, float]) -> None:
+        if epoch == 1:
+            raise Stop
+
+    expected = train(network(0.2), examples(WHOLE), epochs=3)
+    net = network(0.2)
+    with pytest.raises(Stop):
+        callback = keras.callbacks.LambdaCallback(on_epoch_end=stop)
+        train(net, examples(WHOLE), epochs=3, callbacks=[callback])
+    assert int(net.optimizer.iterations) == 100
+    assert train(network(0.2), examples(WHOLE), epochs=3) == expected
+
+
+def test_the_trained_model_is_plain_keras_and_loads_where_this_package_is_not(
+    tmp_path: Path,
+) -> None:
+    net = network(dropout=0.2)
+    train(net, examples(RAGGED), epochs=2)
+    assert type(net) is keras.Sequential
+    assert type(net.optimizer) is keras.optimizers.Adam
+    assert {type(layer).__module__.split(".")[0] for layer in net.layers} == {"keras"}
+    assert int(net.optimizer.iterations) == 100
+    moments = net.optimizer.variables[2:]
+    assert len(moments) == 8
+    assert all(np.abs(moment.numpy()).max() > 0 for moment in moments)
+
+    x, _ = examples(50, seed=2)
+    net.save(tmp_path / "net.keras")
+    np.save(tmp_path / "x.npy", x)
+    code = """
+import sys
+sys.modules["search"] = None
+import keras, numpy as np
+net = keras.saving.load_model("net.keras")
+assert type(net) is keras.Sequential and type(net.optimizer) is keras.optimizers.Adam
+assert int(net.optimizer.iterations) == 100
+np.save("prediction.npy", net.predict(np.load("x.npy"), verbose=0))
+x, y = np.load("x.npy"), np.zeros(50)
+net.fit(x, y, verbose=0)
+assert int(net.optimizer.iterations) == 102
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = net.predict(x, verbose=0)
+    assert np.allclose(np.load(tmp_path / "prediction.npy"), expected, rtol=1e-5, atol=1e-6)
+    assert len(set(expected.argmax(axis=1))) > 1
