@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
     return field(default=default, metadata={"option": Option(group, help, **rules)})
 
 
-_NAME = r"[A-Za-z0-9._-]+"
+_NAME = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}"  # part of file names; MLflow stores up to 256
 _STUDY, _DATA, _SPACE, _TRAINING, _MLFLOW = (
     "Study",
     "Data",
@@ -75,7 +76,11 @@ class StudyConfig:
     """The settings of a study. Raises InputError, in one line, for a value outside its rule."""
 
     n_trials: int = _option(
-        50, _STUDY, "Finished trials (complete or pruned) the study shall have in all.", low=1
+        50,
+        _STUDY,
+        "Finished trials (complete or pruned) the study shall have in all.",
+        low=1,
+        high=10**6,
     )
     study_name: str = _option("mnist-dnn", _STUDY, "Name of the study.", pattern=_NAME)
     storage: str = _option("sqlite:///study.db", _STUDY, "Optuna's database.", env="OPTUNA_STORAGE")
@@ -124,8 +129,10 @@ class StudyConfig:
     hidden_units: str = _option("128,256,512,1024", _SPACE, "Width of the hidden layer.")
     dropout_rate: str = _option("0.0:0.5", _SPACE, "Share of hidden activations dropped.")
     learning_rate: str = _option("1e-4:1e-2:log", _SPACE, "Adam's step size.")
-    epochs: int = _option(5, _TRAINING, "Passes over the training data in a trial.", low=1)
-    batch_size: int = _option(128, _TRAINING, "Examples in a step.", low=1)
+    epochs: int = _option(
+        5, _TRAINING, "Passes over the training data in a trial.", low=1, high=10**6
+    )
+    batch_size: int = _option(128, _TRAINING, "Examples in a step.", low=1, high=10**9)
     tracking_uri: str = _option(
         "sqlite:///mlflow.db",
         _MLFLOW,
@@ -229,7 +236,7 @@ def _holds(value: Any, option: Option) -> bool:
             and (not option.pattern or re.fullmatch(option.pattern, value) is not None)
         )
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and (option.low is None or value >= option.low)
         and (option.high is None or value <= option.high)
         and (option.below is None or option.low is None or option.low < value < option.below)
@@ -240,7 +247,7 @@ def _rule(option: Option, kind: type) -> str:
     if option.choices:
         return "one of " + ", ".join(option.choices)
     if option.pattern:
-        return "letters, digits, '.', '_' and '-' only"
+        return "letters, digits, '.', '_' and '-' only, at most 200, and no folder's name"
     if kind is str:
         return "text, not empty"
     noun = "a whole number" if kind is int else "a number"
@@ -278,7 +285,7 @@ def read_file(path: str) -> dict[str, Any]:
             f"--config must name a readable TOML file, but {path!r} is not: {error.strerror}; "
             "check the path"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise InputError(
             f"--config must name a TOML file, but {path!r} is not: {_one_line(error)}; "
             "write lines like n-trials = 50"
@@ -319,7 +326,7 @@ def one_line(error: BaseException) -> str:
 
 def sqlite_path(url: str) -> Path | None:
     """The file behind a SQLite URL; None for any other database."""
-    match = re.match(r"sqlite(\+\w+)?:///(?P<path>.+)", url)
+    match = re.fullmatch(r"sqlite(\+\w+)?:///(?P<path>.+)", url, re.DOTALL)
     return Path(match["path"]).absolute() if match else None
 
 
@@ -329,7 +336,8 @@ def same_database(storage: str, tracking_uri: str) -> bool:
     if None in paths:
         return storage.split("?")[0] == tracking_uri.split("?")[0]
     one, other = (path.resolve() for path in paths if path is not None)
-    return one == other or (one.exists() and other.exists() and one.samefile(other))
+    both = os.path.exists(one) and os.path.exists(other)  # False, too, for a name too long
+    return one == other or (both and os.path.samefile(one, other))
 
 
 def redact(text: str) -> str:

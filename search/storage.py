@@ -53,7 +53,7 @@ def check(config: StudyConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = sqlite_path(config.storage)
     if path is None:
-        _check_server(config.storage)
+        check_server("--storage", config.storage, "sqlite:///study.db")
         return
     check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
     if path.exists():
@@ -62,6 +62,11 @@ def check(config: StudyConfig) -> None:
 
 def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str) -> None:
     """Raise InputError where `path` is not a sound SQLite file with `tables`, nor to be made."""
+    if len(path.name.encode()) > 200:
+        raise InputError(
+            f"{option} must be a file whose name has at most 200 bytes, but got {path.name!r}; "
+            f"for example {option} sqlite:///new.db"
+        )
     if "?" in url or ":memory:" in url:
         raise InputError(
             f"{option} must be sqlite:///PATH, a file without '?', but got {url!r}; "
@@ -92,8 +97,10 @@ def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str
             raise InputError(
                 f"{option} must be {owner}'s database, but {str(path)!r} is empty; {other}"
             )
-        with read_only(path) as file:
+        with read_sqlite(path) as file:
             verdict = file.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if path.stat().st_size % file.execute("PRAGMA page_size").fetchone()[0]:
+                verdict = "its end is missing"
             found = {
                 row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type='table'")
             }
@@ -114,20 +121,22 @@ def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str
         )
 
 
-def _read_only_uri(path: Path) -> str:
-    """A URI that opens `path` and leaves nothing beside it.
+def _mode(path: Path) -> str:
+    """How to open `path` so that reading leaves every file as it was.
 
-    Reading a WAL database leaves its -wal and -shm files behind, so one that has none, and so no
-    other user and nothing pending, is opened as immutable.
+    A read-only connection to a database in WAL mode leaves an empty -wal and a -shm behind, which
+    a writable one removes. A log that is there stays as it is under a read-only one. (A rollback
+    journal that a crash left has to be applied before anyone can read.)
     """
-    pending = Path(f"{path}-wal").exists()
-    return f"{path.as_uri()}?{'mode=ro' if pending else 'immutable=1'}"
+    return "ro" if Path(f"{path}-wal").exists() else "rw"
 
 
 @contextlib.contextmanager
-def read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """The SQLite database `path`, to read and nothing else."""
-    with contextlib.closing(sqlite3.connect(_read_only_uri(path), uri=True)) as connection:
+def read_sqlite(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that only reads `path` and leaves nothing behind."""
+    uri = f"{path.as_uri()}?mode={_mode(path)}"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+        connection.execute("PRAGMA query_only=1")
         yield connection
 
 
@@ -137,10 +146,12 @@ def _braces(url: str) -> str:
 
 
 def _check_schema(url: str, path: Path) -> None:
-    with read_only(path) as file:
+    with read_sqlite(path) as file:
         try:
             row = file.execute("SELECT version_num FROM alembic_version").fetchone()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                return  # in use, as in check_sqlite
             row = None
     head = _alembic_head()
     if row is None or row[0] != head:
@@ -156,7 +167,13 @@ def _alembic_head() -> str:
     return storage.get_head_version()
 
 
-def _check_server(url: str) -> None:
+def check_server(option: str, url: str, example: str) -> None:
+    """Raise InputError where no database answers at `url`, or only one in memory."""
+    if url.startswith("sqlite"):
+        raise InputError(
+            f"{option} must be sqlite:///PATH, a file, but got {url!r}; "
+            f"for example {option} {example}"
+        )
     try:
         engine = sqlalchemy.create_engine(url)
         with engine.connect():
@@ -164,7 +181,7 @@ def _check_server(url: str) -> None:
         engine.dispose()
     except Exception as error:  # a bad URL, a missing driver, a refused connection
         raise InputError(
-            "--storage must be a database that can be opened, for example sqlite:///study.db, "
+            f"{option} must be a database that can be opened, for example {example}, "
             f"but {redact(url)!r} cannot: {one_line(error)}; check the URL and the server"
         ) from None
 
@@ -174,16 +191,17 @@ def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
     path = sqlite_path(config.storage)
     if path is not None and not path.exists():
         return
-    url = config.storage if path is None else f"sqlite:///{_read_only_uri(path)}&uri=true"
+    url = (
+        config.storage if path is None else f"sqlite:///{path.as_uri()}?mode={_mode(path)}&uri=true"
+    )
     if path is None and not sqlalchemy.inspect(sqlalchemy.create_engine(url)).has_table("studies"):
         return
     storage = RDBStorage(_braces(url), skip_table_creation=True)
     try:
         study = optuna.load_study(study_name=config.study_name, storage=storage)
-    except KeyError:
-        return
-    try:
         _refuse_other(study, config, settings)
+    except KeyError:  # no such study yet
+        return
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -191,14 +209,15 @@ def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
 
 def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
     remedy = f"give another --study-name, for example --study-name {config.study_name}-2"
-    if study.direction is not optuna.study.StudyDirection.MAXIMIZE:
+    directions = [direction.name.lower() for direction in study.directions]
+    if directions != ["maximize"]:
         raise InputError(
             f"--study-name {config.study_name} must be a study that maximizes val_accuracy, but "
-            f"direction: {study.direction.name.lower()} -> maximize; {remedy}"
+            f"direction: {', '.join(directions)} -> maximize; {remedy}"
         )
     stored = study.user_attrs.get("settings")
-    if stored is None:
-        if study.get_trials(deepcopy=False):
+    if not isinstance(stored, dict):
+        if stored is not None or study.get_trials(deepcopy=False):
             raise InputError(
                 f"--study-name {config.study_name} must be a study of this tool, but the one in "
                 f"{redact(config.storage)} was made by another program; {remedy}"

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config import InputError, StudyConfig, one_line, redact, sqlite_path
 from search.data import Dataset
 from search.space import RECIPE
-from search.storage import check_sqlite, create_sqlite, read_only, tune_sqlite
+from search.storage import check_server, check_sqlite, create_sqlite, read_sqlite, tune_sqlite
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
@@ -62,13 +62,17 @@ def check(uri: str) -> None:
         )
     elif uri.startswith("http"):
         _check_server(uri)
+    else:
+        check_server("--tracking-uri", uri, "sqlite:///mlflow.db")
 
 
 def _check_schema(uri: str, path: Path) -> None:
-    with read_only(path) as file:
+    with read_sqlite(path) as file:
         try:
             row = file.execute("SELECT version_num FROM alembic_version").fetchone()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                return  # in use, as in check_sqlite
             row = None
     if row is None or row[0] != _get_latest_schema_revision():  # type: ignore[no-untyped-call]
         raise InputError(
@@ -80,8 +84,11 @@ def _check_schema(uri: str, path: Path) -> None:
 
 def _check_server(uri: str) -> None:
     try:
-        requests.get(f"{uri.rstrip('/')}/health", timeout=10).raise_for_status()
-    except requests.RequestException as error:
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=10)
+        answer.raise_for_status()
+        if answer.text.strip() != "OK":
+            raise requests.RequestException("/health does not answer OK")
+    except Exception as error:  # urllib3's errors are not all requests' own
         raise InputError(
             f"--tracking-uri must be a running MLflow server, but {redact(uri)} is not: "
             f"{one_line(error)}; start it, or give sqlite:///mlflow.db"
