@@ -1,11 +1,15 @@
 """The one path of a run, top to bottom."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import optuna
+from mlflow.exceptions import MlflowException
+from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from search import data, engine, registry, sampling, storage, tracking
 from search.config import RunError, StudyConfig
@@ -70,8 +74,14 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
     Doing it again after the end changes nothing. Raises InputError where something given cannot
     be used, RunError where the run has to stop.
     """
+    try:
+        return _run(config, listener or Listener())
+    except (OSError, SQLAlchemyError, OptunaError, MlflowException) as error:
+        raise storage.failure(error) from error
+
+
+def _run(config: StudyConfig, listener: Listener) -> Result:
     began = time.monotonic()
-    listener = listener or Listener()
     dataset = data.load(config.dataset, config.validation_split)
     settings = config.settings(_short(dataset))
     storage.check(config)
@@ -102,7 +112,8 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
             ledger.close(parent, "KILLED")
             raise
         except Exception:
-            ledger.close(parent, "FAILED")
+            with contextlib.suppress(Exception):  # the tracking server may be what failed
+                ledger.close(parent, "FAILED")
             raise
         ledger.close(parent, "KILLED" if winner is None else "FINISHED")
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)

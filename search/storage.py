@@ -335,6 +335,20 @@ def sole_runner(config: StudyConfig) -> Iterator[None]:
         lock.release()
 
 
+def failure(error: BaseException) -> RunError:
+    """What to tell the user of a database, a disk or a server that failed in the middle of a run.
+
+    The first cause is named: later errors are often only about handling it.
+    """
+    first = error
+    while first.__cause__ is not None or first.__context__ is not None:
+        first = first.__cause__ or first.__context__ or first
+    return RunError(
+        f"the study's records could not be written ({type(first).__name__}: {one_line(first)}); "
+        "look at the disk, the databases and the server, and run the same command again"
+    )
+
+
 # ---- trials ----------------------------------------------------------------------------------
 
 

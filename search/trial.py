@@ -40,7 +40,10 @@ class Worker:
         self.owner = storage.owner()
 
     def run_trial(self, place: int) -> Outcome:
-        """Run the trial at `place` to its end, whatever that is. Optuna's errors are raised."""
+        """Run the trial at `place` to its end, whatever that is.
+
+        Raises RunError where Optuna's database fails: then nothing can be recorded.
+        """
         if place > 0:
             self._let_the_first_begin()
         _, seed = sampling.seeds(self.config.seed, place)
@@ -49,6 +52,9 @@ class Worker:
         attempt = _Attempt(self, place)
         try:
             self.study.optimize(attempt.objective, n_trials=1, catch=(Exception,))
+        except Exception as error:
+            # Optuna 5 answers a failing database with errors of its own on top of the database's.
+            raise storage.failure(error) from error
         finally:
             attempt.end()
         return attempt.outcome()

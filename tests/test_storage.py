@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import optuna
 import pytest
@@ -133,7 +132,7 @@ def test_a_path_of_braces_spaces_and_percents_works(
     path = in_folder / name / f"{name}.db"
     path.parent.mkdir()
     monkeypatch.chdir(path.parent)
-    config = StudyConfig(storage=f"sqlite:///{quote(path.name)}")
+    config = StudyConfig(storage=f"sqlite:///{path.name.replace('%', '%25')}")
     storage.check(config)
     study = storage.open_study(config, SETTINGS)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
