@@ -173,21 +173,32 @@ def _handle(variable: Any) -> Any:
 
 
 class _Dropout(keras.layers.Layer):  # type: ignore[misc]
-    """Dropout whose rate and seed are variables, so that a compiled graph serves every rate."""
+    """Dropout (Srivastava et al. 2014) whose rate and seed are variables of a compiled graph.
+
+    Keras' layer draws a float32 an activation and selects by it, a tenth of a step's time. Sixteen
+    random bits an activation and a product take half as long; the rate is rounded to 1/65536.
+    """
 
     def build(self, input_shape: Any) -> None:
-        self._rate = tf.Variable(0.0)
+        self._threshold = tf.Variable(0, dtype=tf.int32)
         self._state = tf.Variable([0, 0], dtype=tf.int32)
 
     def set(self, rate: float, seed: int) -> None:
-        self._rate.assign(rate)
+        self._threshold.assign(min(round(rate * 2**16), 2**16 - 1))
         self._state.assign([seed, 0])
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         if not training:
             return inputs
         seed = self._state.assign_add([0, 1])
-        return tf.nn.experimental.stateless_dropout(inputs, rate=self._rate, seed=seed)
+        size = tf.size(inputs)
+        words = tf.random.stateless_uniform(
+            [(size + 1) // 2], seed=seed, minval=None, maxval=None, dtype=tf.int32
+        )
+        bits = tf.reshape(tf.bitcast(words, tf.uint16), [-1])[:size]
+        kept = tf.reshape(bits, tf.shape(inputs)) >= tf.cast(self._threshold, tf.uint16)
+        scale = 1 / (1 - tf.cast(self._threshold, tf.float32) / 2**16)
+        return inputs * (tf.cast(kept, tf.float32) * scale)
 
 
 class _StopAtNaN(keras.callbacks.Callback):  # type: ignore[misc]

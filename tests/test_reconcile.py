@@ -1,0 +1,284 @@
+"""Whatever is damaged in a finished study, the next run mends it, and the one after has nothing to.
+
+One small study is made once; every test gets a copy of its databases and damages it through
+SQLite, MLflow or Optuna. The artifacts stay where the first study wrote them.
+"""
+
+import json
+import os
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import invariants
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+
+from search import pipeline
+from search.config import StudyConfig
+from search.pipeline import Result
+
+TRIALS = 6
+
+
+@dataclass
+class Damaged:
+    """A copy of the finished study, for a test to damage."""
+
+    folder: Path
+    config: StudyConfig
+
+    @property
+    def client(self) -> MlflowClient:
+        uri = f"sqlite:///{self.folder / 'mlflow.db'}"
+        return MlflowClient(uri, registry_uri=uri)
+
+    def sql(self, name: str, statement: str, *values: Any) -> list[Any]:
+        """Execute `statement` on the database `name`; it must change or find something."""
+        with closing(sqlite3.connect(self.folder / name)) as database:
+            cursor = database.execute(statement, values)
+            rows = cursor.fetchall()
+            database.commit()
+            assert cursor.rowcount > 0 or rows
+            return rows
+
+    def parent(self) -> str:
+        query = "SELECT value_json FROM study_user_attributes WHERE key = 'mlflow_run_id'"
+        return str(json.loads(self.sql("study.db", query)[0][0]))
+
+    def run_of(self, number: int) -> str:
+        query = (
+            "SELECT value_json FROM trial_user_attributes JOIN trials USING (trial_id) "
+            "WHERE key = 'mlflow_run_id' AND number = ?"
+        )
+        return str(json.loads(self.sql("study.db", query, number)[0][0]))
+
+    def new_run(self, name: str, number: int) -> str:
+        """A nested run that nobody ended."""
+        tags = {"mlflow.parentRunId": self.parent(), "optuna.trial_number": str(number)}
+        experiment = self.client.get_run(self.parent()).info.experiment_id
+        return str(self.client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Damaged:
+    folder = tmp_path_factory.mktemp("template")
+    config = StudyConfig(
+        dataset=str(clouds), epochs=2, n_trials=TRIALS, workers=1, hidden_units="8,16"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        pipeline.run(config)
+    invariants.check(folder, TRIALS)
+    return Damaged(folder, config)
+
+
+@pytest.fixture
+def study(template: Damaged, in_folder: Path) -> Damaged:
+    for name in ("study.db", "mlflow.db"):
+        with (
+            closing(sqlite3.connect(template.folder / name)) as source,
+            closing(sqlite3.connect(in_folder / name)) as copy,
+        ):
+            source.backup(copy)
+    return Damaged(in_folder, template.config)
+
+
+def mend(study: Damaged) -> Result:
+    """Run the study: afterwards all must hold, and running it once more must change nothing."""
+    result = pipeline.run(study.config)
+    invariants.check(study.folder, TRIALS)
+    before = invariants.dump(study.folder)
+    again = pipeline.run(study.config)
+    assert (again.mended, again.ran) == ((), 0)
+    assert again.winner is not None
+    assert not again.winner.new
+    assert invariants.dump(study.folder) == before
+    return result
+
+
+def test_an_undamaged_study_is_left_alone(study: Damaged) -> None:
+    before = invariants.dump(study.folder)
+    assert mend(study).mended == ()
+    assert invariants.dump(study.folder) == before
+
+
+# ---- damages to MLflow that cost no trial --------------------------------------------------------
+
+
+def left_running(study: Damaged) -> None:
+    study.client.update_run(study.run_of(1), status="RUNNING")
+
+
+def wrong_status(study: Damaged) -> None:
+    study.client.set_terminated(study.run_of(1), "FAILED")
+
+
+def run_deleted(study: Damaged) -> None:
+    study.client.delete_run(study.run_of(1))
+
+
+def metrics_removed(study: Damaged) -> None:
+    for table in ("metrics", "latest_metrics"):
+        study.sql("mlflow.db", f"DELETE FROM {table} WHERE run_uuid = ?", study.run_of(1))
+
+
+def first_epoch_removed(study: Damaged) -> None:
+    query = "DELETE FROM metrics WHERE run_uuid = ? AND step = 0"
+    study.sql("mlflow.db", query, study.run_of(1))
+
+
+def param_removed(study: Damaged) -> None:
+    query = "DELETE FROM params WHERE run_uuid = ? AND key = 'hidden_units'"
+    study.sql("mlflow.db", query, study.run_of(1))
+
+
+def state_tag_removed(study: Damaged) -> None:
+    study.client.delete_tag(study.run_of(1), "optuna.trial_state")
+
+
+def number_tag_removed(study: Damaged) -> None:
+    study.client.delete_tag(study.run_of(1), "optuna.trial_number")
+
+
+def extra_run_of_a_trial(study: Damaged) -> None:
+    study.new_run("trial-0001", 1)
+
+
+def run_of_no_trial(study: Damaged) -> None:
+    study.new_run("trial-0077", 77)
+
+
+def link_removed(study: Damaged) -> None:
+    query = (
+        "DELETE FROM trial_user_attributes WHERE key = 'mlflow_run_id' AND trial_id = "
+        "(SELECT trial_id FROM trials WHERE number = 1)"
+    )
+    study.sql("study.db", query)
+
+
+def retraining_left_running(study: Damaged) -> None:
+    study.new_run("retrain-trial-0001", 1)
+
+
+def parent_left_running(study: Damaged) -> None:
+    study.client.update_run(study.parent(), status="RUNNING")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        left_running,
+        wrong_status,
+        run_deleted,
+        metrics_removed,
+        first_epoch_removed,
+        param_removed,
+        state_tag_removed,
+        number_tag_removed,
+        extra_run_of_a_trial,
+        run_of_no_trial,
+        link_removed,
+        retraining_left_running,
+        parent_left_running,
+    ],
+)
+def test_a_damaged_mirror_is_mended_without_a_new_trial_or_version(
+    study: Damaged, damage: Callable[[Damaged], None]
+) -> None:
+    damage(study)
+    with pytest.raises((AssertionError, KeyError)):
+        invariants.check(study.folder, TRIALS)
+    result = mend(study)
+    assert result.ran == 0
+    assert result.winner is not None
+    assert (result.winner.version, result.winner.new) == (1, False)
+    assert result.mended or damage is parent_left_running
+
+
+def test_a_second_version_in_production_leaves_it(study: Damaged) -> None:
+    client, name = study.client, "MNIST_DNN_Model"
+    first = client.get_model_version(name, "1")
+    second = client.create_model_version(name, first.source, run_id=study.run_of(1))
+    client.transition_model_version_stage(name, second.version, "Production")
+    with pytest.raises(AssertionError):
+        invariants.check(study.folder, TRIALS)
+    mend(study)
+    stages = [client.get_model_version(name, v).current_stage for v in ("1", "2")]
+    assert stages == ["Production", "Archived"]
+
+
+def test_a_parent_run_that_was_deleted_is_made_again_with_all_its_runs(study: Damaged) -> None:
+    deleted = study.parent()
+    study.client.delete_run(deleted)
+    result = mend(study)
+    assert result.ran == 0
+    assert result.parent_run_id != deleted
+    assert len(result.mended) == TRIALS
+
+
+def test_a_lost_mlflow_database_is_rebuilt_and_the_model_registered_again(study: Damaged) -> None:
+    (study.folder / "mlflow.db").unlink()
+    result = mend(study)
+    assert result.ran == 0
+    assert len(result.mended) == TRIALS
+    assert result.winner is not None
+    assert (result.winner.version, result.winner.new) == (1, True)
+    assert (study.folder / "mlruns").is_dir()
+
+
+# ---- lost trials ---------------------------------------------------------------------------------
+
+
+def leave_running(study: Damaged, number: int, pid: int) -> None:
+    """Trial `number` as it is when its process, `pid`, dies before the end is written."""
+    own = "trial_id = (SELECT trial_id FROM trials WHERE number = ?)"
+    query = f"SELECT value_json FROM trial_user_attributes WHERE key = 'owner' AND {own}"
+    owner = {**json.loads(study.sql("study.db", query, number)[0][0]), "pid": pid}
+    study.sql(
+        "study.db",
+        f"UPDATE trial_user_attributes SET value_json = ? WHERE key = 'owner' AND {own}",
+        json.dumps(owner),
+        number,
+    )
+    study.sql("study.db", f"DELETE FROM trial_values WHERE {own}", number)
+    study.sql(
+        "study.db",
+        f"UPDATE trials SET state = 'RUNNING', datetime_complete = NULL WHERE {own}",
+        number,
+    )
+    study.client.update_run(study.run_of(number), status="RUNNING")
+    study.client.set_tag(study.run_of(number), "optuna.trial_state", "RUNNING")
+
+
+def test_a_trial_left_running_by_a_dead_process_fails_and_is_replaced(study: Damaged) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    old = invariants.check(study.folder, TRIALS)["trials"]
+    leave_running(study, 2, process.pid)
+    result = mend(study)
+    assert (result.ran, result.failed) == (1, 1)
+    trials = invariants.check(study.folder, TRIALS)["trials"]
+    assert trials[2].user_attrs["failure"].startswith("lost: ")
+    assert (trials[6].params, trials[6].value) == (old[2].params, old[2].value)
+    assert trials[6].user_attrs["place"] == 2
+
+
+def test_a_trial_of_a_living_process_is_left_running(study: Damaged) -> None:
+    leave_running(study, 2, os.getppid())
+    started = str(psutil.Process(os.getppid()).create_time())
+    query = (
+        "UPDATE trial_user_attributes SET value_json = json_set(value_json, '$.started', "
+        "json(?)) WHERE key = 'owner'"
+    )
+    study.sql("study.db", query, started)
+    pipeline.run(study.config)
+    query = "SELECT state FROM trials WHERE number = 2"
+    assert study.sql("study.db", query) == [("RUNNING",)]
+    assert study.client.get_run(study.run_of(2)).info.status == "RUNNING"
