@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import quote, unquote
 
 from search import space
 
@@ -327,7 +328,12 @@ def one_line(error: BaseException) -> str:
 def sqlite_path(url: str) -> Path | None:
     """The file behind a SQLite URL; None for any other database."""
     match = re.fullmatch(r"sqlite(\+\w+)?:///(?P<path>.+)", url, re.DOTALL)
-    return Path(match["path"]).absolute() if match else None
+    return Path(unquote(match["path"])).absolute() if match else None
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file, as SQLAlchemy reads it."""
+    return f"sqlite:///{quote(str(path))}"
 
 
 def same_database(storage: str, tracking_uri: str) -> bool:

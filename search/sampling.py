@@ -102,9 +102,7 @@ def pruner(config: StudyConfig) -> BasePruner:
     makers: dict[str, Callable[[], BasePruner]] = {
         "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=0),
         "halving": _Halving,
-        "hyperband": lambda: _PlacedHyperband(
-            min_resource=1, max_resource=config.epochs, reduction_factor=3
-        ),
+        "hyperband": lambda: _PlacedHyperband(config.epochs),
         "none": optuna.pruners.NopPruner,
     }
     return makers[config.pruner]()
@@ -135,6 +133,11 @@ class _WithoutFailures:
 
 class _PlacedHyperband(HyperbandPruner):
     """Hyperband whose brackets go by a trial's place, not its number; failed trials have none."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__(min_resource=1, max_resource=epochs, reduction_factor=3)
+        # Made at once, so that the first proposal of a resumed study, too, knows its bracket.
+        self._try_initialization(None)  # type: ignore[arg-type]
 
     def _get_bracket_id(self, study: Any, trial: FrozenTrial) -> int:
         place = trial.user_attrs.get("place")

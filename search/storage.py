@@ -1,8 +1,4 @@
-"""The Optuna side: check, create and open a study's database, safely.
-
-Neither Optuna nor MLflow survives a first start in parallel, or a kill during it, so both SQLite
-databases are made complete in a temporary file, under a lock, and then renamed.
-"""
+"""The Optuna side: check, create and open a study, own its trials, count what is missing."""
 
 import contextlib
 import os
@@ -10,11 +6,12 @@ import socket
 import sqlite3
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import psutil
@@ -22,7 +19,6 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import Engine
 
 from search.config import (
     InputError,
@@ -32,15 +28,19 @@ from search.config import (
     one_line,
     redact,
     sqlite_path,
+    sqlite_url,
+)
+from search.database import (
+    check_server,
+    check_sqlite,
+    create_sqlite,
+    read_sqlite,
+    sqlite_mode,
+    tune_sqlite,
 )
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
-_LOCK_TIMEOUT = 120  # seconds; creating both databases takes about 4
-_BUSY_TIMEOUT = 60_000  # milliseconds that a SQLite connection waits for another's write
-
-_tuned: set[str] = set()
-
 
 # ---- checks that change nothing -------------------------------------------------------------
 
@@ -58,86 +58,6 @@ def check(config: StudyConfig) -> None:
     check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
     if path.exists():
         _check_schema(config.storage, path)
-
-
-def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str) -> None:
-    """Raise InputError where `path` is not a sound SQLite file with `tables`, nor to be made."""
-    if len(path.name.encode()) > 200:
-        raise InputError(
-            f"{option} must be a file whose name has at most 200 bytes, but got {path.name!r}; "
-            f"for example {option} sqlite:///new.db"
-        )
-    if "?" in url or ":memory:" in url:
-        raise InputError(
-            f"{option} must be sqlite:///PATH, a file without '?', but got {url!r}; "
-            f"for example {option} sqlite:///{path.name.split('?')[0].strip(':') or 'study'}.db"
-        )
-    if not path.parent.is_dir():
-        raise InputError(
-            f"{option} must lie in an existing folder, but {str(path.parent)!r} is none; "
-            "create it first"
-        )
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(
-            f"{option} must be writable, but the folder {str(path.parent)!r} is not; "
-            "choose another folder or change its permissions"
-        )
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise InputError(f"{option} must be a file, but {str(path)!r} is a folder; name a file")
-    if not os.access(path, os.R_OK | os.W_OK):
-        raise InputError(
-            f"{option} must be readable and writable, but {str(path)!r} is not; "
-            "change its permissions"
-        )
-    other = f"move it away or give another file, for example {option} sqlite:///new.db"
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(
-                f"{option} must be {owner}'s database, but {str(path)!r} is empty; {other}"
-            )
-        with read_sqlite(path) as file:
-            verdict = file.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if path.stat().st_size % file.execute("PRAGMA page_size").fetchone()[0]:
-                verdict = "its end is missing"
-            found = {
-                row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type='table'")
-            }
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error) or "busy" in str(error):
-            return  # in use, so sound; opening it will wait
-        verdict, found = str(error), set()
-    except sqlite3.DatabaseError as error:
-        verdict, found = str(error), set()
-    if verdict != "ok":
-        raise InputError(
-            f"{option} must be a sound SQLite database, but {str(path)!r} is not "
-            f"({' '.join(str(verdict).split())[:120]}); {other}"
-        )
-    if not tables <= found:
-        raise InputError(
-            f"{option} must be {owner}'s database, but {str(path)!r} is another program's; {other}"
-        )
-
-
-def _mode(path: Path) -> str:
-    """How to open `path` so that reading leaves every file as it was.
-
-    A read-only connection to a database in WAL mode leaves an empty -wal and a -shm behind, which
-    a writable one removes. A log that is there stays as it is under a read-only one. (A rollback
-    journal that a crash left has to be applied before anyone can read.)
-    """
-    return "ro" if Path(f"{path}-wal").exists() else "rw"
-
-
-@contextlib.contextmanager
-def read_sqlite(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that only reads `path` and leaves nothing behind."""
-    uri = f"{path.as_uri()}?mode={_mode(path)}"
-    with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-        connection.execute("PRAGMA query_only=1")
-        yield connection
 
 
 def _braces(url: str) -> str:
@@ -167,32 +87,15 @@ def _alembic_head() -> str:
     return storage.get_head_version()
 
 
-def check_server(option: str, url: str, example: str) -> None:
-    """Raise InputError where no database answers at `url`, or only one in memory."""
-    if url.startswith("sqlite"):
-        raise InputError(
-            f"{option} must be sqlite:///PATH, a file, but got {url!r}; "
-            f"for example {option} {example}"
-        )
-    try:
-        engine = sqlalchemy.create_engine(url)
-        with engine.connect():
-            pass
-        engine.dispose()
-    except Exception as error:  # a bad URL, a missing driver, a refused connection
-        raise InputError(
-            f"{option} must be a database that can be opened, for example {example}, "
-            f"but {redact(url)!r} cannot: {one_line(error)}; check the URL and the server"
-        ) from None
-
-
 def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
     """Raise InputError where the study exists with other settings; reads only."""
     path = sqlite_path(config.storage)
     if path is not None and not path.exists():
         return
     url = (
-        config.storage if path is None else f"sqlite:///{path.as_uri()}?mode={_mode(path)}&uri=true"
+        config.storage
+        if path is None
+        else f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
     )
     if path is None and not sqlalchemy.inspect(sqlalchemy.create_engine(url)).has_table("studies"):
         return
@@ -234,39 +137,6 @@ def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, 
 # ---- creating and opening --------------------------------------------------------------------
 
 
-def tune_sqlite(path: Path) -> None:
-    """From now on, open `path` in WAL mode and wait 60 s for locks, whoever connects here.
-
-    Optuna's and MLflow's engines both pass through SQLAlchemy; other files are left alone.
-    """
-    if not _tuned:
-        sqlalchemy.event.listen(Engine, "connect", _on_connect)
-    _tuned.add(str(path.resolve()))
-
-
-def _on_connect(connection: Any, _: Any) -> None:
-    if not isinstance(connection, sqlite3.Connection):
-        return
-    if connection.execute("PRAGMA database_list").fetchone()[2] in _tuned:
-        connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT}")
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")  # WAL: safe against kills
-
-
-def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
-    """Make the database `path`, complete or not at all; `fill` gets the URL of an empty file."""
-    with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT):
-        if path.exists():
-            return
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.unlink(missing_ok=True)
-        try:
-            fill(f"sqlite:///{unfinished}")
-            unfinished.rename(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-
 def open_storage(url: str) -> RDBStorage:
     """Optuna's storage behind `url`, its schema created first where there is none."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -281,7 +151,7 @@ def open_storage(url: str) -> RDBStorage:
 
     create_sqlite(path, fill)
     tune_sqlite(path)
-    return RDBStorage(_braces(f"sqlite:///{path}"))
+    return RDBStorage(_braces(sqlite_url(path)))
 
 
 def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
@@ -408,7 +278,7 @@ def link(study: optuna.Study, trial: FrozenTrial, run_id: str, url: str) -> None
         study._storage.set_trial_user_attr(trial._trial_id, "mlflow_run_id", run_id)
         return
     path = sqlite_path(url)
-    storage = _AfterTheEnd(_braces(url if path is None else f"sqlite:///{path}"))
+    storage = _AfterTheEnd(_braces(url if path is None else sqlite_url(path)))
     storage.set_trial_user_attr(trial._trial_id, "mlflow_run_id", run_id)
     storage.remove_session()
     storage.engine.dispose()

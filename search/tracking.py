@@ -24,10 +24,16 @@ from mlflow.store.db.utils import _get_latest_schema_revision
 from mlflow.tracking import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
 
-from search.config import InputError, StudyConfig, one_line, redact, sqlite_path
+from search.config import InputError, StudyConfig, one_line, redact, sqlite_path, sqlite_url
 from search.data import Dataset
+from search.database import (
+    check_server,
+    check_sqlite,
+    create_sqlite,
+    read_sqlite,
+    tune_sqlite,
+)
 from search.space import RECIPE
-from search.storage import check_server, check_sqlite, create_sqlite, read_sqlite, tune_sqlite
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
@@ -100,7 +106,7 @@ class Tracking:
 
     def __init__(self, config: StudyConfig) -> None:
         path = sqlite_path(config.tracking_uri)
-        self.uri = config.tracking_uri if path is None else f"sqlite:///{path}"
+        self.uri = config.tracking_uri if path is None else sqlite_url(path)
         self._path = path
         self._experiment = config.experiment
 

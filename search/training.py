@@ -26,7 +26,7 @@ History = dict[str, list[float]]
 
 
 class TrainingDiverged(Exception):
-    """A loss or an accuracy became NaN or infinite."""
+    """A loss, a metric or a weight became NaN or infinite."""
 
 
 def limit_threads(threads: int) -> None:
@@ -206,6 +206,11 @@ class _StopAtNaN(keras.callbacks.Callback):  # type: ignore[misc]
         for name, value in (logs or {}).items():
             if not np.isfinite(value):
                 raise TrainingDiverged(f"{name} became {value} in epoch {epoch}")
+        # Keras clips probabilities, so that a loss can stay finite over weights that did not.
+        for weight in self.model.trainable_weights:
+            total = float(tf.reduce_sum(weight.value))
+            if not np.isfinite(total):
+                raise TrainingDiverged(f"weights became {total} in epoch {epoch}")
 
 
 _graphs: OrderedDict[str, EpochInGraph] = OrderedDict()
@@ -245,7 +250,9 @@ def _compile(model: keras.Sequential, batch_size: int) -> EpochInGraph:
     graph = EpochInGraph([keras.Input(model.input_shape[1:]), *layers])
     graph.prepare(batch_size)
     graph.compile(optimizer=FusedAdam(), loss=model.loss, metrics=["accuracy"], jit_compile=False)
-    graph.optimizer.build(graph.trainable_variables)  # else `fit` traces the epoch twice
+    # Variables that the first trace of an epoch made would cost a second one.
+    graph.optimizer.build(graph.trainable_variables)
+    graph.compute_metrics(None, tf.zeros(1, tf.int32), graph(tf.zeros((1, *graph.input_shape[1:]))))
     return graph
 
 

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search import storage
+from search import database, storage
 from search.config import InputError, RunError, StudyConfig
 
 SETTINGS = {"epochs": 5, "dataset": "mnist (0123456789ab)"}
@@ -90,20 +90,20 @@ def test_a_database_whose_making_failed_does_not_exist(in_folder: Path) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        storage.create_sqlite(in_folder / "study.db", fill)
+        database.create_sqlite(in_folder / "study.db", fill)
     assert {path.name for path in in_folder.iterdir()} <= {"study.db.lock"}
 
 
 def test_an_existing_database_is_not_made_again(in_folder: Path) -> None:
     (in_folder / "study.db").write_text("mine")
-    storage.create_sqlite(in_folder / "study.db", lambda url: pytest.fail(url))
+    database.create_sqlite(in_folder / "study.db", lambda url: pytest.fail(url))
     assert (in_folder / "study.db").read_text() == "mine"
 
 
 def test_two_processes_at_once_end_with_one_database(in_folder: Path) -> None:
     code = """
 import os, optuna
-from search import storage
+from search import database, storage
 print("ready", flush=True)
 name = input()
 opened = storage.open_storage("sqlite:///study.db")
