@@ -141,9 +141,14 @@ def _on_connect(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA synchronous=NORMAL")  # WAL: safe against kills
 
 
+def lock_file(path: Path, purpose: str = "creation") -> Path:
+    """The hidden file beside `path` whose lock guards `purpose`."""
+    return path.with_name(f".{path.name}.{purpose}.lock")
+
+
 def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
     """Make the database `path`, complete or not at all; `fill` gets the URL of an empty file."""
-    with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT):
+    with FileLock(lock_file(path), timeout=_LOCK_TIMEOUT):
         if path.exists():
             return
         unfinished = path.with_name(f".{path.name}.unfinished")

@@ -6,10 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import optuna
-from mlflow.exceptions import MlflowException
-from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from search import data, engine, registry, sampling, storage, tracking
 from search.config import RunError, StudyConfig
@@ -76,7 +73,7 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
     """
     try:
         return _run(config, listener or Listener())
-    except (OSError, SQLAlchemyError, OptunaError, MlflowException) as error:
+    except (*storage.ERRORS, *tracking.ERRORS) as error:
         raise storage.failure(error) from error
 
 

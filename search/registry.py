@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 from filelock import FileLock
@@ -22,12 +22,15 @@ from mlflow.entities import DatasetInput, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
-from optuna.trial import FrozenTrial
 
 from search.config import StudyConfig, sqlite_path
 from search.data import Dataset, scaled
+from search.database import lock_file
 from search.space import Hyperparameters
 from search.tracking import METRICS, NUMBER, STUDY, STUDY_UID, Tracking
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 ALIAS, STAGE = "production", "Production"
 _MODEL_URI, _PROMOTED = "model_uri", "promoted"
@@ -51,7 +54,7 @@ def retrain(
     dataset: Dataset,
     tracking: Tracking,
     parent: str,
-    trial: FrozenTrial,
+    trial: "FrozenTrial",
     params: dict[str, Any],
     dataset_input: DatasetInput,
 ) -> str:
@@ -219,4 +222,4 @@ def _promoting(config: StudyConfig) -> FileLock:
     if path is None:
         key = sha256(config.tracking_uri.encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"registry-{key}"
-    return FileLock(f"{path}.{config.model_name}.lock", timeout=120)
+    return FileLock(lock_file(path, config.model_name), timeout=120)

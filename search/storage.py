@@ -17,8 +17,10 @@ import optuna
 import psutil
 import sqlalchemy
 from filelock import FileLock, Timeout
+from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
 from search.config import (
     InputError,
@@ -34,11 +36,13 @@ from search.database import (
     check_server,
     check_sqlite,
     create_sqlite,
+    lock_file,
     read_sqlite,
     sqlite_mode,
     tune_sqlite,
 )
 
+ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
@@ -181,7 +185,7 @@ def sole_runner(config: StudyConfig) -> Iterator[None]:
     if path is None:
         key = sha256(config.storage.encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"study-{key}"
-    file = Path(f"{path}.{config.study_name}.lock")
+    file = lock_file(path, config.study_name)
 
     def sign(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)

@@ -6,6 +6,7 @@ run that was lost, or never made, is written again from the trial.
 """
 
 import contextlib
+import getpass
 import logging
 import os
 import sqlite3
@@ -35,6 +36,7 @@ from search.database import (
 )
 from search.space import RECIPE
 
+ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
 ORPHAN = "optuna.orphan"
@@ -161,7 +163,7 @@ class Tracking:
             run_id = self.client.create_run(
                 self.experiment_id,
                 run_name=study.study_name,
-                tags={STUDY: study.study_name, STUDY_UID: uid},
+                tags={STUDY: study.study_name, STUDY_UID: uid, **_author()},
             ).info.run_id
         self._log(run_id, params=params)
         study.set_user_attr("mlflow_run_id", run_id)
@@ -194,7 +196,7 @@ class Tracking:
         run = self.client.create_run(
             self.experiment_id,
             run_name=name,
-            tags={PARENT: parent, NUMBER: str(number), **(tags or {})},
+            tags={PARENT: parent, NUMBER: str(number), **_author(), **(tags or {})},
         )
         return str(run.info.run_id)
 
@@ -287,6 +289,14 @@ class Tracking:
         finally:
             mlflow.set_tracking_uri(before[0])
             mlflow.set_registry_uri(before[1])
+
+
+def _author() -> dict[str, str]:
+    """Who and what made a run, as MLflow's own fluent API tags it."""
+    tags = {"mlflow.source.name": "study.py"}
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
 
 
 def _create_schema(url: str, artifacts: str) -> None:

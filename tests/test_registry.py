@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search import pipeline
-from search.config import StudyConfig
+from search.config import RunError, StudyConfig
 
 NAME = "MNIST_DNN_Model"
 TRIALS = 2
@@ -51,8 +52,7 @@ def retrainings(found: dict[str, Any]) -> list[str]:
 
 # ---- stopped between two steps -------------------------------------------------------------------
 
-RETRAINING = ("log_artifact",)
-REGISTERING = (
+STEPS = (
     "get_run",
     "create_registered_model",
     "get_logged_model",
@@ -64,52 +64,78 @@ REGISTERING = (
 )
 
 
+@pytest.fixture(scope="module")
+def retrained(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
+    """A study whose best trial is trained anew, and whose run was stopped right there."""
+    folder = tmp_path_factory.mktemp("retrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        stop_at(patch, "create_registered_model", "before")
+        with pytest.raises(Stopped):
+            pipeline.run(small(clouds))
+    return folder
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
+    """End the process before, or after, its first call of the MLflow client's method `step`."""
+    original = getattr(MlflowClient, step)
+
+    def stop(self: MlflowClient, *arguments: Any, **named: Any) -> None:
+        if when == "after":
+            original(self, *arguments, **named)
+        raise Stopped
+
+    patch.setattr(MlflowClient, step, stop)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", [*RETRAINING, *REGISTERING])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_registration_stopped_at_any_step_is_completed_by_the_next_run(
     config: StudyConfig,
+    retrained: Path,
     client: MlflowClient,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
     when: str,
 ) -> None:
-    original = getattr(MlflowClient, step)
-    stopped = []
-
-    def stop(self: MlflowClient, *arguments: Any, **named: Any) -> Any:
-        if not retrained(client):  # get_run serves the trials too
-            return original(self, *arguments, **named)
-        stopped.append(step)
-        if when == "after":
-            original(self, *arguments, **named)
-        raise Stopped
-
+    for name in ("study.db", "mlflow.db"):
+        with (
+            closing(sqlite3.connect(retrained / name)) as source,
+            closing(sqlite3.connect(name)) as copy,
+        ):
+            source.backup(copy)
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, step, stop)
+        stop_at(patch, step, when)
         with pytest.raises(Stopped):
             pipeline.run(config)
-    assert stopped
 
     result = pipeline.run(config)
     found = invariants.check(Path.cwd(), TRIALS)
     assert result.ran == 0
     assert result.winner is not None
-    assert (result.winner.trial, result.winner.version) == (result.best.number, 1)  # type: ignore[union-attr]
-    assert [v.version for v in client.search_model_versions(f"name = '{NAME}'")] == ["1"]
-    assert retrainings(found) == (["FAILED", "FINISHED"] if step in RETRAINING else ["FINISHED"])
+    assert (result.winner.version, result.winner.new) == (1, False)
+    assert [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")] == [1]
+    assert retrainings(found) == ["FINISHED"]
     before = invariants.dump(Path.cwd())
     pipeline.run(config)
     assert invariants.dump(Path.cwd()) == before
 
 
-def retrained(client: MlflowClient) -> bool:
-    """Whether a retraining has begun."""
-    with closing(sqlite3.connect("mlflow.db")) as database:
-        query = "SELECT count(*) FROM runs WHERE name LIKE 'retrain-%'"
-        return bool(database.execute(query).fetchone()[0])
+def test_a_retraining_stopped_before_its_end_is_done_again(
+    config: StudyConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, "log_artifact", "after")
+        with pytest.raises(Stopped):
+            pipeline.run(config)
+    pipeline.run(config)
+    found = invariants.check(Path.cwd(), TRIALS)
+    assert len(retrainings(found)) == 2
+    assert [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")] == [1]
 
 
-def test_an_error_while_registering_ends_the_parent_run_and_the_next_run_completes_it(
+def test_an_error_while_registering_is_one_line_and_the_next_run_completes_it(
     config: StudyConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -117,12 +143,12 @@ def test_an_error_while_registering_ends_the_parent_run_and_the_next_run_complet
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_registered_model_alias", refuse)
-        with pytest.raises(MlflowException, match="the server is down"):
+        with pytest.raises(RunError, match="the server is down") as caught:
             pipeline.run(config)
+    assert "\n" not in str(caught.value)
     assert invariants.check(Path.cwd(), TRIALS, registered=False)["parent"].info.status == "FAILED"
     pipeline.run(config)
-    found = invariants.check(Path.cwd(), TRIALS)
-    assert retrainings(found) == ["FINISHED"]
+    assert retrainings(invariants.check(Path.cwd(), TRIALS)) == ["FINISHED"]
 
 
 # ---- production ----------------------------------------------------------------------------------
@@ -139,11 +165,11 @@ def test_a_second_study_takes_over_production_and_the_model_loads_by_alias_and_b
     assert second.winner is not None
     assert (first.winner.version, second.winner.version) == (1, 2)
     assert second.winner.test_accuracy > first.winner.test_accuracy
-    versions = {v.version: v for v in client.search_model_versions(f"name = '{NAME}'")}
-    assert {n: v.current_stage for n, v in versions.items()} == {"1": "Archived", "2": "Production"}
-    assert client.get_model_version_by_alias(NAME, "production").version == "2"
-    assert versions["2"].run_id == second.winner.run_id
-    assert versions["2"].tags["optuna.study_name"] == "second"
+    versions = {int(v.version): v for v in client.search_model_versions(f"name = '{NAME}'")}
+    assert {n: v.current_stage for n, v in versions.items()} == {1: "Archived", 2: "Production"}
+    assert int(client.get_model_version_by_alias(NAME, "production").version) == 2
+    assert versions[2].run_id == second.winner.run_id
+    assert versions[2].tags["optuna.study_name"] == "second"
     assert invariants.check(Path.cwd(), TRIALS, study_name="second")["winner"] is not None
     assert invariants.check(Path.cwd(), TRIALS)["winner"] is None
 
@@ -155,9 +181,7 @@ def test_a_second_study_takes_over_production_and_the_model_loads_by_alias_and_b
         assert accuracy == pytest.approx(second.winner.test_accuracy, abs=1e-6)
 
     before = invariants.dump(Path.cwd())
-    assert pipeline.run(config).winner == first.winner.__class__(
-        **{**vars(first.winner), "new": False}
-    )
+    assert pipeline.run(config).winner == replace(first.winner, new=False)
     assert invariants.dump(Path.cwd()) == before
 
 

@@ -91,7 +91,7 @@ def test_a_database_whose_making_failed_does_not_exist(in_folder: Path) -> None:
 
     with pytest.raises(RuntimeError, match="disk full"):
         database.create_sqlite(in_folder / "study.db", fill)
-    assert {path.name for path in in_folder.iterdir()} <= {"study.db.lock"}
+    assert {path.name for path in in_folder.iterdir()} <= {".study.db.creation.lock"}
 
 
 def test_an_existing_database_is_not_made_again(in_folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_path_of_braces_spaces_and_percents_works(
         storage.check_same(config, {**SETTINGS, "epochs": 6})
     again = storage.open_study(config, SETTINGS)
     assert again.trials[0].user_attrs == {"mlflow_run_id": "abc"}
-    assert {p.name.split(".db")[0] for p in path.parent.iterdir()} == {name}
+    assert {p.name.lstrip(".").split(".db")[0] for p in path.parent.iterdir()} == {name}
     assert [p.name for p in in_folder.iterdir()] == [name]
 
 

@@ -1,0 +1,173 @@
+"""The command line: whose word counts, what Ctrl-C and SIGTERM leave, which code it ends with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import invariants
+import pytest
+from conftest import ROOT, start
+from optuna.trial import TrialState
+
+from search import cli
+
+FILE = 'n-trials = 11\nstorage = "sqlite:///file.db"\nseed = 3\nhidden-units = [8, 16]\n'
+
+
+@pytest.fixture
+def file(in_folder: Path) -> str:
+    (in_folder / "study.toml").write_text(FILE)
+    return "study.toml"
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_the_command_line_wins_over_the_environment_the_file_and_the_default(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, str | None] = {"storage": "sqlite:///given.db"}
+    assert cli.build_config(None, {}).storage == "sqlite:///study.db"
+    assert cli.build_config(file, {}).storage == "sqlite:///file.db"
+    monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///environment.db")
+    assert cli.build_config(file, {}).storage == "sqlite:///environment.db"
+    assert cli.build_config(file, given).storage == "sqlite:///given.db"
+
+
+def test_an_empty_variable_of_the_environment_says_nothing(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", "")
+    assert cli.build_config(file, {}).storage == "sqlite:///file.db"
+
+
+def test_the_file_gives_what_the_command_line_does_not(file: str) -> None:
+    config = cli.build_config(file, {"n_trials": "7", "workers": "auto"})
+    assert (config.n_trials, config.seed, config.workers) == (7, 3, None)
+    assert str(config.space.hidden_units) == "8,16"
+
+
+# ---- exit codes ----------------------------------------------------------------------------------
+
+
+def error_of(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
+    """The one line on standard error that `arguments` end with."""
+    assert cli.main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--n-trials", "0"), "--n-trials must be a whole number, 1 or more, but got 0"),
+        (("--n-trails", "5"), "--n-trails"),
+        (("--n-trials",), "--n-trials"),
+        (("serch",), "serch"),
+        (("--config", "missing.toml"), "missing.toml"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_exit_code_2(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
+) -> None:
+    assert expected in error_of(capsys, 2, *arguments)
+    assert list(in_folder.iterdir()) == []
+
+
+def test_the_file_of_config_is_read(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.npz" in error_of(capsys, 2, "--config", file, "--dataset", "none.npz")
+    Path(file).write_text("n-trials = 0\n")
+    assert "--n-trials" in error_of(capsys, 2, "--config", file)
+    assert "--n-trials" not in error_of(
+        capsys, 2, "--config", file, "--n-trials", "1", "--dataset", "none.npz"
+    )
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_is_exit_code_0(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert cli.main([word]) == 0
+    assert "--n-trials" in capsys.readouterr().out
+
+
+def test_the_handlers_of_signals_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with cli._signals(lambda: None):
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ---- signals, sent to the real command -----------------------------------------------------------
+
+
+def search(folder: Path, dataset: Path, epochs: int) -> "subprocess.Popen[str]":
+    options = ("--n-trials", "60", "--workers", "2", "--hidden-units", "8", "--pruner", "none")
+    return start(folder, "--dataset", str(dataset), "--epochs", str(epochs), *options)
+
+
+def read_until(process: "subprocess.Popen[str]", beginning: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    pytest.fail(f"no line began with {beginning!r}: {process.communicate()}")
+
+
+def test_ctrl_c_waits_for_the_running_trials_and_prints_the_summary(
+    tmp_path: Path, clouds: Path
+) -> None:
+    process = search(tmp_path, clouds, epochs=3)
+    read_until(process, "trial ")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert "stopping when the running trials have finished" in out
+    assert "finished trials: " in out
+    assert out.endswith("Run the same command again to go on.\n")
+    found = invariants.check(tmp_path, registered=False)
+    assert found["parent"].info.status == "KILLED"
+    assert 1 <= len(found["trials"]) < 60
+    assert TrialState.FAIL not in {trial.state for trial in found["trials"]}
+
+
+def ended(process: "subprocess.Popen[str]", code: int, reason: str, folder: Path) -> None:
+    """Assert that `process` ends within 10 s, in one line, and leaves nothing running."""
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert process.returncode == code
+    assert err == f"error: {reason}; run the same command again to go on\n"
+    found = invariants.check(folder, registered=False)
+    assert found["parent"].info.status == "KILLED"
+    failed = [t for t in found["trials"] if t.state is TrialState.FAIL]
+    assert failed
+    assert {trial.user_attrs["failure"] for trial in failed} == {reason}
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
+    process = search(tmp_path, clouds, epochs=150)
+    read_until(process, "trial ")
+    os.killpg(process.pid, signal.SIGINT)
+    read_until(process, "stopping when")
+    os.killpg(process.pid, signal.SIGINT)
+    ended(process, 130, "interrupted by Ctrl-C", tmp_path)
+
+
+def test_sigterm_ends_at_once(tmp_path: Path, clouds: Path) -> None:
+    process = search(tmp_path, clouds, epochs=150)
+    read_until(process, "trial ")
+    os.killpg(process.pid, signal.SIGTERM)
+    ended(process, 143, "terminated by SIGTERM", tmp_path)
+
+
+def test_the_command_is_this_one() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "study.py"), "--n-trials", "x"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --n-trials must be a whole number")

@@ -1,0 +1,234 @@
+"""Trials as tasks: exact budgets whatever dies, and early stops that still leave a model."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import invariants
+import numpy as np
+import psutil
+import pytest
+from conftest import command, start
+from optuna.trial import TrialState
+
+from search import engine, pipeline
+from search.config import StudyConfig
+from search.engine import InProcess, Patience
+
+Found = TypeVar("Found")
+
+
+# ---- the small parts -----------------------------------------------------------------------------
+
+
+def exhausted_after(limit: int | None, values: list[float | None]) -> int | None:
+    """How many trials the search waits for, of those that end with `values`."""
+    patience = Patience(limit)
+    for count, value in enumerate(values, start=1):
+        patience.see(value)
+        if patience.exhausted:
+            return count
+    return None
+
+
+def test_patience_ends_after_so_many_trials_without_a_better_one() -> None:
+    assert exhausted_after(2, [0.5, 0.4, 0.6, 0.5, 0.5, 0.9]) == 5
+
+
+def test_an_equal_or_a_pruned_trial_is_not_better() -> None:
+    assert exhausted_after(3, [0.5, 0.5, None, 0.5, 0.6]) == 4
+    assert exhausted_after(3, [None, None, None]) == 3
+
+
+def test_without_a_limit_patience_never_ends() -> None:
+    assert exhausted_after(None, [0.5] * 1000) is None
+    assert not Patience(1).exhausted
+
+
+def test_in_process_a_task_runs_at_once_and_its_error_is_in_the_future() -> None:
+    prepared: list[int] = []
+    with InProcess(prepared.append, (7,)) as executor:
+        assert prepared == [7]
+        done: list[int] = []
+        future: Future[None] = executor.submit(done.append, 1)
+        assert (done, future.done()) == ([1], True)
+        assert executor.submit(divmod, 7, 2).result() == (3, 1)
+        failed = executor.submit(divmod, 7, 0)
+        with pytest.raises(ZeroDivisionError):
+            failed.result()
+
+
+def test_in_process_an_interruption_is_raised_at_once() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with InProcess(lambda: None, ()) as executor, pytest.raises(KeyboardInterrupt):
+        executor.submit(interrupt)
+
+
+def test_there_are_as_many_workers_as_asked_or_one_a_core() -> None:
+    assert engine.worker_count(7) == 7
+    cores = 1 if os.path.exists("/dev/nvidia0") else len(os.sched_getaffinity(0))
+    assert engine.worker_count(None) == cores
+
+
+# ---- early stops ---------------------------------------------------------------------------------
+
+
+def small(dataset: Path, **changed: Any) -> StudyConfig:
+    settings = {"epochs": 1, "n_trials": 200, "workers": 1, "hidden_units": "8"}
+    return StudyConfig(dataset=str(dataset), **{**settings, **changed})
+
+
+def test_patience_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:
+    config = small(clouds, patience=4)
+    result = pipeline.run(config)
+    assert result.stopped == "--patience: 4 trials without a better one"
+    found = invariants.check(in_folder, result.ran)
+    assert found["winner"] is not None
+    values = [t.value if t.state is TrialState.COMPLETE else None for t in found["trials"]]
+    assert exhausted_after(4, values) == len(values) < 200
+    before = invariants.dump(in_folder)
+    assert pipeline.run(config).ran == 0
+    assert invariants.dump(in_folder) == before
+
+
+def test_a_timeout_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:
+    began = time.monotonic()
+    result = pipeline.run(small(clouds, timeout=1.5, pruner="none"))
+    assert result.stopped == "--timeout: 1.5 s are over"
+    assert time.monotonic() - began < 60
+    assert 1 <= result.ran < 200
+    assert invariants.check(in_folder, result.ran)["winner"] is not None
+
+
+# ---- deaths --------------------------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], Found], process: "subprocess.Popen[str]") -> Found:
+    """What `condition` finds, as soon as it finds something, while `process` runs."""
+    deadline = time.monotonic() + 90
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children():
+        try:
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def running_owners(folder: Path) -> set[int]:
+    """The processes that have a trial in progress, some epochs into it."""
+    query = (
+        "SELECT value_json FROM trial_user_attributes JOIN trials USING (trial_id) "
+        "WHERE key = 'owner' AND state = 'RUNNING' AND trial_id IN "
+        "(SELECT trial_id FROM trial_intermediate_values)"
+    )
+    if not (folder / "study.db").exists():
+        return set()
+    with closing(sqlite3.connect(folder / "study.db", timeout=60)) as database:
+        return {json.loads(row[0])["pid"] for row in database.execute(query)}
+
+
+def options(dataset: Path, trials: int, epochs: int = 40) -> tuple[str, ...]:
+    return (
+        *("--dataset", str(dataset), "--n-trials", str(trials), "--epochs", str(epochs)),
+        *("--workers", "2", "--hidden-units", "8,16", "--pruner", "none"),
+    )
+
+
+def test_a_killed_worker_costs_its_trials_and_not_the_budget(tmp_path: Path, clouds: Path) -> None:
+    process = start(tmp_path, *options(clouds, 5))
+    victim = wait_for(lambda: running_owners(tmp_path), process).pop()
+    os.kill(victim, signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, err) == (0, "")
+    found = invariants.check(tmp_path, 5)
+    failed = [trial for trial in found["trials"] if trial.state is TrialState.FAIL]
+    assert 1 <= len(failed) <= 2
+    assert victim in {trial.user_attrs["owner"]["pid"] for trial in failed}
+    assert all(trial.user_attrs["failure"].startswith("lost: ") for trial in failed)
+    assert "was left running: now FAIL" in out
+
+
+def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
+    tmp_path: Path, clouds: Path
+) -> None:
+    process = start(tmp_path, *options(clouds, 3))
+    wait_for(lambda: running_owners(tmp_path), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers(process)) == 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    code, out, err = command(tmp_path, *options(clouds, 3))
+    assert (code, err) == (0, "")
+    assert "was left running: now FAIL" in out
+    failed = [
+        trial.user_attrs["failure"]
+        for trial in invariants.check(tmp_path, 3)["trials"]
+        if trial.state is TrialState.FAIL
+    ]
+    assert failed
+    assert all(reason.startswith("lost: ") for reason in failed)
+
+
+def test_three_deaths_in_a_row_end_the_run_in_one_line(tmp_path: Path, clouds: Path) -> None:
+    process = start(tmp_path, *options(clouds, 3))
+    killed = set()
+    deadline = time.monotonic() + 120
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        try:
+            for worker in workers(process):
+                worker.kill()
+                killed.add(worker.pid)
+        except psutil.NoSuchProcess:
+            continue
+        time.sleep(0.02)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.count("\n") == 1
+    assert err.startswith("error: workers died 3 times in a row")
+    assert len(killed) >= 3
+    found = invariants.check(tmp_path, 0, registered=False)
+    assert found["parent"].info.status == "FAILED"
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def test_five_failures_in_a_row_end_the_run_and_every_one_says_why_in_both_ledgers(
+    tmp_path: Path, clouds: Path
+) -> None:
+    with np.load(clouds) as data:
+        huge = {name: data[name] * 1e30 if name[0] == "x" else data[name] for name in data}
+    np.savez(tmp_path / "huge.npz", **huge)
+    code, out, err = command(tmp_path, *options(tmp_path / "huge.npz", 20, epochs=2))
+    assert code == 1
+    assert err.count("\n") == 1
+    assert err.startswith("error: 5 trials in a row failed, the last with TrainingDiverged: ")
+    assert out.count("FAIL") == 5
+    found = invariants.check(tmp_path, 0, registered=False)
+    assert found["parent"].info.status == "FAILED"
+    assert 5 <= len(found["trials"]) <= 7
+    reasons = [run.data.tags["optuna.failure"] for run in found["runs"].values()]
+    assert sum(reason.startswith("TrainingDiverged: loss became") for reason in reasons) >= 5
