@@ -79,6 +79,20 @@ class Worker:
         )
 
 
+class _Pruning(KerasPruningCallback):  # type: ignore[misc]
+    """Prunes on val_accuracy after every epoch but the last, where it would save nothing."""
+
+    def __init__(self, trial: optuna.Trial, epochs: int) -> None:
+        super().__init__(trial, "val_accuracy")
+        self._last = epochs - 1
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if epoch == self._last:
+            self._trial.report(float((logs or {})["val_accuracy"]), step=epoch)
+        else:
+            super().on_epoch_end(epoch, logs)
+
+
 class _Attempt:
     """A trial in progress, and its run."""
 
@@ -127,7 +141,7 @@ class _Attempt:
                 keras.callbacks.LambdaCallback(
                     on_epoch_end=lambda epoch, logs: self._record(trial, epoch, logs)
                 ),
-                KerasPruningCallback(trial, "val_accuracy"),
+                _Pruning(trial, config.epochs),
             ],
         )
         return self._history[-1]["val_accuracy"]

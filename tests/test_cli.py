@@ -11,6 +11,7 @@ import invariants
 import pytest
 from conftest import ROOT, start
 from optuna.trial import TrialState
+from test_engine import running_owners, wait_for
 
 from search import cli
 
@@ -66,7 +67,7 @@ def error_of(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--n-trials", "0"), "--n-trials must be a whole number, 1 or more, but got 0"),
+        (("--n-trials", "0"), "--n-trials must be a whole number from 1 to 1000000, but got 0"),
         (("--n-trails", "5"), "--n-trails"),
         (("--n-trials",), "--n-trials"),
         (("serch",), "serch"),
@@ -144,14 +145,13 @@ def ended(process: "subprocess.Popen[str]", code: int, reason: str, folder: Path
     assert err == f"error: {reason}; run the same command again to go on\n"
     found = invariants.check(folder, registered=False)
     assert found["parent"].info.status == "KILLED"
-    failed = [t for t in found["trials"] if t.state is TrialState.FAIL]
-    assert failed
-    assert {trial.user_attrs["failure"] for trial in failed} == {reason}
+    assert [trial.state for trial in found["trials"]] == [TrialState.FAIL] * 2
+    assert {trial.user_attrs["failure"] for trial in found["trials"]} == {reason}
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
-    process = search(tmp_path, clouds, epochs=150)
-    read_until(process, "trial ")
+    process = search(tmp_path, clouds, epochs=300)
+    wait_for(lambda: len(running_owners(tmp_path)) == 2, process)
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "stopping when")
     os.killpg(process.pid, signal.SIGINT)
@@ -159,8 +159,8 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
 
 
 def test_sigterm_ends_at_once(tmp_path: Path, clouds: Path) -> None:
-    process = search(tmp_path, clouds, epochs=150)
-    read_until(process, "trial ")
+    process = search(tmp_path, clouds, epochs=300)
+    wait_for(lambda: len(running_owners(tmp_path)) == 2, process)
     os.killpg(process.pid, signal.SIGTERM)
     ended(process, 143, "terminated by SIGTERM", tmp_path)
 

@@ -147,7 +147,7 @@ def running_owners(folder: Path) -> set[int]:
         return {json.loads(row[0])["pid"] for row in database.execute(query)}
 
 
-def options(dataset: Path, trials: int, epochs: int = 40) -> tuple[str, ...]:
+def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
     return (
         *("--dataset", str(dataset), "--n-trials", str(trials), "--epochs", str(epochs)),
         *("--workers", "2", "--hidden-units", "8,16", "--pruner", "none"),
@@ -155,12 +155,12 @@ def options(dataset: Path, trials: int, epochs: int = 40) -> tuple[str, ...]:
 
 
 def test_a_killed_worker_costs_its_trials_and_not_the_budget(tmp_path: Path, clouds: Path) -> None:
-    process = start(tmp_path, *options(clouds, 5))
+    process = start(tmp_path, *options(clouds, 4))
     victim = wait_for(lambda: running_owners(tmp_path), process).pop()
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (0, "")
-    found = invariants.check(tmp_path, 5)
+    found = invariants.check(tmp_path, 4)
     failed = [trial for trial in found["trials"] if trial.state is TrialState.FAIL]
     assert 1 <= len(failed) <= 2
     assert victim in {trial.user_attrs["owner"]["pid"] for trial in failed}
@@ -231,4 +231,4 @@ def test_five_failures_in_a_row_end_the_run_and_every_one_says_why_in_both_ledge
     assert found["parent"].info.status == "FAILED"
     assert 5 <= len(found["trials"]) <= 7
     reasons = [run.data.tags["optuna.failure"] for run in found["runs"].values()]
-    assert sum(reason.startswith("TrainingDiverged: loss became") for reason in reasons) >= 5
+    assert sum(reason.startswith("TrainingDiverged: ") for reason in reasons) >= 5

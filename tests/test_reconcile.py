@@ -202,6 +202,7 @@ def test_a_damaged_mirror_is_mended_without_a_new_trial_or_version(
     assert result.mended or damage is parent_left_running
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_second_version_in_production_leaves_it(study: Damaged) -> None:
     client, name = study.client, "MNIST_DNN_Model"
     first = client.get_model_version(name, "1")
