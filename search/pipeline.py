@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search import data, engine, registry, sampling, storage, tracking
-from search.config import RunError, StudyConfig
+from search.config import RunError, StudyConfig, one_line
 from search.outcome import Outcome
 from search.reconcile import reconcile
 from search.registry import Winner
@@ -108,8 +108,10 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             mend(str(interruption) or "interrupted")
             ledger.close(parent, "KILLED")
             raise
-        except Exception:
-            with contextlib.suppress(Exception):  # the tracking server may be what failed
+        except Exception as error:
+            with contextlib.suppress(Exception):  # a database or server may be what failed
+                mend(f"stopped with the run: {one_line(error)}")
+            with contextlib.suppress(Exception):
                 ledger.close(parent, "FAILED")
             raise
         ledger.close(parent, "KILLED" if winner is None else "FINISHED")

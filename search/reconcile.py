@@ -41,6 +41,9 @@ def reconcile(
         if other.info.status == "RUNNING" and not _is_trial(other):
             tracking.client.set_terminated(other.info.run_id, "KILLED")
             mended.append(f"run {other.info.run_name} was left running: ended")
+        if _is_trial(other) and _number(other) is None and ORPHAN not in other.data.tags:
+            tracking.orphan(other)
+            mended.append(f"run {other.info.run_name} does not name its trial: ended")
     runs = _runs_by_trial(all_runs)
     for number, trial in trials.items():
         if not trial.state.is_finished():
@@ -74,6 +77,11 @@ def reconcile(
     return mended
 
 
+def _number(run: Run) -> int | None:
+    text = run.data.tags.get(NUMBER, "")
+    return int(text) if text.isdigit() else None
+
+
 def _is_trial(run: Run) -> bool:
     return (run.info.run_name or "").startswith("trial-")
 
@@ -82,9 +90,9 @@ def _runs_by_trial(runs: list[Run]) -> dict[int, list[Run]]:
     """The trials' own runs by trial number; other nested runs and known orphans left out."""
     found = defaultdict(list)
     for run in runs:
-        number = run.data.tags.get(NUMBER, "")
-        if number.isdigit() and _is_trial(run) and ORPHAN not in run.data.tags:
-            found[int(number)].append(run)
+        number = _number(run)
+        if number is not None and _is_trial(run) and ORPHAN not in run.data.tags:
+            found[number].append(run)
     return found
 
 

@@ -182,6 +182,9 @@ def register(tracking: Tracking, config: StudyConfig, run: Run, uid: str, *, new
             client.set_registered_model_alias(config.model_name, ALIAS, version.version)
             follow_alias(tracking, config.model_name)
             client.set_model_version_tag(config.model_name, version.version, _PROMOTED, "true")
+    else:
+        with _promoting(config):
+            follow_alias(tracking, config.model_name)
     assert version is not None
     return Winner(
         trial=number,

@@ -177,7 +177,7 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
 
 @contextlib.contextmanager
 def sole_runner(config: StudyConfig) -> Iterator[None]:
-    """Hold the study: one process runs it at a time. Raises InputError where another does.
+    """Hold the study: one process runs it at a time. Raises RunError where another does.
 
     The lock is the operating system's, so it goes with its holder, however that ends.
     """
@@ -284,6 +284,7 @@ def link(study: optuna.Study, trial: FrozenTrial, run_id: str, url: str) -> None
     path = sqlite_path(url)
     storage = _AfterTheEnd(_braces(url if path is None else sqlite_url(path)))
     storage.set_trial_user_attr(trial._trial_id, "mlflow_run_id", run_id)
+    trial.user_attrs["mlflow_run_id"] = run_id  # Optuna keeps finished trials, and reads no more
     storage.remove_session()
     storage.engine.dispose()
 

@@ -129,11 +129,6 @@ def metrics_removed(study: Damaged) -> None:
         study.sql("mlflow.db", f"DELETE FROM {table} WHERE run_uuid = ?", study.run_of(1))
 
 
-def first_epoch_removed(study: Damaged) -> None:
-    query = "DELETE FROM metrics WHERE run_uuid = ? AND step = 0"
-    study.sql("mlflow.db", query, study.run_of(1))
-
-
 def param_removed(study: Damaged) -> None:
     query = "DELETE FROM params WHERE run_uuid = ? AND key = 'hidden_units'"
     study.sql("mlflow.db", query, study.run_of(1))
@@ -178,7 +173,6 @@ def parent_left_running(study: Damaged) -> None:
         wrong_status,
         run_deleted,
         metrics_removed,
-        first_epoch_removed,
         param_removed,
         state_tag_removed,
         number_tag_removed,
