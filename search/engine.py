@@ -156,13 +156,17 @@ class Engine:
         self._executor.shutdown()
         self._executor = None
 
-    def retrain(self, number: int) -> str:
-        """Train the configuration of trial `number` anew on a worker; returns its MLflow run."""
+    def retrain(self, number: int, on_death: Callable[[], None]) -> str:
+        """Train the configuration of trial `number` anew on a worker; returns its MLflow run.
+
+        Raises RunError after three deaths in a row.
+        """
         for _ in range(_DEATHS):
             try:
                 return str(self._submit(_retrain, number).result())
             except BrokenProcessPool:
                 self._bury()
+                on_death()
         raise RunError(_DYING.format(_DEATHS))
 
     def run_trials(

@@ -94,14 +94,14 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         def mend(interruption: str | None = None) -> list[str]:
             return reconcile(study, ledger, parent, config, facts, dataset_input, interruption)
 
-        mended = mend()
-        listener.mended(mended)
-        missing = storage.missing_places(study, sampling.budget(config))
-        listener.start(study, dataset, len(missing))
         try:
+            mended = mend()
+            listener.mended(mended)
+            missing = storage.missing_places(study, sampling.budget(config))
+            listener.start(study, dataset, len(missing))
             with engine.Engine(config, parent) as workers:
-                job = _Job(config, study, ledger, parent, listener, workers)
-                stopped = job.search(missing, mend)
+                job = _Job(config, study, ledger, parent, listener, workers, mend)
+                stopped = job.search(missing)
                 mended += mend()
                 winner = None if stopped == engine.INTERRUPTED else job.register_best()
         except KeyboardInterrupt as interruption:
@@ -133,6 +133,7 @@ class _Job:
         parent: str,
         listener: Listener,
         workers: engine.Engine,
+        mend: Callable[[], list[str]],
     ) -> None:
         self.config = config
         self.study = study
@@ -140,9 +141,10 @@ class _Job:
         self.parent = parent
         self.listener = listener
         self.workers = workers
+        self.mend = mend
         self.ran = 0
 
-    def search(self, missing: list[int], mend: Callable[[], list[str]]) -> str | None:
+    def search(self, missing: list[int]) -> str | None:
         """Run the missing trials; returns why the search stopped early, if it did."""
         patience = engine.Patience(self.config.patience)
         for trial in self._finished():
@@ -158,14 +160,11 @@ class _Job:
                 best = outcome.value if best is None else max(best, outcome.value)
             self.listener.trial(outcome, best)
 
-        def on_death() -> None:
-            self.listener.mended(mend())
-
         self.ledger.reopen(self.parent)
         return self.workers.run_trials(
             missing,
             on_trial,
-            on_death,
+            self._after_death,
             timeout=self.config.timeout,
             patience=patience,
             max_failures=self.config.max_failures,
@@ -182,8 +181,12 @@ class _Job:
         if run is None:
             self.ledger.reopen(self.parent)
             self.listener.retraining(best)
-            run = self.ledger.client.get_run(self.workers.retrain(best.number))
+            run = self.ledger.client.get_run(self.workers.retrain(best.number, self._after_death))
         return registry.register(self.ledger, self.config, run, uid, new=new)
+
+    def _after_death(self) -> None:
+        """Workers died: end what they left running."""
+        self.listener.mended(self.mend())
 
     def best(self) -> FrozenTrial:
         """The best COMPLETE trial, the earlier of equals. Raises RunError where there is none."""
