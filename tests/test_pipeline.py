@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import invariants
+import pytest
+
+from search import InputError, RunError, StudyConfig, run
+
+
+def config(clouds: Path, **settings: object) -> StudyConfig:
+    base = {"dataset": str(clouds), "epochs": 2, "n_trials": 3, "hidden_units": "8,16"}
+    return StudyConfig(**{**base, "workers": 1, **settings})  # type: ignore[arg-type]
+
+
+def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds(
+    in_folder: Path, clouds: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = run(config(clouds))
+    assert capfd.readouterr() == ("", "")
+    found = invariants.check(in_folder, 3)
+    assert result.best is not None and result.winner is not None
+    assert result.best.value == max(t.value for t in found["trials"] if t.value is not None)
+    assert result.winner.test_accuracy == found["winner"].data.metrics["test_accuracy"]
+    assert result.winner.version == 1
+    assert (result.complete + result.pruned, result.failed, result.ran) == (3, 0, 3)
+
+
+def test_a_second_run_finds_nothing_to_do(in_folder: Path, clouds: Path) -> None:
+    first = run(config(clouds))
+    before = invariants.dump(in_folder)
+    second = run(config(clouds))
+    assert (second.ran, second.mended) == (0, ())
+    assert first.winner is not None and second.winner is not None
+    assert second.winner.version == first.winner.version
+    assert (first.winner.new, second.winner.new) == (True, False)
+    assert invariants.dump(in_folder) == before
+
+
+def test_other_settings_are_refused_with_each_difference(in_folder: Path, clouds: Path) -> None:
+    run(config(clouds))
+    before = invariants.dump(in_folder)
+    with pytest.raises(InputError, match="epochs: 2 -> 3; seed: 0 -> 1"):
+        run(config(clouds, epochs=3, seed=1))
+    assert invariants.dump(in_folder) == before
+
+
+def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    huge = np.full((40, 4), 1e30, "float32") * np.arange(1, 41, dtype="float32")[:, None]
+    labels = np.arange(40) % 2
+    np.savez("huge.npz", x_train=huge, y_train=labels, x_test=huge[:4], y_test=labels[:4])
+    with pytest.raises(RunError, match="2 trials in a row failed"):
+        run(config(Path("huge.npz"), max_failures=2, learning_rate="10"))
+    invariants.check(in_folder, 0, registered=False)
+
+
+def test_two_studies_share_the_databases_and_the_newer_is_in_production(
+    in_folder: Path, clouds: Path
+) -> None:
+    run(config(clouds))
+    run(config(clouds, study_name="second", seed=1))
+    invariants.check(in_folder, 3)
+    assert invariants.check(in_folder, 3, study_name="second")["winner"] is not None
+
+
+def test_a_grid_ends_when_it_is_exhausted_and_covers_every_point(
+    in_folder: Path, clouds: Path
+) -> None:
+    grid = {"dropout_rate": "0.1,0.2", "learning_rate": "0.01", "sampler": "grid"}
+    result = run(config(clouds, n_trials=50, pruner="none", **grid))
+    assert result.ran == 4
+    found = invariants.check(in_folder, 4)
+    points = {(t.params["hidden_units"], t.params["dropout_rate"]) for t in found["trials"]}
+    assert points == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}

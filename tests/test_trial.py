@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import invariants
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from search import StudyConfig, run
+from search.outcome import Outcome
+from search.pipeline import Listener
+
+
+class Outcomes(Listener):
+    def __init__(self) -> None:
+        self.seen: list[Outcome] = []
+
+    def trial(self, outcome: Outcome, best: float | None) -> None:
+        self.seen.append(outcome)
+
+
+def config(clouds: Path) -> StudyConfig:
+    return StudyConfig(
+        dataset=str(clouds), epochs=2, n_trials=3, hidden_units="8", workers=1, pruner="none"
+    )
+
+
+@pytest.mark.parametrize("method", ["create_run", "log_batch", "log_inputs", "set_terminated"])
+def test_a_trial_outlives_a_failing_tracking_server_and_its_run_is_written_later(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    working = getattr(MlflowClient, method)
+    outcomes = Outcomes()
+
+    def failing(client: MlflowClient, *arguments: object, **keywords: object) -> object:
+        name = keywords.get("run_name") or ""
+        while_training = len(outcomes.seen) == 1 and not str(name).startswith("retrain")
+        if while_training:
+            raise MlflowException("the server is down")
+        return working(client, *arguments, **keywords)
+
+    monkeypatch.setattr(MlflowClient, method, failing)
+    result = run(config(clouds), outcomes)
+    assert [outcome.state for outcome in outcomes.seen] == ["COMPLETE"] * 3
+    assert any("trial 1" in line for line in result.mended)
+    invariants.check(in_folder, 3)
+
+
+def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> None:
+    outcomes = Outcomes()
+    run(config(clouds), outcomes)
+    for outcome, trial in zip(outcomes.seen, invariants.check(in_folder, 3)["trials"], strict=True):
+        assert (outcome.number, outcome.place) == (trial.number, trial.user_attrs["place"])
+        assert outcome.value == outcome.last == trial.value
+        assert outcome.hyperparameters is not None
+        assert outcome.hyperparameters.as_dict() == trial.params
+        assert (outcome.epochs, outcome.failure) == (2, None)
