@@ -183,9 +183,8 @@ def test_two_runs_and_a_killed_and_resumed_one_are_the_same_to_the_last_digit(
 
 @pytest.mark.slow
 def test_real_mnist_reaches_97_percent_with_a_short_search(tmp_path: Path) -> None:
-    code, _, err = command(
-        tmp_path, "--n-trials", "3", "--epochs", "2", "--hidden-units", "512", timeout=600
-    )
+    options = ("--hidden-units", "512", "--learning-rate", "0.001", "--epochs", "3")
+    code, _, err = command(tmp_path, "--n-trials", "3", *options, timeout=600)
     assert (code, err) == (0, "")
     found = invariants.check(tmp_path, 3)
     runs = found["client"].search_runs(
