@@ -69,7 +69,7 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
     )
 
 
-def command(folder: Path, *options: str, timeout: float = 300) -> tuple[int, str, str]:
+def command(folder: Path, *options: str, timeout: float = 600) -> tuple[int, str, str]:
     """Run the real command to its end; returns exit code, standard output and error."""
     process = start(folder, *options)
     try:
