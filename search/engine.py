@@ -156,7 +156,7 @@ class Engine:
         self._executor.shutdown()
         self._executor = None
 
-    def retrain(self, number: int, on_death: Callable[[], None]) -> str:
+    def retrain(self, number: int, on_death: Callable[[], object]) -> str:
         """Train the configuration of trial `number` anew on a worker; returns its MLflow run.
 
         Raises RunError after three deaths in a row.
@@ -173,7 +173,7 @@ class Engine:
         self,
         places: Iterable[int],
         on_trial: Callable[[Outcome], None],
-        on_death: Callable[[], None],
+        on_death: Callable[[], Iterable[int]],
         *,
         timeout: float | None,
         patience: "Patience",
@@ -183,7 +183,8 @@ class Engine:
         """Run a trial for every place, a failed one again; returns why it stopped early, if so.
 
         on_trial: gets every trial's outcome, in the order in which they end.
-        on_death: is called when a worker has died and took the others with it.
+        on_death: is called when a worker has died and took the others with it; says which places
+        are missing now, because a trial may have ended whose outcome did not arrive.
         stopping: tells whether no more trials shall start.
         Raises RunError after `max_failures` failures, or three deaths, in a row.
         """
@@ -199,13 +200,14 @@ class Engine:
                 stopped = f"--timeout: {timeout:g} s are over"
             elif patience.exhausted:
                 stopped = f"--patience: {patience.limit} trials without a better one"
-            while queue and not stopped and len(running) < self.workers:
+            broken = False
+            while queue and not stopped and not broken and len(running) < self.workers:
                 try:
                     running[self._submit(_run_trial, queue[0])] = queue[0]
+                    queue.popleft()
                 except BrokenProcessPool:
-                    break  # those that run say so too
-                queue.popleft()
-            if not running:
+                    broken = True
+            if not running and not broken:
                 return stopped if queue else None
 
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -214,14 +216,8 @@ class Engine:
                 try:
                     outcome = future.result()
                 except BrokenProcessPool:
-                    queue.extendleft(sorted([place, *running.values()], reverse=True))
-                    running.clear()
-                    self._bury()
-                    on_death()
-                    deaths += 1
-                    if deaths == _DEATHS:
-                        raise RunError(_DYING.format(deaths)) from None
-                    break
+                    broken = True
+                    continue
                 on_trial(outcome)
                 if outcome.state == "FAIL":
                     queue.appendleft(place)
@@ -234,6 +230,13 @@ class Engine:
                 else:
                     deaths = failures = 0
                     patience.see(outcome.value)
+            if broken:
+                self._bury()
+                running.clear()
+                queue = deque(on_death())
+                deaths += 1
+                if deaths == _DEATHS:
+                    raise RunError(_DYING.format(deaths))
 
 
 _DYING = (

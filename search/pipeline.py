@@ -184,9 +184,10 @@ class _Job:
             run = self.ledger.client.get_run(self.workers.retrain(best.number, self._after_death))
         return registry.register(self.ledger, self.config, run, uid, new=new)
 
-    def _after_death(self) -> None:
-        """Workers died: end what they left running."""
+    def _after_death(self) -> list[int]:
+        """Workers died: end what they left running; returns the places that are missing now."""
         self.listener.mended(self.mend())
+        return storage.missing_places(self.study, sampling.budget(self.config))
 
     def best(self) -> FrozenTrial:
         """The best COMPLETE trial, the earlier of equals. Raises RunError where there is none."""
