@@ -103,6 +103,22 @@ def read_sqlite(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+def other_schema(path: Path, head: str) -> str | None:
+    """The schema that the SQLite file `path` has in place of `head`, empty where it has none.
+
+    None where it is `head`, or where the file is in use, so sound (see check_sqlite).
+    """
+    with read_sqlite(path) as file:
+        try:
+            row = file.execute("SELECT version_num FROM alembic_version").fetchone()
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                return None
+            row = None
+    found = row[0] if row else ""
+    return None if found == head else found
+
+
 def check_server(option: str, url: str, example: str) -> None:
     """Raise InputError where no database answers at `url`, or only one in memory."""
     if url.startswith("sqlite"):

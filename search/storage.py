@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import sqlite3
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -37,7 +36,7 @@ from search.database import (
     check_sqlite,
     create_sqlite,
     lock_file,
-    read_sqlite,
+    other_schema,
     sqlite_mode,
     tune_sqlite,
 )
@@ -70,18 +69,11 @@ def _braces(url: str) -> str:
 
 
 def _check_schema(url: str, path: Path) -> None:
-    with read_sqlite(path) as file:
-        try:
-            row = file.execute("SELECT version_num FROM alembic_version").fetchone()
-        except sqlite3.DatabaseError as error:
-            if "locked" in str(error):
-                return  # in use, as in check_sqlite
-            row = None
-    head = _alembic_head()
-    if row is None or row[0] != head:
+    found = other_schema(path, _alembic_head())
+    if found is not None:
         raise InputError(
             f"--storage must be a database of Optuna {optuna.__version__}, but {str(path)!r} has "
-            f"the schema {row[0] if row else 'of an Optuna before 1.3'}; copy the file and run "
+            f"the schema {found or 'of an Optuna before 1.3'}; copy the file and run "
             f"optuna storage upgrade --storage {redact(url)}, or give another file"
         )
 

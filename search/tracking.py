@@ -9,7 +9,6 @@ import contextlib
 import getpass
 import logging
 import os
-import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from search.database import (
     check_server,
     check_sqlite,
     create_sqlite,
-    read_sqlite,
+    other_schema,
     tune_sqlite,
 )
 from search.space import RECIPE
@@ -75,17 +74,12 @@ def check(uri: str) -> None:
 
 
 def _check_schema(uri: str, path: Path) -> None:
-    with read_sqlite(path) as file:
-        try:
-            row = file.execute("SELECT version_num FROM alembic_version").fetchone()
-        except sqlite3.DatabaseError as error:
-            if "locked" in str(error):
-                return  # in use, as in check_sqlite
-            row = None
-    if row is None or row[0] != _get_latest_schema_revision():  # type: ignore[no-untyped-call]
+    head: str = _get_latest_schema_revision()  # type: ignore[no-untyped-call]
+    found = other_schema(path, head)
+    if found is not None:
         raise InputError(
             f"--tracking-uri must be a database of MLflow {mlflow.__version__}, but {str(path)!r} "
-            f"has the schema {row[0] if row else 'of no version'}; copy the file and run "
+            f"has the schema {found or 'of no version'}; copy the file and run "
             f"mlflow db upgrade {redact(uri)}, or give another file"
         )
 
