@@ -1,18 +1,17 @@
 """The command line: options and verbs -> StudyConfig -> one call; errors -> one line, exit code."""
 
-import contextlib
 import functools
 import inspect
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from search import config as settings
-from search.config import InputError, Interrupted, RunError, StudyConfig
+from search import signals
+from search.config import InputError, RunError, StudyConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -26,7 +25,6 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # Typer names it only in a private module
 
-_EXIT_INTERRUPTED, _EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _METAVARS = {
     "timeout": "SECONDS",
     "patience": "TRIALS",
@@ -47,19 +45,40 @@ _METAVARS = {
 def _study(
     context: typer.Context, config: str | None = None, **given: str | None
 ) -> Callable[[], int] | None:
-    if context.invoked_subcommand is not None:
-        return None
-    return functools.partial(run_study, build_config(config, given))
+    """Search the hyperparameters of a Keras network and leave the best in production.
+
+    Run the same command again to go on after an interruption: nothing is lost and nothing is done
+    twice.
+    """
+    if context.invoked_subcommand is None:
+        return functools.partial(run_study, build_config(config, given))
+    for name, text in (("config", config), *given.items()):
+        if text is not None:
+            raise typer.BadParameter(
+                f"{settings.flag(name)} must come after the verb: "
+                f"python study.py {context.invoked_subcommand} {settings.flag(name)}"
+            )
+    return None
 
 
-def _parameters() -> list[inspect.Parameter]:
-    """One option a setting of StudyConfig, so that a setting is described in one place."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
+def _doctor(fix: bool = False, config: str | None = None, **given: str | None) -> Callable[[], int]:
+    """Say what the two ledgers disagree about; exit code 1 if anything."""
+    return functools.partial(run_doctor, build_config(config, given), fix)
+
+
+_PLACES = ("study_name", "storage", "tracking_uri", "model_name")
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _with_options(
+    function: Callable[..., Any], names: Iterable[str], *own: inspect.Parameter
+) -> Callable[..., Any]:
+    """Give `function` an option for each of these settings, described where the setting is."""
     parameters = [
-        inspect.Parameter("context", keyword, annotation=typer.Context),
+        *own,
         inspect.Parameter(
             "config",
-            keyword,
+            _KEYWORD,
             default=None,
             annotation=Annotated[
                 str | None,
@@ -73,7 +92,8 @@ def _parameters() -> list[inspect.Parameter]:
         ),
     ]
     defaults = settings.defaults()
-    for name, option in settings.options().items():
+    for name in names:
+        option = settings.options()[name]
         shown = option.none if defaults[name] is None else str(defaults[name])
         help_text = option.help + (f" Environment: {option.env}." if option.env else "")
         metavar = "|".join(option.choices) or _METAVARS.get(name, "N")
@@ -87,18 +107,33 @@ def _parameters() -> list[inspect.Parameter]:
                 rich_help_panel=option.group,
             ),
         ]
-        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))
-    return parameters
+        parameters.append(inspect.Parameter(name, _KEYWORD, default=None, annotation=annotation))
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
 
 
-_study.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
-_study.__annotations__ = {p.name: p.annotation for p in _parameters()}
-_study.__doc__ = """Search the hyperparameters of a Keras network and leave the best in production.
-
-Run the same command again to go on after an interruption: nothing is lost and nothing is done
-twice.
-"""
-app.callback(invoke_without_command=True)(_study)
+app.callback(invoke_without_command=True)(
+    _with_options(
+        _study,
+        settings.options(),
+        inspect.Parameter("context", _KEYWORD, annotation=typer.Context),
+    )
+)
+app.command("doctor")(
+    _with_options(
+        _doctor,
+        _PLACES,
+        inspect.Parameter(
+            "fix",
+            _KEYWORD,
+            default=False,
+            annotation=Annotated[
+                bool, typer.Option("--fix", help="Mend it: MLflow follows Optuna.")
+            ],
+        ),
+    )
+)
 
 
 def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
@@ -122,41 +157,27 @@ def run_study(config: StudyConfig) -> int:
 
     console = Console(soft_wrap=True)
     lines = report.Lines(console)
-    with _signals(lines.stop):
+    with signals.handled(lines.stop, functools.partial(pipeline.abandon, config)):
         result = pipeline.run(config, lines)
     console.print(report.summary(result), markup=False, highlight=False)
-    return 0 if result.winner is not None else _EXIT_INTERRUPTED
+    return 0 if result.winner is not None else signals.EXIT_INTERRUPTED
 
 
-@contextlib.contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C calls `stop`; the second, or SIGTERM, raises Interrupted, once."""
-    pressed = 0
+def run_doctor(config: StudyConfig, fix: bool) -> int:
+    """Print what the ledgers disagree about; returns the exit code."""
+    from search import doctor
 
-    def end(reason: str, code: int) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        raise Interrupted(reason, code)
-
-    def on_interrupt(*_: object) -> None:
-        nonlocal pressed
-        pressed += 1
-        if pressed > 1:
-            end("interrupted by Ctrl-C", _EXIT_INTERRUPTED)
-        stop()
-
-    def on_terminate(*_: object) -> None:
-        end("terminated by SIGTERM", _EXIT_TERMINATED)
-
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, on_interrupt),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, on_terminate),
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    mended, left = doctor.examine(config, fix=fix)
+    for line in mended:
+        print(f"mended: {line}")
+    for line in left:
+        print(line)
+    if left:
+        remedy = "run the study again" if fix else "mend with python study.py doctor --fix"
+        print(f"{len(left)} disagreement{'s' * (len(left) > 1)}; {remedy}")
+        return 1
+    print(f"study {config.study_name}: both ledgers agree")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{message}; see python study.py --help", 2)
     except KeyboardInterrupt as error:
         reason = str(error) or "interrupted"
-        code = getattr(error, "exit_code", _EXIT_INTERRUPTED)
+        code = getattr(error, "exit_code", signals.EXIT_INTERRUPTED)
         return _fail(f"{reason}; run the same command again to go on", code)
 
 

@@ -89,10 +89,10 @@ class StudyConfig:
         "tpe", _STUDY, "How trials are proposed.", choices=("tpe", "random", "qmc", "grid")
     )
     pruner: str = _option(
-        "median",
+        "percentile",
         _STUDY,
         "How hopeless trials are ended early.",
-        choices=("median", "halving", "hyperband", "none"),
+        choices=("percentile", "median", "halving", "hyperband", "none"),
     )
     timeout: float | None = _option(
         None,
@@ -185,6 +185,7 @@ class StudyConfig:
             **{name: str(parameter) for name, parameter in self.space.as_dict().items()},
             "grid": self.sampler == "grid",
             "dataset": dataset_digest,
+            "experiment": self.experiment,
             "validation_split": self.validation_split,
             "epochs": self.epochs,
             "batch_size": self.batch_size,

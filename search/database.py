@@ -7,6 +7,7 @@ database is made complete in a temporary file, under a lock, and then renamed.
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sqlalchemy.engine import Engine
 from search.config import InputError, one_line, redact, sqlite_url
 
 _LOCK_TIMEOUT = 120  # seconds; creating both databases takes about 4
+_SERVER_TIMEOUT = 30  # seconds
 _BUSY_TIMEOUT = 60_000  # milliseconds that a SQLite connection waits for another's write
 
 _tuned: set[str] = set()
@@ -136,6 +138,22 @@ def check_server(option: str, url: str, example: str) -> None:
             f"{option} must be a database that can be opened, for example {example}, "
             f"but {redact(url)!r} cannot: {one_line(error)}; check the URL and the server"
         ) from None
+
+
+def wait_for_server(engine: Engine) -> None:
+    """From now on, give a server that was restarted half a minute to take connections again."""
+
+    def connect(dialect: Any, _: Any, arguments: Any, keywords: Any) -> Any:
+        deadline = time.monotonic() + _SERVER_TIMEOUT
+        while True:
+            try:
+                return dialect.connect(*arguments, **keywords)
+            except dialect.loaded_dbapi.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    sqlalchemy.event.listen(engine, "do_connect", connect)
 
 
 def tune_sqlite(path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -11,10 +12,12 @@ from optuna.trial import FrozenTrial, TrialState
 from search import data, engine, registry, sampling, storage, tracking
 from search.config import RunError, StudyConfig, one_line
 from search.outcome import Outcome
-from search.reconcile import reconcile
+from search.reconcile import Ledgers
 from search.registry import Winner
 from search.space import REFERENCE
 from search.tracking import Tracking
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,11 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     storage.check_same(config, settings)
     with storage.sole_runner(config):
         study = storage.open_study(config, settings)
+        if "facts" not in study.user_attrs:
+            study.set_user_attr("facts", tracking.facts_of(config, dataset))
         ledger = Tracking(config).open()
-        facts = tracking.facts(config, dataset)
-        dataset_input = tracking.dataset_input(dataset)
-        parent = ledger.parent_run(study, {**settings, "study_name": config.study_name})
-
-        def mend(interruption: str | None = None) -> list[str]:
-            return reconcile(study, ledger, parent, config, facts, dataset_input, interruption)
+        parent = ledger.parent_run(study, study.user_attrs["settings"])
+        mend = Ledgers(study, ledger, parent, config).reconcile
 
         try:
             mended = mend()
@@ -102,11 +103,12 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             with engine.Engine(config, parent) as workers:
                 job = _Job(config, study, ledger, parent, listener, workers, mend)
                 stopped = job.search(missing)
-                mended += mend()
+                mended += _patiently(mend)
                 winner = None if stopped == engine.INTERRUPTED else job.register_best()
         except KeyboardInterrupt as interruption:
-            mend(str(interruption) or "interrupted")
-            ledger.close(parent, "KILLED")
+            with contextlib.suppress(Exception):  # the next start does it
+                mend(str(interruption) or "interrupted")
+                ledger.close(parent, "KILLED")
             raise
         except Exception as error:
             with contextlib.suppress(Exception):  # a database or server may be what failed
@@ -114,8 +116,39 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             with contextlib.suppress(Exception):
                 ledger.close(parent, "FAILED")
             raise
-        ledger.close(parent, "KILLED" if winner is None else "FINISHED")
+        _patiently(lambda: ledger.close(parent, "KILLED" if winner is None else "FINISHED"))
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
+
+
+_PATIENCE = 20  # seconds that a tracking server which fails gets to come back
+
+
+def _patiently(step: Callable[[], T], before_again: Callable[[], object] = list) -> T:
+    """Do `step`, which can be done again, until the tracking server takes it."""
+    deadline = None
+    while True:
+        try:
+            if deadline is not None:
+                before_again()
+            return step()
+        except tracking.ERRORS:
+            deadline = deadline or time.monotonic() + _PATIENCE
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def abandon(config: StudyConfig, reason: str) -> None:
+    """End what this process left running, from outside its main thread, which does not answer."""
+    if not storage.is_runner(config):
+        return
+    study = storage.load_study(config)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        storage.fail(study, trial, reason)
+    ledger = Tracking(config).open()
+    parent = ledger.parent_run(study, study.user_attrs["settings"])
+    Ledgers(study, ledger, parent, config).reconcile(reason)
+    ledger.close(parent, "KILLED")
 
 
 def _short(dataset: data.Dataset) -> str:
@@ -173,6 +206,9 @@ class _Job:
 
     def register_best(self) -> Winner:
         """Retrain, test, register and promote the best trial, as far as that is not yet done."""
+        return _patiently(self._register, before_again=self.mend)
+
+    def _register(self) -> Winner:
         best = self.best()
         uid = self.study.user_attrs["study_uid"]
         runs = self.ledger.runs_of(self.parent)
@@ -186,7 +222,7 @@ class _Job:
 
     def _after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the places that are missing now."""
-        self.listener.mended(self.mend())
+        self.listener.mended(_patiently(self.mend))
         return storage.missing_places(self.study, sampling.budget(self.config))
 
     def best(self) -> FrozenTrial:

@@ -1,80 +1,227 @@
 """Make both ledgers agree, after anything: Optuna is the truth, MLflow follows."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import optuna
-from mlflow.entities import DatasetInput, Run
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from optuna.trial import FrozenTrial, TrialState
 
-from search import storage
+from search import registry, storage
 from search.config import StudyConfig
-from search.tracking import FAILURE, METRICS, NUMBER, ORPHAN, STATE, STATUS, Tracking
+from search.tracking import FAILURE, METRICS, NUMBER, ORPHAN, STATE, STATUS, Tracking, params_of
 
 LOST = "lost: its process ended without a word (killed, crashed or switched off)"
+_PASSES = 4  # trials fail, runs follow, what can't be changed is written anew, all agrees
+
+Pair = tuple[FrozenTrial, Run | None]
 
 
-def reconcile(
-    study: optuna.Study,
-    tracking: Tracking,
-    parent: str,
-    config: StudyConfig,
-    facts: dict[str, Any],
-    dataset: DatasetInput,
-    interruption: str | None = None,
-) -> list[str]:
-    """End what was left running and make every run match its trial; says what it mended.
+@dataclass(frozen=True)
+class Disagreement:
+    """Something that is not as the study says, and what to do about it."""
 
-    interruption: why every trial of this run has ended, where it has.
-    Doing it twice changes nothing, and so does being killed in the middle and done again.
-    """
-    mended = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if interruption is not None or storage.is_lost(trial):
-            storage.fail(study, trial, interruption or LOST)
-            mended.append(f"trial {trial.number} was left running: now FAIL")
+    what: str
+    mend: Callable[[], object]
 
-    trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
-    all_runs = tracking.runs_of(parent)
-    for other in all_runs:
-        if other.info.status == "RUNNING" and not _is_trial(other):
-            tracking.client.set_terminated(other.info.run_id, "KILLED")
-            mended.append(f"run {other.info.run_name} was left running: ended")
-        if _is_trial(other) and _number(other) is None and ORPHAN not in other.data.tags:
-            tracking.orphan(other)
-            mended.append(f"run {other.info.run_name} does not name its trial: ended")
-    runs = _runs_by_trial(all_runs)
-    for number, trial in trials.items():
-        if not trial.state.is_finished():
-            continue
-        run = _run_of(trial, runs.get(number, []))
-        if run is None:
-            run_id = tracking.create_run(parent, f"trial-{number:04d}", number)
-            storage.link(study, trial, run_id, config.storage)
-            tracking.mend(run_id, trial, facts, dataset)
-            mended.append(f"trial {number} had no run: written again")
-            continue
-        if trial.user_attrs.get("mlflow_run_id") != run.info.run_id:
-            storage.link(study, trial, run.info.run_id, config.storage)
-            mended.append(f"trial {number} did not name its run: linked")
-        wrong = list(_disagreements(trial, run))
-        if wrong:
-            tracking.mend(run.info.run_id, trial, facts, dataset)
-            mended.append(f"run of trial {number} mended: {', '.join(wrong)}")
 
-    for number, candidates in runs.items():
-        known = trials.get(number)
-        keep = None if known is None else _run_of(known, candidates)
-        if known is not None and not known.state.is_finished():
-            continue
-        for extra in candidates:
-            if extra is not keep:
-                tracking.orphan(extra)
-                mended.append(
-                    f"run {extra.info.run_id} ({extra.info.run_name}) has no trial: ended"
+class Ledgers:
+    """Both ledgers of one study."""
+
+    def __init__(
+        self, study: optuna.Study, tracking: Tracking, parent: str, config: StudyConfig
+    ) -> None:
+        self._study = study
+        self._tracking = tracking
+        self._parent = parent
+        self._config = config
+        self._facts = study.user_attrs["facts"]
+        self._mended: set[int] = set()
+
+    def reconcile(self, interruption: str | None = None, *, at_rest: bool = False) -> list[str]:
+        """Mend what disagrees; says what that was.
+
+        interruption: why every trial of this run has ended, where it has.
+        at_rest: as for `disagreements`.
+        Doing it twice changes nothing, and so does being killed in the middle and done again.
+        """
+        # The truth first: it does not need MLflow, which may not answer.
+        found = list(self._lost(self._study.get_trials(deepcopy=False), interruption))
+        self._mended.clear()
+        said = []
+        for _ in range(_PASSES):
+            for disagreement in found:
+                disagreement.mend()
+                said.append(disagreement.what)
+            found = self.disagreements(at_rest=at_rest)
+            if not found:
+                break
+        return said
+
+    def disagreements(self, *, at_rest: bool = False) -> list[Disagreement]:
+        """What is not as it should be; changes nothing.
+
+        at_rest: nobody runs the study, so its parent run must have ended; and every point of the
+        curves is compared, which takes long, not their ends alone.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        runs = self._tracking.runs_of(self._parent)
+        pairs = list(self._pairs(trials, runs))
+        return [
+            *self._lost(trials, None),
+            *self._strays(pairs, runs, at_rest),
+            *self._mismatches(pairs, runs, at_rest),
+            *self._stages(),
+        ]
+
+    def _pairs(self, trials: list[FrozenTrial], runs: list[Run]) -> Iterator[Pair]:
+        """Every trial with the run that it names, or else the oldest made for it, if any."""
+        by_id = {run.info.run_id: run for run in runs}
+        by_number = {_number(run): run for run in runs if _is_trial(run) and not _is_orphan(run)}
+        for trial in trials:
+            named = trial.user_attrs.get("mlflow_run_id")
+            run = by_id.get(named)
+            if run is None and trial.number in by_number:
+                run = by_number[trial.number]
+            elif run is None and named is not None:
+                run = self._tracking.find(named)  # under another parent?
+            if run is not None and (
+                run.info.lifecycle_stage == "deleted"
+                or _is_orphan(run)
+                or _number(run) not in (trial.number, None)
+            ):
+                run = None
+            yield trial, run
+
+    def _lost(self, trials: list[FrozenTrial], interruption: str | None) -> Iterator[Disagreement]:
+        """Trials that nobody will end."""
+        for trial in trials:
+            if trial.state is not TrialState.RUNNING:
+                continue
+            if interruption is not None or storage.is_lost(trial, self._config.storage):
+                why = interruption or "left RUNNING by a process that is gone"
+                yield Disagreement(
+                    f"trial {trial.number}: {why}",
+                    partial(storage.fail, self._study, trial, interruption or LOST),
                 )
-    return mended
+
+    def _strays(self, pairs: list[Pair], runs: list[Run], at_rest: bool) -> Iterator[Disagreement]:
+        """Runs that nobody will end, or that no trial knows."""
+        if at_rest and self._tracking.client.get_run(self._parent).info.status == "RUNNING":
+            yield Disagreement(
+                "the parent run: left RUNNING",
+                partial(self._tracking.close, self._parent, "KILLED"),
+            )
+        kept = {run.info.run_id for _, run in pairs if run is not None}
+        unfinished = {trial.number for trial, _ in pairs if not trial.state.is_finished()}
+        for run in runs:
+            label = f"run {run.info.run_name} ({run.info.run_id})"
+            if not _is_trial(run) or _is_orphan(run):
+                if run.info.status == "RUNNING":
+                    yield Disagreement(
+                        f"{label}: left RUNNING",
+                        partial(self._tracking.close, run.info.run_id, "KILLED"),
+                    )
+            elif run.info.run_id not in kept and _number(run) not in unfinished:
+                yield Disagreement(
+                    f"{label}: belongs to no trial", partial(self._tracking.orphan, run)
+                )
+
+    def _mismatches(
+        self, pairs: list[Pair], runs: list[Run], at_rest: bool
+    ) -> Iterator[Disagreement]:
+        """Runs that are not as their finished trial says, or not there."""
+        nested = {run.info.run_id for run in runs}
+        for trial, run in pairs:
+            if not trial.state.is_finished():
+                continue
+            label = f"trial {trial.number}"
+            if run is None:
+                yield Disagreement(f"{label}: no run", partial(self._write, trial))
+                continue
+            run_id = run.info.run_id
+            if run_id not in nested:
+                yield Disagreement(
+                    f"{label}: its run hangs under another parent",
+                    partial(self._tracking.adopt, run_id, self._parent),
+                )
+                continue
+            if trial.user_attrs.get("mlflow_run_id") != run_id:
+                yield Disagreement(
+                    f"{label}: does not name its run", partial(self._link, trial, run_id)
+                )
+            wrong = list(self._differences(trial, run, at_rest))
+            if wrong:
+                yield Disagreement(
+                    f"{label}: its run has {', '.join(wrong)}", partial(self._mend, trial, run)
+                )
+
+    def _stages(self) -> Iterator[Disagreement]:
+        """Versions of the model whose stage does not follow the alias."""
+        name = self._config.model_name
+        for version, stage in registry.wrong_stages(self._tracking, name):
+            yield Disagreement(
+                f"version {version.version} of {name}: stage {version.current_stage} "
+                f"in place of {stage}",
+                partial(registry.follow_alias, self._tracking, self._config),
+            )
+
+    def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
+        """What of `run` is not as its finished trial says."""
+        tags, params = run.data.tags, run.data.params
+        if _number(run) is None:
+            yield "no trial's number"
+        if run.info.status != STATUS[trial.state]:
+            yield f"status {run.info.status} in place of {STATUS[trial.state]}"
+        if tags.get(STATE) != trial.state.name:
+            yield f"state {tags.get(STATE)} in place of {trial.state.name}"
+        if trial.state is TrialState.FAIL and tags.get(FAILURE) != trial.user_attrs.get(
+            "failure", "unknown"
+        ):
+            yield "another failure" if FAILURE in tags else "no failure"
+        for name, value in params_of(trial, self._facts).items():
+            if params.get(name) != str(value):
+                yield f"{name} {params.get(name)} in place of {value}"
+        history = trial.user_attrs.get("history", [])
+        for name in METRICS.values():
+            expected = history[-1][name] if history else None
+            if run.data.metrics.get(name) != expected:
+                yield f"{name} {run.data.metrics.get(name)} in place of {expected}"
+            elif every_point:
+                points = [(entry["epoch"], entry[name]) for entry in history]
+                if self._tracking.curve(run.info.run_id, name) != points:
+                    yield f"another curve of {name}"
+
+    # ---- what mends --------------------------------------------------------------------------
+
+    def _write(self, trial: FrozenTrial) -> None:
+        began = trial.datetime_start
+        run_id = self._tracking.create_run(
+            self._parent,
+            f"trial-{trial.number:04d}",
+            trial.number,
+            began=None if began is None else int(began.timestamp() * 1000),
+        )
+        self._link(trial, run_id)
+        self._tracking.mend(run_id, trial, self._facts)
+
+    def _link(self, trial: FrozenTrial, run_id: str) -> None:
+        storage.link(self._study, trial, run_id, self._config.storage)
+
+    def _mend(self, trial: FrozenTrial, run: Run) -> None:
+        """Write what is missing; where something wrong can't be changed, write a new run."""
+        if trial.number in self._mended:  # and it still disagrees
+            self._tracking.orphan(run)
+            self._write(trial)
+            return
+        try:
+            self._tracking.mend(run.info.run_id, trial, self._facts)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":  # MLflow lets no param be changed
+                raise
+        self._mended.add(trial.number)
 
 
 def _number(run: Run) -> int | None:
@@ -82,43 +229,9 @@ def _number(run: Run) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def _is_orphan(run: Run) -> bool:
+    return ORPHAN in run.data.tags
+
+
 def _is_trial(run: Run) -> bool:
     return (run.info.run_name or "").startswith("trial-")
-
-
-def _runs_by_trial(runs: list[Run]) -> dict[int, list[Run]]:
-    """The trials' own runs by trial number; other nested runs and known orphans left out."""
-    found = defaultdict(list)
-    for run in runs:
-        number = _number(run)
-        if number is not None and _is_trial(run) and ORPHAN not in run.data.tags:
-            found[number].append(run)
-    return found
-
-
-def _run_of(trial: FrozenTrial, candidates: list[Run]) -> Run | None:
-    """The run that `trial` names; where it names none that exists, the oldest made for it."""
-    named = trial.user_attrs.get("mlflow_run_id")
-    linked = [run for run in candidates if run.info.run_id == named]
-    return linked[0] if linked else (candidates[-1] if candidates else None)
-
-
-def _disagreements(trial: FrozenTrial, run: Run) -> Iterator[str]:
-    """What of `run` is not as its finished trial says."""
-    if run.info.status != STATUS[trial.state]:
-        yield f"status {run.info.status} -> {STATUS[trial.state]}"
-    tags = run.data.tags
-    if tags.get(STATE) != trial.state.name:
-        yield f"state {tags.get(STATE)} -> {trial.state.name}"
-    if trial.state is TrialState.FAIL and tags.get(FAILURE) != trial.user_attrs.get(
-        "failure", "unknown"
-    ):
-        yield "failure"
-    for name, value in trial.params.items():
-        if run.data.params.get(name) != str(value):
-            yield f"param {name}"
-    history = trial.user_attrs.get("history", [])
-    for name in METRICS.values():
-        expected = history[-1][name] if history else None
-        if run.data.metrics.get(name) != expected:
-            yield f"metric {name}"

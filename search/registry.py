@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 from filelock import FileLock
-from mlflow.entities import DatasetInput, Run
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
@@ -27,7 +27,7 @@ from search.config import StudyConfig, sqlite_path
 from search.data import Dataset, scaled
 from search.database import lock_file
 from search.space import Hyperparameters
-from search.tracking import METRICS, NUMBER, STUDY, STUDY_UID, Tracking
+from search.tracking import METRICS, NUMBER, STUDY, STUDY_UID, Facts, Tracking
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -55,8 +55,7 @@ def retrain(
     tracking: Tracking,
     parent: str,
     trial: "FrozenTrial",
-    params: dict[str, Any],
-    dataset_input: DatasetInput,
+    facts: Facts,
 ) -> str:
     """Train `trial`'s configuration on training and validation data and log it; returns the run.
 
@@ -66,7 +65,7 @@ def retrain(
     from search import model, training  # not at the top: the main process only registers
 
     run_id = tracking.create_run(parent, f"retrain-trial-{trial.number:04d}", trial.number)
-    tracking.log_start(run_id, params, dataset_input)
+    tracking.log_start(run_id, trial, facts)
     hyperparameters = Hyperparameters(**trial.params)
     seed = trial.user_attrs["seed"]
     network = model.build(hyperparameters, dataset.features, dataset.classes, seed)
@@ -180,11 +179,8 @@ def register(tracking: Tracking, config: StudyConfig, run: Run, uid: str, *, new
                     tags={STUDY: config.study_name, STUDY_UID: uid, NUMBER: str(number)},
                 )
             client.set_registered_model_alias(config.model_name, ALIAS, version.version)
-            follow_alias(tracking, config.model_name)
+            _follow_alias(tracking, config.model_name)
             client.set_model_version_tag(config.model_name, version.version, _PROMOTED, "true")
-    else:
-        with _promoting(config):
-            follow_alias(tracking, config.model_name)
     assert version is not None
     return Winner(
         trial=number,
@@ -196,27 +192,39 @@ def register(tracking: Tracking, config: StudyConfig, run: Run, uid: str, *, new
     )
 
 
-def follow_alias(tracking: Tracking, name: str) -> list[str]:
-    """Give the stage Production to the version with the alias, and to no other; says what changed.
+def wrong_stages(tracking: Tracking, name: str) -> list[tuple[ModelVersion, str]]:
+    """The versions whose stage does not follow the alias, each with the stage it should have.
 
     The alias is one row, so one version by construction. Stages are one column a version, and two
     processes that promote at once leave two.
     """
-    client = tracking.client
-    changed = []
+    try:
+        production = tracking.client.get_model_version_by_alias(name, ALIAS).version
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return []  # nothing registered, or no alias: nothing to follow
+        raise
+    versions = tracking.client.search_model_versions(f"name = '{name}'")
+    wanted = [(v, STAGE if v.version == production else "Archived") for v in versions]
+    wrong = [
+        (version, stage)
+        for version, stage in wanted
+        if version.current_stage != stage and STAGE in (stage, version.current_stage)
+    ]
+    return sorted(wrong, key=lambda pair: pair[1] != STAGE)
+
+
+def follow_alias(tracking: Tracking, config: StudyConfig) -> None:
+    """Give the stage Production to the version with the alias, and to no other."""
+    with _promoting(config):
+        _follow_alias(tracking, config.model_name)
+
+
+def _follow_alias(tracking: Tracking, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated, and asked for
-        try:
-            production = client.get_model_version_by_alias(name, ALIAS).version
-        except MlflowException:
-            return []  # nothing registered, or no alias: nothing to follow
-        versions = client.search_model_versions(f"name = '{name}'")
-        for version in sorted(versions, key=lambda v: v.version != production):
-            wanted = STAGE if version.version == production else "Archived"
-            if version.current_stage != wanted and STAGE in (wanted, version.current_stage):
-                client.transition_model_version_stage(name, version.version, wanted)
-                changed.append(f"version {version.version} of {name}: stage now {wanted}")
-    return changed
+        for version, stage in wrong_stages(tracking, name):
+            tracking.client.transition_model_version_stage(name, version.version, stage)
 
 
 def _promoting(config: StudyConfig) -> FileLock:

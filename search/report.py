@@ -1,6 +1,5 @@
 """What the user reads: a line a trial while the study runs, and the summary at its end."""
 
-import contextlib
 import shlex
 from datetime import timedelta
 
@@ -27,10 +26,7 @@ class Lines(Listener):
     def stop(self) -> None:
         """Let the running trials finish and start no more."""
         self._stopping = True
-        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another line
-            self._print(
-                "stopping when the running trials have finished; Ctrl-C again ends them now"
-            )
+        self._print("stopping when the running trials have finished; Ctrl-C again ends them now")
 
     def stopping(self) -> bool:
         """Whether `stop` was called."""

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    PercentilePruner,
+    SuccessiveHalvingPruner,
+)
 from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -100,6 +106,7 @@ def distributions(space: Space) -> Mapping[str, BaseDistribution]:
 def pruner(config: StudyConfig) -> BasePruner:
     """The pruner; it judges an epoch's val_accuracy by the same epoch of earlier trials."""
     makers: dict[str, Callable[[], BasePruner]] = {
+        "percentile": lambda: PercentilePruner(25, n_startup_trials=5, n_warmup_steps=0),
         "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=0),
         "halving": _Halving,
         "hyperband": lambda: _PlacedHyperband(config.epochs),

@@ -39,6 +39,7 @@ from search.database import (
     other_schema,
     sqlite_mode,
     tune_sqlite,
+    wait_for_server,
 )
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
@@ -138,7 +139,9 @@ def open_storage(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = sqlite_path(url)
     if path is None:
-        return RDBStorage(_braces(url), engine_kwargs={"pool_pre_ping": True})
+        storage = RDBStorage(_braces(url), engine_kwargs={"pool_pre_ping": True})
+        wait_for_server(storage.engine)
+        return storage
 
     def fill(unfinished: str) -> None:
         storage = RDBStorage(_braces(unfinished))
@@ -167,21 +170,53 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
     return study
 
 
+def load_study(config: StudyConfig) -> optuna.Study:
+    """The study of `config`, as it is. Raises InputError where this tool made none there."""
+    path = sqlite_path(config.storage)
+    if path is None or path.exists():
+        with contextlib.suppress(KeyError):
+            study = optuna.load_study(
+                study_name=config.study_name, storage=open_storage(config.storage)
+            )
+            if "facts" in study.user_attrs:
+                return study
+    raise InputError(
+        f"--study-name must be a study of this tool, but {redact(config.storage)} has none named "
+        f"{config.study_name}; look with optuna studies --storage {redact(config.storage)}"
+    )
+
+
+def _runner_file(config: StudyConfig) -> Path:
+    path = sqlite_path(config.storage)
+    if path is None:
+        key = sha256(config.storage.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"study-{key}"
+    return lock_file(path.resolve(), config.study_name)
+
+
+def _signature() -> str:
+    return f"{socket.gethostname()}, pid {os.getpid()}"
+
+
+def is_runner(config: StudyConfig) -> bool:
+    """Whether this process holds the study, or was the last one that did."""
+    try:
+        return _runner_file(config).read_text() == _signature()
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def sole_runner(config: StudyConfig) -> Iterator[None]:
     """Hold the study: one process runs it at a time. Raises RunError where another does.
 
     The lock is the operating system's, so it goes with its holder, however that ends.
     """
-    path = sqlite_path(config.storage)
-    if path is None:
-        key = sha256(config.storage.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"study-{key}"
-    file = lock_file(path, config.study_name)
+    file = _runner_file(config)
 
     def sign(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{socket.gethostname()}, pid {os.getpid()}".encode(), 0)
+        os.pwrite(descriptor, _signature().encode(), 0)
 
     lock = FileLock(file, on_acquired=sign)
     try:
@@ -240,13 +275,17 @@ def owner() -> dict[str, Any]:
     }
 
 
-def is_lost(trial: FrozenTrial) -> bool:
-    """Whether a RUNNING trial's process is gone, as far as this host can tell."""
+def is_lost(trial: FrozenTrial, url: str) -> bool:
+    """Whether a RUNNING trial's process is gone, as far as this host can tell.
+
+    A study has one runner at a time, so whoever asks knows that no other process runs it, but for
+    what is left of a killed one. Only a server lets several hosts run a study.
+    """
     mark = trial.user_attrs.get("owner")
     if mark is None:
-        return True  # it died before it signed, since the study has one runner at a time
+        return True
     if mark["host"] != socket.gethostname():
-        return False
+        return sqlite_path(url) is not None
     try:
         process = psutil.Process(mark["pid"])
         return abs(process.create_time() - mark["started"]) > 1 or (
@@ -282,7 +321,7 @@ def link(study: optuna.Study, trial: FrozenTrial, run_id: str, url: str) -> None
 
 
 def missing_places(study: optuna.Study, total: int) -> list[int]:
-    """The places, of 0 to `total` - 1, that no finished trial has: the budget that is left.
+    """The places, of 0 to `total` - 1, that no finished trial has, as far as the budget goes.
 
     A trial's place is how many trials that did not fail came before it. A study of `total` trials
     has every place once, and a lost trial is replaced in its place.
@@ -290,4 +329,5 @@ def missing_places(study: optuna.Study, total: int) -> list[int]:
     taken = {
         trial.user_attrs.get("place") for trial in study.get_trials(deepcopy=False, states=FINISHED)
     }
-    return [place for place in range(total) if place not in taken]
+    missing = [place for place in range(total) if place not in taken]
+    return missing[: max(0, total - len(taken))]  # fewer where the budget was lowered

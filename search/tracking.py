@@ -1,8 +1,8 @@
 """The MLflow side: the parent run, a nested run per trial, and making a run match its trial.
 
-Optuna is the truth and this is its mirror. What a run shall hold follows from its trial alone
-(its history and `params_of`), timestamps included, so writing it once more changes nothing, and a
-run that was lost, or never made, is written again from the trial.
+Optuna is the truth and this is its mirror. What a run shall hold follows from its trial and the
+study's facts alone, timestamps included, so writing it once more changes nothing, and a run that
+was lost, or never made, is written again from them.
 """
 
 import contextlib
@@ -51,7 +51,9 @@ METRICS = {  # Keras' name -> ours
     "val_loss": "val_loss",
     "val_accuracy": "val_accuracy",
 }
+Facts = Mapping[str, Mapping[str, Any]]
 _SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
+_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _BATCH = 900  # MLflow takes 1,000 entries a call
 
 
@@ -98,27 +100,37 @@ def _check_server(uri: str) -> None:
 
 
 class Tracking:
-    """The experiment's runs. Constructing stores; `open` creates what is missing."""
+    """The experiment's runs. Constructing changes nothing; `open` creates what is missing."""
 
     def __init__(self, config: StudyConfig) -> None:
         path = sqlite_path(config.tracking_uri)
         self.uri = config.tracking_uri if path is None else sqlite_url(path)
         self._path = path
         self._experiment = config.experiment
+        # MLflow's own 7 retries of 120 s would cost a hung server's trial 20 minutes, and a
+        # creation that a slow server carried out would be done again.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        # It prints where to look at every run that ends, a password in the address included.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well
+        logging.getLogger("alembic").setLevel(logging.ERROR)
 
     def open(self) -> "Tracking":
         """Create the database and the experiment where they do not exist."""
-        # MLflow's own 7 retries of 120 s would cost a hung server's trial 20 minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
         if self._path is not None:
             create_sqlite(self._path, lambda url: _create_schema(url, self._artifacts()))
             tune_sqlite(self._path)
         self.client = MlflowClient(self.uri, registry_uri=self.uri)
         self.experiment_id = self._experiment_id()
         return self
+
+    def exists(self) -> bool:
+        """Whether `open` would create nothing."""
+        if self._path is not None and not self._path.exists():
+            return False
+        client = MlflowClient(self.uri, registry_uri=self.uri)
+        return client.get_experiment_by_name(self._experiment) is not None
 
     def _artifacts(self) -> str:
         assert self._path is not None
@@ -144,60 +156,89 @@ class Tracking:
     # ---- the parent run ----------------------------------------------------------------------
 
     def parent_run(self, study: optuna.Study, params: Mapping[str, Any]) -> str:
-        """The id of the study's parent run, made where there is none."""
-        run_id = study.user_attrs.get("mlflow_run_id")
-        if run_id is not None and self._exists(run_id):
-            return str(run_id)
-        uid = study.user_attrs["study_uid"]
-        runs = self._search(f"tags.`{STUDY_UID}` = '{uid}'")
-        parents = [run for run in runs if PARENT not in run.data.tags]
-        if parents:
-            run_id = parents[-1].info.run_id  # the oldest
-        else:
+        """The id of the study's parent run, made where there is none, out of the trash if there."""
+        known = self._find_parent(study)
+        if known is None:
             run_id = self.client.create_run(
                 self.experiment_id,
                 run_name=study.study_name,
-                tags={STUDY: study.study_name, STUDY_UID: uid, **_author()},
+                tags={
+                    STUDY: study.study_name,
+                    STUDY_UID: study.user_attrs["study_uid"],
+                    **_author(),
+                },
             ).info.run_id
-        self._log(run_id, params=params)
-        study.set_user_attr("mlflow_run_id", run_id)
+        else:
+            run_id = known.info.run_id
+            if known.info.lifecycle_stage == "deleted":
+                self.client.restore_run(run_id)
+        if study.user_attrs.get("mlflow_run_id") != run_id:
+            self._log(run_id, params=params)
+            study.set_user_attr("mlflow_run_id", run_id)
         return str(run_id)
 
-    def _exists(self, run_id: str) -> bool:
+    def has_parent(self, study: optuna.Study) -> bool:
+        """Whether `parent_run` would neither make nor restore one."""
+        known = self._find_parent(study)
+        return (
+            known is not None
+            and known.info.lifecycle_stage == "active"
+            and known.info.run_id == study.user_attrs.get("mlflow_run_id")
+        )
+
+    def _find_parent(self, study: optuna.Study) -> Run | None:
+        """The parent run that the study names, in the trash or not; else the oldest made for it."""
+        named = study.user_attrs.get("mlflow_run_id")
+        known = None if named is None else self.find(named)
+        if known is not None:
+            return known
+        runs = self._search(f"tags.`{STUDY_UID}` = '{study.user_attrs['study_uid']}'")
+        parents = [run for run in runs if PARENT not in run.data.tags]
+        return parents[-1] if parents else None
+
+    def find(self, run_id: str) -> Run | None:
+        """The run, in the trash or not; None where there is none."""
         try:
-            run = self.client.get_run(run_id)
+            return self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
+                return None
             raise
-        return bool(run.info.lifecycle_stage == "active")
 
     def reopen(self, run_id: str) -> None:
         """Show the parent run as running."""
         self.client.update_run(run_id, status="RUNNING")
 
     def close(self, run_id: str, status: str) -> None:
-        """End a run that has not ended."""
-        if self.client.get_run(run_id).info.status == "RUNNING":
+        """End a run that has not ended; what ended badly before may be FINISHED after all."""
+        now = self.client.get_run(run_id).info.status
+        if now == "RUNNING" or (status == "FINISHED" and now != status):
             self.client.set_terminated(run_id, status)
 
     # ---- runs of trials ----------------------------------------------------------------------
 
     def create_run(
-        self, parent: str, name: str, number: int, tags: Mapping[str, str] | None = None
+        self,
+        parent: str,
+        name: str,
+        number: int,
+        tags: Mapping[str, str] | None = None,
+        began: int | None = None,
     ) -> str:
-        """A new nested run of trial `number`; returns its id."""
+        """A new nested run of trial `number`, begun now or then (ms); returns its id."""
         run = self.client.create_run(
             self.experiment_id,
+            start_time=began,
             run_name=name,
             tags={PARENT: parent, NUMBER: str(number), **_author(), **(tags or {})},
         )
         return str(run.info.run_id)
 
-    def log_start(self, run_id: str, params: Mapping[str, Any], dataset: DatasetInput) -> None:
+    def log_start(self, run_id: str, trial: FrozenTrial, facts: Facts) -> None:
         """Write what is known before the first epoch."""
-        self._log(run_id, params=params)
-        self.client.log_inputs(run_id, [dataset])
+        self._log(run_id, params=params_of(trial, facts))
+        dataset = mlflow.entities.Dataset(**facts["dataset"])
+        self.client.log_inputs(run_id, [DatasetInput(dataset, tags=[])])
 
     def log_epoch(self, run_id: str, epoch: Mapping[str, float]) -> None:
         """Write one entry of a trial's history."""
@@ -209,7 +250,7 @@ class Tracking:
         self.client.set_terminated(
             run_id, STATUS[trial.state], None if ended is None else int(ended.timestamp() * 1000)
         )
-        tags = {STATE: trial.state.name}
+        tags = {NUMBER: str(trial.number), STATE: trial.state.name}
         if trial.state is TrialState.FAIL:
             tags[FAILURE] = trial.user_attrs.get("failure", "unknown")
         self._log(run_id, tags=tags)
@@ -218,19 +259,26 @@ class Tracking:
         """The nested runs of a study, trials' and others', newest first."""
         return self._search(f"tags.`{PARENT}` = '{parent}'")
 
-    def mend(
-        self, run_id: str, trial: FrozenTrial, facts: Mapping[str, Any], dataset: DatasetInput
-    ) -> None:
+    def mend(self, run_id: str, trial: FrozenTrial, facts: Facts) -> None:
         """Write all of a finished trial into its run; what is there already stays as it is."""
-        self.log_start(run_id, params_of(trial, facts), dataset)
+        self.log_start(run_id, trial, facts)
         self._log(run_id, metrics=_metrics(trial.user_attrs.get("history", ())))
         self.finish(run_id, trial)
 
+    def curve(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """Every point of a metric: step and value, by step."""
+        points = self.client.get_metric_history(run_id, metric)
+        return sorted((point.step, point.value) for point in points)
+
+    def adopt(self, run_id: str, parent: str) -> None:
+        """Hang a run under its study's parent run."""
+        self.client.set_tag(run_id, PARENT, parent)
+
     def orphan(self, run: Run) -> None:
         """End a run that belongs to no trial, and say so."""
-        self.client.set_tag(run.info.run_id, ORPHAN, "true")
         if run.info.status == "RUNNING":
             self.client.set_terminated(run.info.run_id, "KILLED")
+        self.client.set_tag(run.info.run_id, ORPHAN, "true")
 
     def _search(self, query: str) -> list[Run]:
         runs: list[Run] = []
@@ -274,15 +322,22 @@ class Tracking:
     @contextlib.contextmanager
     def active(self, run_id: str) -> Iterator[None]:
         """Make `run_id` MLflow's active run, which only `log_model` needs; end it FINISHED."""
-        before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+        uris: Any = None, None
+        if mlflow.is_tracking_uri_set():  # type: ignore[no-untyped-call]
+            uris = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+        variables = {name: os.environ.get(name) for name in _URIS}
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
         try:
             with mlflow.start_run(run_id=run_id, nested=True):
                 yield
         finally:
-            mlflow.set_tracking_uri(before[0])
-            mlflow.set_registry_uri(before[1])
+            mlflow.set_tracking_uri(uris[0])
+            mlflow.set_registry_uri(uris[1])
+            for name, value in variables.items():  # setting an address sets its variable, too
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _author() -> dict[str, str]:
@@ -309,32 +364,30 @@ def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
     ]
 
 
-def params_of(trial: FrozenTrial, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The params that the run of `trial` shall hold; `facts` are those of all trials."""
+def params_of(trial: FrozenTrial, facts: Facts) -> dict[str, Any]:
+    """The params that the run of `trial` shall hold."""
     own = ("seed", "trainable_parameters")
     attrs = {name: value for name, value in trial.user_attrs.items() if name in own}
-    return {**trial.params, **facts, **attrs}
+    return {**trial.params, **facts["params"], **attrs}
 
 
-def facts(config: StudyConfig, dataset: Dataset) -> dict[str, Any]:
-    """The params that the runs of all trials share."""
-    return {
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "validation_split": config.validation_split,
-        **RECIPE,
-        "dataset": config.dataset,
-        "train_samples": dataset.train_size,
-        "validation_samples": len(dataset.x_all) - dataset.train_size,
-        "test_samples": len(dataset.x_test),
-        "num_classes": dataset.classes,
-    }
-
-
-def dataset_input(dataset: Dataset) -> DatasetInput:
-    """The dataset as `mlflow.data` describes it."""
+def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:
+    """What the runs of all trials of a study share, as the study keeps it."""
     x, y = dataset.train
     described = from_numpy(
         features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
     )
-    return DatasetInput(described._to_mlflow_entity(), tags=[])
+    return {
+        "params": {
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "validation_split": config.validation_split,
+            **RECIPE,
+            "dataset": config.dataset,
+            "train_samples": dataset.train_size,
+            "validation_samples": len(dataset.x_all) - dataset.train_size,
+            "test_samples": len(dataset.x_test),
+            "num_classes": dataset.classes,
+        },
+        "dataset": described._to_mlflow_entity().to_dictionary(),
+    }

@@ -1,9 +1,9 @@
 """The hot loop: a whole epoch inside one TensorFlow graph, under Keras' own `fit`.
 
-A Python loop over 422 small steps spends much of an epoch between the steps. Here `train_step`
-gets the whole training set as one "batch" and loops over the mini-batches in the graph, so `fit`,
-its metrics and every callback still work. Networks of equal architecture share one compiled
-graph: learning rate and dropout rate are variables of it, and so are the seeds.
+A Python loop over 422 small steps spends much of an epoch between the steps. Here one `train_step`
+is a whole epoch: it loops over the mini-batches in the graph, so `fit`, its metrics and every
+callback still work. Networks of equal architecture share one compiled graph: the training set,
+learning rate and dropout rate are variables of it, and so are the seeds.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from search.data import UINT8_SCALE, Images, Labels
 
 _VALIDATION_BATCH = 2_000
 _COMPILED_GRAPHS = 8  # architectures kept; a graph and its variables take a few MB
+_CLEAR_EVERY = 10  # trainings
 
 Examples = tuple[Images, Labels]
 History = dict[str, list[float]]
@@ -52,11 +53,12 @@ def train(
     seed: decides the order of the examples in every epoch and the dropout masks.
     Raises TrainingDiverged, and whatever a callback raises.
     """
-    graph = _graph_for(model, batch_size)
-    graph.take(model, seed)
+    _clear_now_and_then()
+    graph = _graph_for(model, examples[0].dtype, batch_size)
+    graph.take(model, examples, seed)
     try:
         history = graph.fit(
-            _whole(*examples),
+            tf.data.Dataset.from_tensors(0),  # one step an epoch; `take` brought the examples
             epochs=epochs,
             shuffle=False,
             verbose=0,
@@ -81,18 +83,23 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Any:
 
 
 class EpochInGraph(keras.Sequential):  # type: ignore[misc]
-    """A network whose `train_step` takes the whole training set and runs one epoch on it."""
+    """A network whose `train_step` runs one epoch on the training set that it has taken."""
 
     batch_size: int
 
-    def prepare(self, batch_size: int) -> None:
-        """Add what an epoch needs: the size of a step, the seed and the epoch's number."""
+    def prepare(self, dtype: Any, batch_size: int) -> None:
+        """Add what an epoch needs: examples, the size of a step, the seed, the epoch's number."""
         self.batch_size = batch_size
+        empty = np.zeros((0, *self.input_shape[1:]), dtype)
+        self._x = tf.Variable(empty, shape=(None, *self.input_shape[1:]))
+        self._y = tf.Variable(np.zeros(0, np.int32), shape=(None,))
         self._seed = tf.Variable(0, dtype=tf.int32)
         self._epoch = tf.Variable(0, dtype=tf.int32)
 
-    def take(self, model: keras.Sequential, seed: int) -> None:
+    def take(self, model: keras.Sequential, examples: Examples, seed: int) -> None:
         """Become `model`: its weights and rates, a fresh optimizer, its randomness from `seed`."""
+        self._x.assign(examples[0])
+        self._y.assign(examples[1])
         for mine, theirs in zip(self.layers, model.layers, strict=True):
             if isinstance(mine, _Dropout):
                 mine.set(theirs.rate, seed)
@@ -107,6 +114,8 @@ class EpochInGraph(keras.Sequential):  # type: ignore[misc]
 
     def give(self, model: keras.Sequential) -> None:
         """Hand what was learnt back to `model`, its optimizer's state included."""
+        self._x.assign(self._x[:0])
+        self._y.assign(self._y[:0])
         for mine, theirs in zip(self.layers, model.layers, strict=True):
             if not isinstance(mine, _Dropout):
                 for source, target in zip(mine.weights, theirs.weights, strict=True):
@@ -116,8 +125,8 @@ class EpochInGraph(keras.Sequential):  # type: ignore[misc]
             target.assign(source)
 
     def train_step(self, data: Any) -> Any:
-        """One epoch: `data` is the whole training set, x (n, features) and y (n,)."""
-        x, y = data
+        """One epoch; `data` only counts it."""
+        x, y = self._x.read_value(), self._y.read_value()
         examples = tf.shape(y)[0]
         order = epoch_order(examples, self._seed, self._epoch)
         self._epoch.assign_add(1)
@@ -214,20 +223,30 @@ class _StopAtNaN(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 _graphs: OrderedDict[str, EpochInGraph] = OrderedDict()
+_trained = 0  # networks, in this process
 
 
-def _graph_for(model: keras.Sequential, batch_size: int) -> EpochInGraph:
+def _clear_now_and_then() -> None:
+    """TensorFlow keeps a kernel for every variable ever made, and Keras' networks are cycles that
+    Python collects late: without this a worker grows by a megabyte a network of MNIST's size."""
+    global _trained
+    if _trained % _CLEAR_EVERY == _CLEAR_EVERY - 1:
+        keras.backend.clear_session()
+    _trained += 1
+
+
+def _graph_for(model: keras.Sequential, dtype: Any, batch_size: int) -> EpochInGraph:
     """The compiled graph of `model`'s architecture, the least recently used one dropped."""
-    key = _architecture(model, batch_size)
+    key = _architecture(model, dtype, batch_size)
     if key not in _graphs:
         while len(_graphs) >= _COMPILED_GRAPHS:
             _graphs.popitem(last=False)
-        _graphs[key] = _compile(model, batch_size)
+        _graphs[key] = _compile(model, dtype, batch_size)
     _graphs.move_to_end(key)
     return _graphs[key]
 
 
-def _architecture(model: keras.Sequential, batch_size: int) -> str:
+def _architecture(model: keras.Sequential, dtype: Any, batch_size: int) -> str:
     def without_numbers(config: Any) -> Any:
         if isinstance(config, dict):
             return {
@@ -237,10 +256,12 @@ def _architecture(model: keras.Sequential, batch_size: int) -> str:
             }
         return [without_numbers(item) for item in config] if isinstance(config, list) else config
 
-    return json.dumps([batch_size, without_numbers(model.get_config())], default=str)
+    return json.dumps(
+        [batch_size, np.dtype(dtype).name, without_numbers(model.get_config())], default=str
+    )
 
 
-def _compile(model: keras.Sequential, batch_size: int) -> EpochInGraph:
+def _compile(model: keras.Sequential, dtype: Any, batch_size: int) -> EpochInGraph:
     layers = [
         _Dropout(name=layer.name)
         if isinstance(layer, keras.layers.Dropout)
@@ -248,16 +269,12 @@ def _compile(model: keras.Sequential, batch_size: int) -> EpochInGraph:
         for layer in model.layers
     ]
     graph = EpochInGraph([keras.Input(model.input_shape[1:]), *layers])
-    graph.prepare(batch_size)
+    graph.prepare(dtype, batch_size)
     graph.compile(optimizer=FusedAdam(), loss=model.loss, metrics=["accuracy"], jit_compile=False)
     # Variables that the first trace of an epoch made would cost a second one.
     graph.optimizer.build(graph.trainable_variables)
     graph.compute_metrics(None, tf.zeros(1, tf.int32), graph(tf.zeros((1, *graph.input_shape[1:]))))
     return graph
-
-
-def _whole(x: Images, y: Labels) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensors((x, y))
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:

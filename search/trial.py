@@ -18,7 +18,10 @@ from search import data, model, registry, sampling, storage, training
 from search.config import StudyConfig, one_line
 from search.outcome import Outcome
 from search.space import Hyperparameters
-from search.tracking import METRICS, STATE, Tracking, dataset_input, facts, params_of
+from search.tracking import METRICS, STATE, Tracking
+
+_PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `reconcile`
+_REST = 20  # times as long as a failure of MLflow took, it is left alone
 
 
 class Worker:
@@ -35,9 +38,9 @@ class Worker:
             pruner=sampling.pruner(config),
         )
         self.tracking = Tracking(config).open()
-        self.facts = facts(config, self.dataset)
-        self.dataset_input = dataset_input(self.dataset)
+        self.facts = self.study.user_attrs["facts"]
         self.owner = storage.owner()
+        self.rest_until = 0.0  # by the monotonic clock: MLflow failed, and is left alone
 
     def run_trial(self, place: int) -> Outcome:
         """Run the trial at `place` to its end, whatever that is.
@@ -74,8 +77,7 @@ class Worker:
             self.tracking,
             self.parent_run,
             trial,
-            params_of(trial, self.facts),
-            self.dataset_input,
+            self.facts,
         )
 
 
@@ -104,7 +106,8 @@ class _Attempt:
         self._hyperparameters: Hyperparameters | None = None
         self._history: list[dict[str, float]] = []
         self._run_id: str | None = None
-        self._mirrored = True
+        self._mirrored = time.monotonic() >= worker.rest_until
+        self._spent = 0.0
 
     def objective(self, trial: optuna.Trial) -> float:
         """Train what `trial` proposes; returns val_accuracy after the last epoch."""
@@ -160,18 +163,27 @@ class _Attempt:
         )
         trial.set_user_attr("mlflow_run_id", self._run_id)
         frozen = worker.study._storage.get_trial(trial._trial_id)
-        worker.tracking.log_start(
-            self._run_id, params_of(frozen, worker.facts), worker.dataset_input
-        )
+        worker.tracking.log_start(self._run_id, frozen, worker.facts)
 
     def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
-        """Write to MLflow unless this trial's run has already missed something."""
+        """Write to MLflow unless this trial's run has already missed something.
+
+        A server that fails or is slow costs a trial half a minute at most, `_PATIENCE` and two
+        requests, and all trials together about a share of 1 / `_REST`.
+        """
         if not self._mirrored:
             return
+        began = time.monotonic()
         try:
             write(*arguments)
         except Exception:  # whatever the server does, the trial goes on; reconcile repairs the run
             self._mirrored = False
+        spent = time.monotonic() - began
+        self._spent += spent
+        if self._spent > _PATIENCE:
+            self._mirrored = False
+        if not self._mirrored:
+            self._worker.rest_until = time.monotonic() + _REST * self._spent
 
     def end(self) -> None:
         """End the run as the trial ended."""

@@ -3,18 +3,37 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
+    """A small valid dataset: 40 and 10 examples of 4 numbers, 2 classes."""
+    rng = np.random.default_rng(0)
+    return {
+        "x_train": rng.normal(size=(40, 4)).astype(np.float32),
+        "y_train": np.arange(40) % 2,
+        "x_test": rng.normal(size=(10, 4)).astype(np.float32),
+        "y_test": np.arange(10) % 2,
+        **changed,
+    }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """No test inherits an address, from outside or from what a test before it told MLflow."""
+    for name in ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 
 

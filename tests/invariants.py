@@ -29,12 +29,16 @@ def check(
     study_name: str = "mnist-dnn",
     model_name: str = "MNIST_DNN_Model",
     registered: bool = True,
+    url: str | None = None,
 ) -> dict[str, Any]:
-    """Assert that both ledgers in `folder` agree; returns what was found."""
-    for name in ("study.db", "mlflow.db"):
+    """Assert that both ledgers agree; returns what was found.
+
+    They are in `folder`, study.db and mlflow.db; `url` is the study's database where it is not.
+    """
+    for name in ("study.db", "mlflow.db") if url is None else ("mlflow.db",):
         with closing(sqlite3.connect(folder / name)) as database:
             assert database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
+    storage = optuna.storages.RDBStorage(url or f"sqlite:///{folder / 'study.db'}")
     study = optuna.load_study(study_name=study_name, storage=storage)
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     client = MlflowClient(uri, registry_uri=uri)

@@ -1,7 +1,6 @@
 """Bad input: one line on stderr (rule, value, remedy), exit code 2, nothing created or changed."""
 
 import http.server
-import importlib.util
 import io
 import os
 import random
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from conftest import arrays
 from numpy.typing import NDArray
 
 from search import cli, data, storage
@@ -38,18 +38,6 @@ SETTINGS = {
     "validation_split": "0.1",
 }
 OVERWRITTEN_PAGES = range(0, 28, 3)
-
-
-def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
-    """40 and 10 examples of 4 numbers, 2 classes: valid but for what is `changed`."""
-    rng = np.random.default_rng(0)
-    return {
-        "x_train": rng.normal(size=(40, 4)).astype(np.float32),
-        "y_train": np.arange(40) % 2,
-        "x_test": rng.normal(size=(10, 4)).astype(np.float32),
-        "y_test": np.arange(10) % 2,
-        **changed,
-    }
 
 
 def command(**changed: str) -> list[str]:
@@ -125,7 +113,10 @@ SPLIT = (
     "for example --validation-split 0.1",
 )
 SAMPLER = ("--sampler must be one of tpe, random, qmc, grid", "for example --sampler tpe")
-PRUNER = ("--pruner must be one of median, halving, hyperband, none", "for example --pruner median")
+PRUNER = (
+    "--pruner must be one of percentile, median, halving, hyperband, none",
+    "for example --pruner percentile",
+)
 NAMES = "must be letters, digits"
 STUDY = (f"--study-name {NAMES}", "for example --study-name mnist-dnn")
 EXPERIMENT = (f"--experiment {NAMES}", "for example --experiment MNIST_Classification")
@@ -307,9 +298,6 @@ def test_one_database_for_both_ledgers_is_refused(
 STORAGE_OPENS = "--storage must be a database that can be opened"
 STORAGE_FILE = "--storage must be sqlite:///PATH, a file without '?'"
 FOLDER = "must lie in an existing folder"
-needs_no_psycopg = pytest.mark.skipif(
-    importlib.util.find_spec("psycopg") is not None, reason="the driver is installed"
-)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +318,7 @@ needs_no_psycopg = pytest.mark.skipif(
         ("redis://127.0.0.1:9/0", STORAGE_OPENS, "check the URL and the server"),
         ("http://127.0.0.1:9/", STORAGE_OPENS, "check the URL and the server"),
         ("postgresql://127.0.0.1:port/d", STORAGE_OPENS, "check the URL and the server"),
+        ("mysql://u:hunter2@127.0.0.1:9/d", STORAGE_OPENS, "No module named 'MySQLdb'"),
         ("postgresql+nonsense://127.0.0.1:9/d", STORAGE_OPENS, "check the URL and the server"),
         ("sqlite://", "--storage must be", "sqlite:///study.db"),
         ("sqlite:///", "--storage must be", "sqlite:///"),
@@ -349,17 +338,11 @@ needs_no_psycopg = pytest.mark.skipif(
         ("sqlite:////dev/null", "--storage must be a file, but", "name a file"),
         ("sqlite:///tiny.npz", "--storage must be a sound SQLite database, but", NEW),
         (f"sqlite:///{'a' * 300}.db", "--storage must be", "for example --storage sqlite:///"),
-        pytest.param(
-            "postgresql://u:hunter2@127.0.0.1:9/d",
-            STORAGE_OPENS,
-            "check the URL and the server",
-            marks=needs_no_psycopg,
-        ),
-        pytest.param(
+        ("postgresql://u:hunter2@127.0.0.1:9/d", STORAGE_OPENS, "check the URL and the server"),
+        (
             "postgresql://127.0.0.1:9/d?user=u&password=hunter2",
             STORAGE_OPENS,
             "check the URL and the server",
-            marks=needs_no_psycopg,
         ),
     ],
     ids=ascii,
@@ -420,12 +403,7 @@ INSTEAD = "sqlite:///mlflow.db"
         (f"http://{'a' * 64}.b", SERVER, START),
         ("postgresql+nonsense://127.0.0.1:9/d", "--tracking-uri must be", "check the URL"),
         ("postgresql://127.0.0.1:port/d", "--tracking-uri must be", "check the URL"),
-        pytest.param(
-            "postgresql://u:hunter2@127.0.0.1:9/d",
-            "--tracking-uri must be",
-            "check the URL",
-            marks=needs_no_psycopg,
-        ),
+        ("postgresql://u:hunter2@127.0.0.1:9/d", "--tracking-uri must be", "check the URL"),
     ],
     ids=ascii,
 )

@@ -13,7 +13,7 @@ from conftest import ROOT, start
 from optuna.trial import TrialState
 from test_engine import running_owners, wait_for
 
-from search import cli
+from search import cli, signals
 
 FILE = 'n-trials = 11\nstorage = "sqlite:///file.db"\nseed = 3\nhidden-units = [8, 16]\n'
 
@@ -98,7 +98,7 @@ def test_help_is_exit_code_0(capsys: pytest.CaptureFixture[str], word: str) -> N
 
 def test_the_handlers_of_signals_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with cli._signals(lambda: None):
+    with signals.handled(lambda: None, lambda reason: None):
         assert signal.getsignal(signal.SIGINT) is not before[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 

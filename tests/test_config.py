@@ -50,7 +50,7 @@ def test_every_setting_says_what_it_is_for(name: str) -> None:
         ({"validation_split": 0.0}, "--validation-split must be a number between 0 and 1"),
         ({"validation_split": 1}, "--validation-split must be a number between 0 and 1"),
         ({"sampler": "TPE"}, "--sampler must be one of tpe, random, qmc, grid"),
-        ({"pruner": ""}, "--pruner must be one of median, halving, hyperband, none"),
+        ({"pruner": ""}, "--pruner must be one of percentile, median, halving, hyperband, none"),
         ({"study_name": "a b"}, "--study-name must be letters, digits"),
         ({"study_name": "a\n"}, "--study-name must be letters, digits"),
         ({"dataset": " "}, "--dataset must be text, not empty"),

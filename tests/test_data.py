@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from conftest import arrays
 
 from search import data
 from search.config import InputError
@@ -23,18 +23,6 @@ SHA256 = {
 @pytest.fixture(scope="module")
 def mnist() -> data.Dataset:
     return data.load("mnist", 0.1)
-
-
-def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
-    """A small valid dataset: 40 and 10 examples of 4 numbers, 2 classes."""
-    rng = np.random.default_rng(0)
-    return {
-        "x_train": rng.normal(size=(40, 4)).astype(np.float32),
-        "y_train": np.arange(40) % 2,
-        "x_test": rng.normal(size=(10, 4)).astype(np.float32),
-        "y_test": np.arange(10) % 2,
-        **changed,
-    }
 
 
 def load(folder: Path, share: float = 0.1, **changed: Any) -> data.Dataset:

@@ -7,7 +7,8 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from optuna.trial import TrialState
 from search import engine, pipeline
 from search.config import StudyConfig
 from search.engine import InProcess, Patience
+from search.outcome import Outcome
 
 Found = TypeVar("Found")
 
@@ -81,6 +83,45 @@ def test_there_are_as_many_workers_as_asked_or_one_a_core() -> None:
 
 
 # ---- early stops ---------------------------------------------------------------------------------
+
+
+class Scripted(Executor):
+    """A pool in which the first trials end and break it before their outcomes arrive."""
+
+    def __init__(self, submitted: list[int], broken: bool) -> None:
+        self._submitted, self._broken = submitted, broken
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        (place,) = args
+        self._submitted.append(place)
+        future: Future[Any] = Future()
+        if self._broken:
+            future.set_exception(BrokenProcessPool("a worker died"))
+        else:
+            future.set_result(Outcome(place, place, "COMPLETE", 0.5, 0.5, None, 1, 0.1, None))
+        return future
+
+
+def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    submitted: list[int] = []
+    pools = iter([Scripted(submitted, True), Scripted(submitted, False)])
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", lambda *_, **__: next(pools))
+    told: list[int] = []
+    with engine.Engine(StudyConfig(workers=2), "run") as workers:
+        stopped = workers.run_trials(
+            range(4),
+            lambda outcome: told.append(outcome.place),
+            lambda: [1, 2, 3],  # place 0 is finished, says the study
+            timeout=None,
+            patience=Patience(None),
+            max_failures=5,
+            stopping=lambda: False,
+        )
+    assert stopped is None
+    assert submitted == [0, 1, 1, 2, 3]
+    assert sorted(told) == [1, 2, 3]
 
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
@@ -165,7 +206,7 @@ def test_a_killed_worker_costs_its_trials_and_not_the_budget(tmp_path: Path, clo
     assert 1 <= len(failed) <= 2
     assert victim in {trial.user_attrs["owner"]["pid"] for trial in failed}
     assert all(trial.user_attrs["failure"].startswith("lost: ") for trial in failed)
-    assert "was left running: now FAIL" in out
+    assert "left RUNNING by a process that is gone" in out
 
 
 def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
@@ -181,7 +222,7 @@ def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
     assert alive == []
     code, out, err = command(tmp_path, *options(clouds, 3))
     assert (code, err) == (0, "")
-    assert "was left running: now FAIL" in out
+    assert "left RUNNING by a process that is gone" in out
     failed = [
         trial.user_attrs["failure"]
         for trial in invariants.check(tmp_path, 3)["trials"]

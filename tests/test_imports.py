@@ -118,7 +118,7 @@ def test_only_the_modules_of_the_mirror_import_mlflow() -> None:
 
 
 def test_the_command_line_imports_no_heavy_part_at_its_top() -> None:
-    assert siblings("cli", late=False) == {"config"}
+    assert siblings("cli", late=False) == {"config", "signals"}
     libraries = {i.library for i in imports("cli") if not i.late}
     assert libraries <= {*sys.stdlib_module_names, "typer", "search"}
 

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import invariants
+import optuna
 import psutil
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search import pipeline
-from search.config import StudyConfig
+from search import cli, doctor, pipeline, storage
+from search.config import RunError, StudyConfig
 from search.pipeline import Result
+from search.tracking import Tracking
 
 TRIALS = 6
 
@@ -150,6 +153,10 @@ def run_of_no_trial(study: Damaged) -> None:
     study.new_run("trial-0077", 77)
 
 
+def orphan_left_running(study: Damaged) -> None:
+    study.client.set_tag(study.new_run("trial-0077", 77), "optuna.orphan", "true")
+
+
 def link_removed(study: Damaged) -> None:
     query = (
         "DELETE FROM trial_user_attributes WHERE key = 'mlflow_run_id' AND trial_id = "
@@ -166,23 +173,67 @@ def parent_left_running(study: Damaged) -> None:
     study.client.update_run(study.parent(), status="RUNNING")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        left_running,
-        wrong_status,
-        run_deleted,
-        metrics_removed,
-        param_removed,
-        state_tag_removed,
-        number_tag_removed,
-        extra_run_of_a_trial,
-        run_of_no_trial,
-        link_removed,
-        retraining_left_running,
-        parent_left_running,
-    ],
-)
+def point_changed(study: Damaged) -> None:
+    """In the middle of a curve: its end is as it was."""
+    query = "UPDATE metrics SET value = 0.123 WHERE run_uuid = ? AND key = 'val_loss' AND step = 0"
+    study.sql("mlflow.db", query, study.run_of(1))
+
+
+def point_added(study: Damaged) -> None:
+    study.client.log_metric(study.run_of(1), "val_accuracy", 0.123, step=9)
+
+
+def param_changed(study: Damaged) -> None:
+    query = "UPDATE params SET value = '7' WHERE run_uuid = ? AND key = 'hidden_units'"
+    study.sql("mlflow.db", query, study.run_of(1))
+
+
+def hung_elsewhere(study: Damaged) -> None:
+    study.client.set_tag(study.run_of(1), "mlflow.parentRunId", study.run_of(2))
+
+
+def parent_deleted(study: Damaged) -> None:
+    study.client.delete_run(study.parent())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def second_production(study: Damaged) -> None:
+    first = study.client.get_model_version("MNIST_DNN_Model", "1")
+    second = study.client.create_model_version(
+        "MNIST_DNN_Model", first.source, run_id=study.run_of(1)
+    )
+    study.client.transition_model_version_stage("MNIST_DNN_Model", second.version, "Production")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def no_production(study: Damaged) -> None:
+    study.client.transition_model_version_stage("MNIST_DNN_Model", "1", "Archived")
+
+
+DAMAGES = [
+    left_running,
+    wrong_status,
+    run_deleted,
+    metrics_removed,
+    param_removed,
+    param_changed,
+    state_tag_removed,
+    number_tag_removed,
+    extra_run_of_a_trial,
+    run_of_no_trial,
+    orphan_left_running,
+    link_removed,
+    hung_elsewhere,
+    point_added,
+    second_production,
+    no_production,
+    retraining_left_running,
+    parent_left_running,
+    parent_deleted,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_mirror_is_mended_without_a_new_trial_or_version(
     study: Damaged, damage: Callable[[Damaged], None]
 ) -> None:
@@ -193,29 +244,77 @@ def test_a_damaged_mirror_is_mended_without_a_new_trial_or_version(
     assert result.ran == 0
     assert result.winner is not None
     assert (result.winner.version, result.winner.new) == (1, False)
-    assert result.mended or damage is parent_left_running
+    assert result.mended or damage in (parent_left_running, parent_deleted)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_second_version_in_production_leaves_it(study: Damaged) -> None:
-    client, name = study.client, "MNIST_DNN_Model"
-    first = client.get_model_version(name, "1")
-    second = client.create_model_version(name, first.source, run_id=study.run_of(1))
-    client.transition_model_version_stage(name, second.version, "Production")
-    with pytest.raises(AssertionError):
-        invariants.check(study.folder, TRIALS)
-    mend(study)
-    stages = [client.get_model_version(name, v).current_stage for v in ("1", "2")]
-    assert stages == ["Production", "Archived"]
+@pytest.mark.parametrize("damage", [*DAMAGES, point_changed])
+def test_the_doctor_says_what_disagrees_and_mends_it_only_when_told_to(
+    study: Damaged, damage: Callable[[Damaged], None]
+) -> None:
+    damage(study)
+    before = invariants.dump(study.folder)
+    mended, left = doctor.examine(study.config, fix=False)
+    assert mended == []
+    assert left
+    assert invariants.dump(study.folder) == before
+
+    mended, left = doctor.examine(study.config, fix=True)
+    assert left == []
+    assert mended or damage is parent_deleted
+    invariants.check(study.folder, TRIALS)
+    before = invariants.dump(study.folder)
+    assert doctor.examine(study.config, fix=True) == ([], [])
+    assert doctor.examine(study.config, fix=False) == ([], [])
+    assert invariants.dump(study.folder) == before
 
 
-def test_a_parent_run_that_was_deleted_is_made_again_with_all_its_runs(study: Damaged) -> None:
-    deleted = study.parent()
-    study.client.delete_run(deleted)
+def test_the_doctor_on_the_command_line(study: Damaged, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out == "study mnist-dnn: both ledgers agree\n"
+    left_running(study)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "trial 1: its run has status RUNNING in place of FINISHED\n" in out
+    assert "1 disagreement; mend with python study.py doctor --fix\n" in out
+    assert cli.main(["doctor", "--fix"]) == 0
+    out = capsys.readouterr().out
+    assert "mended: trial 1: its run has status RUNNING in place of FINISHED\n" in out
+    assert out.endswith("both ledgers agree\n")
+    assert cli.main(["doctor", "--study-name", "other"]) == 2
+    assert "has none named other" in capsys.readouterr().err
+    assert cli.main(["--study-name", "other", "doctor"]) == 2
+    assert "--study-name must come after the verb" in capsys.readouterr().err
+
+
+def test_the_doctor_creates_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--fix"]) == 2
+    assert "has none named mnist-dnn" in capsys.readouterr().err
+    assert list(in_folder.iterdir()) == []
+
+
+def test_the_doctor_waits_for_the_end_of_a_run(study: Damaged) -> None:
+    with (
+        storage.sole_runner(study.config),
+        pytest.raises(RunError, match="is being run by"),
+    ):
+        doctor.examine(study.config, fix=True)
+
+
+def test_a_parent_run_that_is_gone_for_good_is_made_again_and_takes_its_runs(
+    study: Damaged,
+) -> None:
+    gone = study.parent()
+    for table in ("tags", "params", "metrics", "latest_metrics", "runs"):
+        query = f"DELETE FROM {table} WHERE run_uuid = ?"
+        with closing(sqlite3.connect(study.folder / "mlflow.db")) as database:
+            database.execute(query, (gone,))
+            database.commit()
+    before = [study.run_of(number) for number in range(TRIALS)]
     result = mend(study)
     assert result.ran == 0
-    assert result.parent_run_id != deleted
+    assert result.parent_run_id != gone
     assert len(result.mended) == TRIALS
+    assert [study.run_of(number) for number in range(TRIALS)] == before
 
 
 def test_a_lost_mlflow_database_is_rebuilt_and_the_model_registered_again(study: Damaged) -> None:
@@ -263,6 +362,45 @@ def test_a_trial_left_running_by_a_dead_process_fails_and_is_replaced(study: Dam
     assert trials[2].user_attrs["failure"].startswith("lost: ")
     assert (trials[6].params, trials[6].value) == (old[2].params, old[2].value)
     assert trials[6].user_attrs["place"] == 2
+
+
+def test_a_trial_left_running_on_another_host_is_lost_because_this_one_runs_the_study(
+    study: Damaged,
+) -> None:
+    leave_running(study, 2, os.getppid())
+    query = (
+        "UPDATE trial_user_attributes SET value_json = json_set(value_json, '$.host', 'elsewhere') "
+        "WHERE key = 'owner'"
+    )
+    study.sql("study.db", query)
+    assert (mend(study).ran, len(invariants.check(study.folder, TRIALS)["trials"])) == (1, 7)
+
+
+def test_a_trial_that_somebody_enqueued_is_left_alone(study: Damaged) -> None:
+    with_waiting = optuna.load_study(study_name="mnist-dnn", storage="sqlite:///study.db")
+    with_waiting.enqueue_trial({"hidden_units": 8})
+    assert pipeline.run(study.config).mended == ()
+    assert doctor.examine(study.config, fix=True) == ([], [])
+    assert with_waiting.get_trials()[-1].state.name == "WAITING"
+
+
+def test_a_server_that_fails_while_mending_leaves_no_run_twice(
+    study: Damaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_mended = Tracking.mend
+    failures = iter([True])
+
+    def failing(*arguments: Any) -> None:
+        if next(failures, False):
+            raise MlflowException("the server is down")
+        leave_mended(*arguments)
+
+    monkeypatch.setattr(Tracking, "mend", failing)
+    left_running(study)
+    with pytest.raises(RunError, match="the server is down"):
+        pipeline.run(study.config)
+    assert mend(study).ran == 0
+    assert len(study.client.search_runs(["1"])) == TRIALS + 2
 
 
 def test_a_trial_of_a_living_process_is_left_running(study: Damaged) -> None:

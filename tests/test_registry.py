@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import invariants
+import keras
 import mlflow
 import numpy as np
 import pytest
@@ -196,3 +197,12 @@ def test_a_better_trial_is_registered_over_the_old_one(config: StudyConfig, clou
     assert more.winner.trial > 0
     assert (first.winner.version, more.winner.version, more.winner.new) == (1, 2, True)
     assert retrainings(found) == ["FINISHED", "FINISHED"]
+
+
+def test_the_model_holds_no_pickle_and_loads_in_safe_mode(
+    config: StudyConfig, client: MlflowClient, in_folder: Path
+) -> None:
+    pipeline.run(config)
+    assert [path for path in in_folder.rglob("*") if path.suffix in (".pkl", ".pickle")] == []
+    (file,) = in_folder.rglob("*.keras")
+    assert keras.saving.load_model(file, safe_mode=True).input_shape == (None, 4)

@@ -16,7 +16,7 @@ from search.space import REFERENCE, Hyperparameters
 from search.storage import PlacedStudy
 
 SAMPLERS = ("tpe", "random", "qmc")
-PRUNERS = ("median", "halving", "hyperband")
+PRUNERS = ("percentile", "median", "halving", "hyperband")
 GRID = {"sampler": "grid", "hidden_units": "8,512", "dropout_rate": "0.1,0.2,0.3"}
 EPOCHS, PLACES = 9, 24
 

@@ -112,39 +112,44 @@ def test_a_study_has_one_runner_until_that_is_gone(in_folder: Path) -> None:
 # ---- trials ------------------------------------------------------------------------------------
 
 
+FILE = "sqlite:///study.db"
+
+
 def running(**mark: Any) -> FrozenTrial:
     attrs = {"owner": {**storage.owner(), **mark}}
     return create_trial(state=TrialState.RUNNING, user_attrs=attrs)
 
 
 def test_a_trial_of_a_living_process_is_not_lost() -> None:
-    assert not storage.is_lost(running())
+    assert not storage.is_lost(running(), FILE)
 
 
 def test_a_trial_of_a_dead_process_is_lost() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert storage.is_lost(running(pid=process.pid))
+    assert storage.is_lost(running(pid=process.pid), FILE)
 
 
 def test_a_trial_of_a_process_that_nobody_has_waited_for_is_lost() -> None:
     process = subprocess.Popen(["true"], stdout=subprocess.DEVNULL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # now it is a zombie
     started = storage.psutil.Process(process.pid).create_time()
-    assert storage.is_lost(running(pid=process.pid, started=started))
+    assert storage.is_lost(running(pid=process.pid, started=started), FILE)
     process.wait()
 
 
 def test_a_trial_whose_pid_now_belongs_to_a_later_process_is_lost() -> None:
-    assert storage.is_lost(running(started=storage.owner()["started"] - 60))
+    assert storage.is_lost(running(started=storage.owner()["started"] - 60), FILE)
 
 
 def test_a_trial_of_another_host_is_not_lost_as_far_as_we_know() -> None:
-    assert not storage.is_lost(running(host="elsewhere", pid=1, started=0.0))
+    elsewhere = running(host="elsewhere", pid=1, started=0.0)
+    assert not storage.is_lost(elsewhere, "postgresql://study@server/studies")
+    assert storage.is_lost(elsewhere, FILE)  # of a file, this host is the one that runs the study
 
 
 def test_a_trial_that_nobody_signed_is_lost() -> None:
-    assert storage.is_lost(create_trial(state=TrialState.RUNNING))
+    assert storage.is_lost(create_trial(state=TrialState.RUNNING), FILE)
 
 
 def test_a_lost_trial_ends_as_failed_with_its_reason(in_folder: Path) -> None:
@@ -170,4 +175,14 @@ def test_the_missing_places_are_those_that_no_finished_trial_has() -> None:
         value = 0.5 if state is TrialState.COMPLETE else None
         study.add_trial(create_trial(state=state, value=value, user_attrs={"place": place}))
     assert storage.missing_places(study, 6) == [1, 4, 5]
+    assert storage.missing_places(study, 4) == [1]
     assert storage.missing_places(study, 1) == []
+
+
+def test_a_lowered_budget_that_is_met_misses_nothing() -> None:
+    study = optuna.create_study(direction="maximize")
+    for place in (0, 1, 2, 4):
+        state = TrialState.PRUNED
+        study.add_trial(create_trial(state=state, user_attrs={"place": place}))
+    assert storage.missing_places(study, 4) == []
+    assert storage.missing_places(study, 5) == [3]

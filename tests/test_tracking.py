@@ -41,19 +41,20 @@ def test_a_run_is_written_from_its_trial_and_writing_it_again_changes_nothing(
 ) -> None:
     study = storage.open_study(StudyConfig(), SETTINGS)
     parent = ledger.parent_run(study, SETTINGS)
-    dataset = tracking.dataset_input(data.load(str(clouds), 0.1))
+    config = StudyConfig(dataset=str(clouds), epochs=400)
+    facts = tracking.facts_of(config, data.load(str(clouds), 0.1))
     trial = finished_trial(epochs=400)  # 1,600 metrics: more than MLflow takes in a call
     run_id = ledger.create_run(parent, "trial-0000", 0)
     for _ in range(2):
-        ledger.mend(run_id, trial, {"epochs": 400}, dataset)
+        ledger.mend(run_id, trial, facts)
         (run,) = ledger.runs_of(parent)
         assert run.info.status == "FINISHED"
         assert run.info.end_time == int(trial.datetime_complete.timestamp() * 1000)  # type: ignore[union-attr]
         assert run.data.params == {
             "hidden_units": "8",
-            "epochs": "400",
             "seed": "3",
             "trainable_parameters": "99",
+            **{name: str(value) for name, value in facts["params"].items()},
         }
         assert len(run.inputs.dataset_inputs) == 1
         for name in tracking.METRICS.values():

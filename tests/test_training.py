@@ -147,10 +147,10 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
 
 def test_the_graph_not_used_for_longest_is_dropped_first(no_graphs: None) -> None:
     for units in range(1, training._COMPILED_GRAPHS + 1):
-        training._graph_for(network(units=units), BATCH)
+        training._graph_for(network(units=units), np.float32, BATCH)
     first, second = list(training._graphs)[:2]
-    training._graph_for(network(units=1), BATCH)
-    training._graph_for(network(units=99), BATCH)
+    training._graph_for(network(units=1), np.float32, BATCH)
+    training._graph_for(network(units=99), np.float32, BATCH)
     assert len(training._graphs) == training._COMPILED_GRAPHS
     assert first in training._graphs
     assert second not in training._graphs

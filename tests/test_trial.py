@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import invariants
@@ -54,3 +55,17 @@ def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> 
         assert outcome.hyperparameters is not None
         assert outcome.hyperparameters.as_dict() == trial.params
         assert (outcome.epochs, outcome.failure) == (2, None)
+
+
+@pytest.mark.parametrize("known", [None, "sqlite:///elsewhere.db"])
+def test_a_run_leaves_no_address_behind(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, known: str | None
+) -> None:
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", known)
+
+    def addresses() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
+
+    before = addresses()
+    run(config(clouds))
+    assert addresses() == before

@@ -1,0 +1,31 @@
+"""Say whether both ledgers agree, and make them, without running anything."""
+
+from dataclasses import replace
+
+from search import storage, tracking
+from search.config import StudyConfig
+from search.reconcile import Ledgers
+from search.tracking import Tracking
+
+
+def examine(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
+    """What disagreed and was mended, and what disagrees still; without `fix` nothing is changed.
+
+    Every trial, run, curve and stage is compared, which takes some milliseconds a trial. Raises
+    InputError where there is no study, RunError where it is being run or a database fails.
+    """
+    try:
+        storage.check(config)
+        tracking.check(config.tracking_uri)
+        study = storage.load_study(config)
+        config = replace(config, experiment=study.user_attrs["settings"]["experiment"])
+        with storage.sole_runner(config):
+            ledger = Tracking(config)
+            if not fix and not (ledger.exists() and ledger.open().has_parent(study)):
+                return [], ["the study has no parent run in MLflow"]
+            parent = ledger.open().parent_run(study, study.user_attrs["settings"])
+            ledgers = Ledgers(study, ledger, parent, config)
+            mended = ledgers.reconcile(at_rest=True) if fix else []
+            return mended, [left.what for left in ledgers.disagreements(at_rest=True)]
+    except (*storage.ERRORS, *tracking.ERRORS) as error:
+        raise storage.failure(error) from error

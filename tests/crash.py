@@ -1,0 +1,90 @@
+"""The real command, killed at a named point: python tests/crash.py POINT OPTION...
+
+A point is a call of ours, of Optuna or of MLflow. Before or after it, the process sends itself
+SIGKILL, as an empty battery would.
+"""
+
+import functools
+import inspect
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """The `nth` call of `name` on `owner` whose arguments hold `word`."""
+
+    owner: str
+    name: str
+    nth: int = 1
+    word: str = ""
+    before: bool = False
+
+
+CLIENT, TRACKING = "mlflow.tracking:MlflowClient", "search.tracking:Tracking"
+FIRST_START = {
+    "study database half made": Point("pathlib:Path", "rename", before=True),
+    "study created": Point("optuna", "create_study"),
+    "study signed": Point("optuna:Study", "set_user_attr", word="study_uid"),
+    "tracking database half made": Point("pathlib:Path", "rename", nth=2, before=True),
+    "tracking database made": Point("pathlib:Path", "rename", nth=2),
+    "experiment created": Point(CLIENT, "create_experiment"),
+    "parent run created": Point(CLIENT, "create_run"),
+}
+TRIALS = {
+    "trial created": Point("search.storage:PlacedStudy", "ask", nth=3),
+    "run created": Point(TRACKING, "create_run", nth=3),
+    "params logged": Point(TRACKING, "log_start", nth=3),
+    "mid-report, epoch not in MLflow": Point(TRACKING, "log_epoch", nth=8, before=True),
+    "mid-report, epoch in MLflow": Point(TRACKING, "log_epoch", nth=8),
+    "trial told, run open": Point(TRACKING, "finish", nth=3, before=True),
+    "run ended, not marked": Point(CLIENT, "set_terminated", nth=3),
+}
+REGISTRATION = {
+    "retrained, not logged": Point(TRACKING, "log_result", before=True),
+    "model logged": Point("mlflow.models:Model", "log"),
+    "model marked": Point(CLIENT, "set_tag", word="model_uri"),
+    "registered model created": Point(CLIENT, "create_registered_model"),
+    "version created": Point(CLIENT, "create_model_version"),
+    "alias set": Point(CLIENT, "set_registered_model_alias"),
+    "stage set": Point(CLIENT, "transition_model_version_stage"),
+}
+RECONCILIATION = {
+    "mid-reconcile, trial failed": Point("search.storage", "fail"),
+    "mid-reconcile, run not mended": Point(TRACKING, "mend", before=True),
+    "mid-reconcile, run mended": Point(TRACKING, "mend"),
+}
+POINTS = FIRST_START | TRIALS | REGISTRATION | RECONCILIATION
+
+
+def arm(point: Point) -> None:
+    """Let the process die at `point`."""
+    owner = pkgutil.resolve_name(point.owner)
+    original: Callable[..., Any] = getattr(owner, point.name)
+    calls = 0
+
+    @functools.wraps(original)
+    def deadly(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += point.word in f"{arguments} {keywords}"
+        due = calls == point.nth and point.word in f"{arguments} {keywords}"
+        if due and point.before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **keywords)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, point.name, staticmethod(deadly) if inspect.ismethod(original) else deadly)
+
+
+if __name__ == "__main__":
+    from search.cli import main
+
+    arm(POINTS[sys.argv[1]])
+    sys.exit(main(sys.argv[2:]))

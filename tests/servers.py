@@ -1,0 +1,163 @@
+"""A real MLflow server that a test stops, freezes and starts, and a proxy that spoils it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import requests
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class MlflowServer:
+    """`mlflow server` on the databases of a folder, in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+                    *("--host", "127.0.0.1", "--port", str(self._port)),
+                    *("--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"),
+                    *("--artifacts-destination", str(self._folder / "mlruns")),
+                ],
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                requests.get(f"{self.uri}/health", timeout=5).raise_for_status()
+                return
+            except requests.RequestException:
+                assert self._process.poll() is None, (self._folder / "server.log").read_text()
+                assert time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Kill it and its children, and wait for it."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        """It takes connections and answers no more."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """It goes on where it was."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+
+class Postgres:
+    """A throw-away PostgreSQL, which does not run as root."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+        self._port = free_port()
+        self.url = f"postgresql+psycopg://study@127.0.0.1:{self._port}/postgres"
+        if os.getuid() == 0:
+            shutil.chown(self._folder, "postgres")
+        self._call("initdb", "-D", str(self._folder / "data"), "-U", "study", "--auth=trust")
+        self.start()
+
+    def _call(self, program: str, *options: str) -> None:
+        done = subprocess.run(
+            [str(BINARIES[-1] / program), *options],
+            cwd=self._folder,
+            stdout=subprocess.DEVNULL,  # the server would hold a pipe open
+            stderr=subprocess.DEVNULL,
+            user="postgres" if os.getuid() == 0 else None,
+        )
+        assert done.returncode == 0, (program, (self._folder / "log").read_text())
+
+    def start(self) -> None:
+        """Start it and wait until it takes connections."""
+        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -k {self._folder}"
+        data, log = str(self._folder / "data"), str(self._folder / "log")
+        self._call("pg_ctl", "start", "-w", "-D", data, "-l", log, "-o", options)
+
+    def stop(self) -> None:
+        """Let it drop everything at once, as a crash would."""
+        self._call("pg_ctl", "stop", "-m", "immediate", "-D", str(self._folder / "data"))
+
+    def remove(self) -> None:
+        """Stop it for good."""
+        if (self._folder / "data" / "postmaster.pid").exists():
+            self.stop()
+        shutil.rmtree(self._folder)
+
+
+class Proxy:
+    """Forwards to a server. `status`: answers that instead; `delay`: seconds it holds an answer."""
+
+    def __init__(self, target: str) -> None:
+        self.status: int | None = None
+        self.delay = 0.0
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def forward(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if proxy.status is not None:
+                    self.send_response(proxy.status)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
+                delay = proxy.delay
+                answer = requests.request(
+                    self.command, target + self.path, data=body, headers=headers, timeout=60
+                )
+                time.sleep(delay)  # the fault itself: the server has done it, the answer is late
+                try:
+                    self.send_response(answer.status_code)
+                    self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+                    self.send_header("Content-Length", str(len(answer.content)))
+                    self.end_headers()
+                    self.wfile.write(answer.content)
+                except OSError:
+                    pass  # the client has given up
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

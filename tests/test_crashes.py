@@ -1,0 +1,468 @@
+"""Whatever is killed, locked, full or gone: the next start mends it, and nothing is lost."""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import crash
+import invariants
+import pytest
+from conftest import ROOT, command, start
+from servers import BINARIES, MlflowServer, Postgres, Proxy
+
+from search import RunError, StudyConfig, doctor, pipeline
+from search.outcome import Outcome
+from search.pipeline import Listener
+from search.tracking import Tracking
+
+TRIALS, EPOCHS = 8, 3
+OPTIONS = ("--n-trials", str(TRIALS), "--epochs", str(EPOCHS), "--hidden-units", "4,8")
+
+
+def settings(dataset: Path, **changed: Any) -> StudyConfig:
+    """What OPTIONS say, to run in this process, which has TensorFlow already."""
+    given: dict[str, Any] = {"n_trials": TRIALS, "epochs": EPOCHS, "hidden_units": "4,8"}
+    return StudyConfig(dataset=str(dataset), workers=1, **{**given, **changed})
+
+
+def results(found: dict[str, Any]) -> dict[int, Any]:
+    """What every place tried and how it went."""
+    return {
+        trial.user_attrs["place"]: (trial.state, trial.params, trial.values)
+        for trial in found["trials"]
+        if trial.state.name != "FAIL"
+    }
+
+
+def check(folder: Path, config: StudyConfig, **expected: Any) -> dict[str, Any]:
+    """Both ledgers agree, and running the study once more changes nothing."""
+    found = invariants.check(folder, config.n_trials, **expected)
+    before = invariants.dump(folder)
+    assert found["parent"].info.status == "FINISHED"
+    assert doctor.examine(config, fix=False) == ([], [])
+    again = pipeline.run(config)
+    assert (again.ran, again.mended) == (0, ())
+    assert invariants.dump(folder) == before
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[int, Any]:
+    """What every place of the study tries, and how it goes, if nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pipeline.run(settings(clouds))
+    return results(invariants.check(folder, TRIALS))
+
+
+# ---- kills at named points -----------------------------------------------------------------------
+
+
+def die(folder: Path, dataset: Path, point: str) -> None:
+    """Run the command until it dies at `point`."""
+    driver = [sys.executable, str(ROOT / "tests" / "crash.py"), point]
+    options = ["--dataset", str(dataset), "--workers", "1", *OPTIONS]
+    done = subprocess.run([*driver, *options], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, (done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("point", [*crash.FIRST_START, *crash.TRIALS, *crash.REGISTRATION])
+def test_a_kill_at_any_point_is_mended_by_the_next_start(
+    in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
+) -> None:
+    die(in_folder, clouds, point)
+    result = pipeline.run(settings(clouds))
+    found = check(in_folder, settings(clouds))
+    assert results(found) == undisturbed
+    assert result.winner is not None
+    assert result.winner.version == 1
+    assert len(found["client"].search_model_versions("name = 'MNIST_DNN_Model'")) == 1
+    lost = [trial for trial in found["trials"] if trial.state.name == "FAIL"]
+    assert len(lost) == (point in crash.TRIALS and point not in ENDED)
+    assert all(trial.user_attrs["failure"].startswith("lost: ") for trial in lost)
+
+
+ENDED = ("trial told, run open", "run ended, not marked")
+
+
+@pytest.mark.parametrize("point", crash.RECONCILIATION)
+def test_a_kill_in_the_middle_of_mending_is_mended(
+    in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
+) -> None:
+    die(in_folder, clouds, "mid-report, epoch not in MLflow")
+    die(in_folder, clouds, point)
+    pipeline.run(settings(clouds))
+    assert results(check(in_folder, settings(clouds))) == undisturbed
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_kill_at_a_random_moment_is_mended(tmp_path: Path, clouds: Path, seed: int) -> None:
+    delay = random.Random(seed).uniform(0, 12)
+    options = ("--dataset", str(clouds), "--workers", "2", *OPTIONS)
+    process = start(tmp_path, *options)
+    try:
+        process.wait(timeout=delay)
+    except subprocess.TimeoutExpired:
+        process.kill()  # the main process alone: its workers have to notice
+    process.communicate()
+    code, _, err = command(tmp_path, *options)
+    assert (code, err) == (0, "")
+    invariants.check(tmp_path, TRIALS)
+
+
+# ---- many starts at once -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_of_many_first_starts_one_runs_the_study_and_the_others_say_so(
+    tmp_path: Path, clouds: Path, count: int
+) -> None:
+    options = ("--dataset", str(clouds), "--workers", "1", *OPTIONS)
+    processes = [start(tmp_path, *options) for _ in range(count)]
+    ended = [(process.communicate(timeout=300), process.returncode) for process in processes]
+    codes = [code for _, code in ended]
+    assert codes.count(0) >= 1
+    pids = {process.pid for process in processes}
+    for (_, err), code in ended:
+        if code:
+            assert code == 1
+            said = re.fullmatch(
+                r"error: study mnist-dnn is being run by \S+, pid (\d+); wait for it, or give "
+                r"another --study-name\n",
+                err,
+            )
+            assert said is not None, err
+            assert int(said[1]) in pids
+    invariants.check(tmp_path, TRIALS)
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("numbers", "code"), [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGTERM,), 143)]
+)
+def test_an_epoch_that_takes_long_is_ended_within_ten_seconds(
+    tmp_path: Path, numbers: tuple[int, ...], code: int
+) -> None:
+    long = ("--hidden-units", "16384", "--workers", "1", "--n-trials", "2")  # a minute an epoch
+    process = start(tmp_path, *long)
+    try:
+        wait_for(lambda: statuses(tmp_path, "RUNNING") >= 2)  # the parent's and a trial's run
+        for number in numbers:
+            os.kill(process.pid, number)
+            wait_for(lambda: not pending(process.pid))  # two at once would be one
+        began = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert err.endswith("; run the same command again to go on\n")
+    found = invariants.check(tmp_path, registered=False)
+    (trial,) = found["trials"]
+    assert "Ctrl-C" in trial.user_attrs["failure"] or "SIGTERM" in trial.user_attrs["failure"]
+
+
+def pending(pid: int) -> bool:
+    """Whether a signal to the process has not arrived yet."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return any(int(line.split()[1], 16) for line in lines if line[:6] in ("SigPnd", "ShdPnd"))
+
+
+def statuses(folder: Path, status: str) -> int:
+    """How many runs have it."""
+    path = folder / "mlflow.db"
+    if not path.exists():
+        return 0
+    with closing(sqlite3.connect(path)) as database:
+        query = "SELECT count(*) FROM runs WHERE status = ?"
+        return int(database.execute(query, (status,)).fetchone()[0])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# ---- databases and disks -------------------------------------------------------------------------
+
+
+class During(Listener):
+    """Does something when so many trials have ended."""
+
+    def __init__(self, deeds: dict[int, Callable[[], object]]) -> None:
+        self._deeds = deeds
+        self.outcomes: list[Outcome] = []
+
+    def trial(self, outcome: Outcome, best: float | None) -> None:
+        self.outcomes.append(outcome)
+        self._deeds.get(len(self.outcomes), lambda: None)()
+
+
+@pytest.mark.slow
+def test_databases_locked_for_30_seconds_lose_nothing(
+    in_folder: Path, clouds: Path, undisturbed: dict[int, Any]
+) -> None:
+    locked = threading.Event()
+
+    def lock() -> None:
+        with (
+            closing(sqlite3.connect(in_folder / "study.db", timeout=60)) as study,
+            closing(sqlite3.connect(in_folder / "mlflow.db", timeout=60)) as mlflow,
+        ):
+            study.execute("BEGIN EXCLUSIVE")
+            mlflow.execute("BEGIN EXCLUSIVE")
+            locked.set()
+            time.sleep(30)  # the fault itself
+
+    locker = threading.Thread(target=lock)
+
+    def begin() -> None:
+        locker.start()
+        locked.wait()
+
+    during = During({2: begin})
+    pipeline.run(settings(clouds), during)
+    locker.join()
+    assert max(outcome.seconds for outcome in during.outcomes) > 25
+    assert results(check(in_folder, settings(clouds))) == undisturbed
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    if not BINARIES:
+        pytest.skip("no PostgreSQL is installed")
+    postgres = Postgres()
+    yield postgres
+    postgres.remove()
+
+
+def test_a_postgresql_restarted_in_the_middle_of_a_trial_loses_nothing(
+    in_folder: Path,
+    clouds: Path,
+    postgres: Postgres,
+    undisturbed: dict[int, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = settings(clouds, storage=postgres.url)
+    restart = threading.Thread(target=postgres.start)
+    log_epoch, calls = Tracking.log_epoch, itertools.count(1)
+
+    def stop_before(*arguments: Any) -> None:
+        if next(calls) == 8:
+            postgres.stop()
+            restart.start()
+        log_epoch(*arguments)
+
+    monkeypatch.setattr(Tracking, "log_epoch", stop_before)
+    during = During({})
+    pipeline.run(config, during)
+    restart.join()
+    assert [outcome.failure for outcome in during.outcomes] == [None] * TRIALS
+    found = invariants.check(in_folder, TRIALS, url=postgres.url)
+    assert results(found) == undisturbed
+    assert doctor.examine(config, fix=False) == ([], [])
+    again = pipeline.run(config)
+    assert (again.ran, again.mended) == (0, ())
+
+
+def limited(folder: Path, kilobytes: int, *options: str) -> "subprocess.CompletedProcess[str]":
+    """The command where no file can grow beyond so much, as on a full disk."""
+    shell = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', str(kilobytes)]
+    return subprocess.run(
+        [*shell, sys.executable, str(ROOT / "study.py"), *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_disk_that_is_full_is_told_in_one_line_and_the_same_command_works_later(
+    tmp_path: Path, clouds: Path, workers: str
+) -> None:
+    options = ("--dataset", str(clouds), "--workers", workers, *OPTIONS)
+    done = limited(tmp_path, 40, *options)  # less than one database
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert not (tmp_path / "mlflow.db").exists()
+
+    assert command(tmp_path, *options, "--n-trials", "2")[0] == 0
+    size = max((tmp_path / name).stat().st_size for name in ("study.db", "mlflow.db"))
+    done = limited(tmp_path, size // 1024 + 20, *options, "--n-trials", "40")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: the study's records could not be written")
+    assert "Traceback" not in done.stdout
+
+    code, _, err = command(tmp_path, *options, "--n-trials", "40")
+    assert (code, err) == (0, "")
+    invariants.check(tmp_path, 40)
+
+
+def without_superpowers() -> None:
+    """In a child of root: permissions hold for it too."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def test_a_folder_that_is_read_only_is_refused_in_one_line(tmp_path: Path, clouds: Path) -> None:
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o555)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "study.py"), "--dataset", str(clouds), *OPTIONS],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        preexec_fn=without_superpowers,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "must be writable, but the folder" in done.stderr
+    assert list(folder.iterdir()) == []
+
+
+# ---- a real tracking server ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    server = MlflowServer(in_folder)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def proxy(server: MlflowServer) -> Iterator[Proxy]:
+    proxy = Proxy(server.uri)
+    yield proxy
+    proxy.stop()
+
+
+def run_with(
+    folder: Path, clouds: Path, uri: str, deeds: dict[int, Callable[[], object]]
+) -> tuple[pipeline.Result, During, dict[str, Any]]:
+    """A whole study on a server that misbehaves on the way; both ledgers agree at its end."""
+    config = settings(clouds, tracking_uri=uri)
+    during = During(deeds)
+    result = pipeline.run(config, during)
+    assert [outcome.failure for outcome in during.outcomes] == [None] * TRIALS
+    assert max(outcome.seconds for outcome in during.outcomes) < 30
+    found = check(folder, config)
+    everything = found["client"].search_runs([found["parent"].info.experiment_id])
+    assert len(everything) == TRIALS + 2  # the parent and the retraining: no run twice
+    return result, during, found
+
+
+def test_a_server_that_is_restarted_loses_nothing(
+    in_folder: Path, clouds: Path, server: MlflowServer, undisturbed: dict[int, Any]
+) -> None:
+    result, _, found = run_with(in_folder, clouds, server.uri, {2: server.stop, 5: server.start})
+    assert any(line == "trial 2: no run" for line in result.mended)
+    assert results(found) == undisturbed
+
+
+def test_a_server_that_hangs_costs_little_and_loses_nothing(
+    in_folder: Path, clouds: Path, server: MlflowServer, undisturbed: dict[int, Any]
+) -> None:
+    _, during, found = run_with(in_folder, clouds, server.uri, {2: server.freeze, 6: server.thaw})
+    assert results(found) == undisturbed
+    slow = [outcome.number for outcome in during.outcomes if outcome.seconds > 5]
+    assert slow == [2]  # the next ones leave it alone
+
+
+def test_a_server_that_answers_500_loses_nothing(
+    in_folder: Path, clouds: Path, proxy: Proxy, undisturbed: dict[int, Any]
+) -> None:
+    def fail(status: int | None) -> Callable[[], None]:
+        return lambda: setattr(proxy, "status", status)
+
+    _, _, found = run_with(in_folder, clouds, proxy.uri, {2: fail(500), 5: fail(None)})
+    assert results(found) == undisturbed
+
+
+def test_what_a_slow_server_did_after_all_is_not_done_twice(
+    in_folder: Path,
+    clouds: Path,
+    proxy: Proxy,
+    undisturbed: dict[int, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+    def delay(seconds: float) -> Callable[[], None]:
+        return lambda: setattr(proxy, "delay", seconds)
+
+    _, _, found = run_with(in_folder, clouds, proxy.uri, {2: delay(4), 3: delay(0)})
+    assert results(found) == undisturbed
+
+
+def test_a_server_gone_to_the_end_leaves_a_study_that_the_next_start_completes(
+    in_folder: Path, clouds: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_PATIENCE", 1)
+    config = settings(clouds, tracking_uri=server.uri)
+    with pytest.raises(RunError, match="run the same command again"):
+        pipeline.run(config, During({3: server.stop}))
+    server.start()
+    result = pipeline.run(config)
+    assert result.ran == 0
+    check(in_folder, config)
+
+
+# ---- passwords -----------------------------------------------------------------------------------
+
+CANARY = "kanarienvogel-7391"
+
+
+def test_a_password_in_a_url_is_nowhere_to_be_found(
+    in_folder: Path, clouds: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = Proxy(server.uri)
+    address = proxy.uri.removeprefix("http://")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:{CANARY}@{address}")
+    said, seen = "", ""
+    try:
+        for kind, code in (("works", 0), ("fails midway", 1), ("fails", 2)):
+            proxy.status = 500 if kind == "fails" else None
+            name = ("--study-name", kind.replace(" ", "-"))
+            process = start(in_folder, "--dataset", str(clouds), "--workers", "2", *OPTIONS, *name)
+            before = statuses(in_folder, "FINISHED")
+            while process.poll() is None:
+                if kind == "fails midway" and statuses(in_folder, "FINISHED") > before:
+                    proxy.status = 500
+                for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+                    with contextlib.suppress(OSError):  # it has ended
+                        seen += command_line.read_bytes().decode(errors="replace")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    said += "".join(process.communicate(timeout=0.2))
+            assert process.returncode == code, said
+    finally:
+        proxy.stop()
+    assert "must be a running MLflow server" in said
+    assert "study.py" in seen
+    assert CANARY not in seen
+    assert CANARY not in said
+    for file in in_folder.rglob("*"):
+        assert CANARY not in str(file)
+        if file.is_file():
+            assert CANARY.encode() not in file.read_bytes(), file
