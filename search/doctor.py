@@ -20,11 +20,10 @@ def examine(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
         study = storage.load_study(config)
         config = replace(config, experiment=study.user_attrs["settings"]["experiment"])
         with storage.sole_runner(config):
-            ledger = Tracking(config)
-            if not fix and not (ledger.exists() and ledger.open().has_parent(study)):
+            mirror = Tracking(config)
+            if not fix and not (mirror.exists() and mirror.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]
-            parent = ledger.open().parent_run(study, study.user_attrs["settings"])
-            ledgers = Ledgers(study, ledger, parent, config)
+            ledgers = Ledgers(study, config)
             mended = ledgers.reconcile(at_rest=True) if fix else []
             return mended, [left.what for left in ledgers.disagreements(at_rest=True)]
     except (*storage.ERRORS, *tracking.ERRORS) as error:

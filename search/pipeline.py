@@ -15,7 +15,6 @@ from search.outcome import Outcome
 from search.reconcile import Ledgers
 from search.registry import Winner
 from search.space import REFERENCE
-from search.tracking import Tracking
 
 T = TypeVar("T")
 
@@ -91,28 +90,26 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         study = storage.open_study(config, settings)
         if "facts" not in study.user_attrs:
             study.set_user_attr("facts", tracking.facts_of(config, dataset))
-        ledger = Tracking(config).open()
-        parent = ledger.parent_run(study, study.user_attrs["settings"])
-        mend = Ledgers(study, ledger, parent, config).reconcile
-
+        ledgers = Ledgers(study, config)
+        ledger, parent = ledgers.tracking, ledgers.parent
         try:
-            mended = mend()
+            mended = ledgers.reconcile()
             listener.mended(mended)
             missing = storage.missing_places(study, sampling.budget(config))
             listener.start(study, dataset, len(missing))
             with engine.Engine(config, parent) as workers:
-                job = _Job(config, study, ledger, parent, listener, workers, mend)
+                job = _Job(config, study, ledgers, listener, workers)
                 stopped = job.search(missing)
-                mended += _patiently(mend)
+                mended += _patiently(ledgers.reconcile)
                 winner = None if stopped == engine.INTERRUPTED else job.register_best()
         except KeyboardInterrupt as interruption:
             with contextlib.suppress(Exception):  # the next start does it
-                mend(str(interruption) or "interrupted")
+                ledgers.reconcile(str(interruption) or "interrupted")
                 ledger.close(parent, "KILLED")
             raise
         except Exception as error:
             with contextlib.suppress(Exception):  # a database or server may be what failed
-                mend(f"stopped with the run: {one_line(error)}")
+                ledgers.reconcile(f"stopped with the run: {one_line(error)}")
             with contextlib.suppress(Exception):
                 ledger.close(parent, "FAILED")
             raise
@@ -145,10 +142,9 @@ def abandon(config: StudyConfig, reason: str) -> None:
     study = storage.load_study(config)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         storage.fail(study, trial, reason)
-    ledger = Tracking(config).open()
-    parent = ledger.parent_run(study, study.user_attrs["settings"])
-    Ledgers(study, ledger, parent, config).reconcile(reason)
-    ledger.close(parent, "KILLED")
+    ledgers = Ledgers(study, config)
+    ledgers.reconcile(reason)
+    ledgers.tracking.close(ledgers.parent, "KILLED")
 
 
 def _short(dataset: data.Dataset) -> str:
@@ -162,19 +158,17 @@ class _Job:
         self,
         config: StudyConfig,
         study: optuna.Study,
-        ledger: Tracking,
-        parent: str,
+        ledgers: Ledgers,
         listener: Listener,
         workers: engine.Engine,
-        mend: Callable[[], list[str]],
     ) -> None:
         self.config = config
         self.study = study
-        self.ledger = ledger
-        self.parent = parent
+        self.ledgers = ledgers
+        self.ledger = ledgers.tracking
+        self.parent = ledgers.parent
         self.listener = listener
         self.workers = workers
-        self.mend = mend
         self.ran = 0
 
     def search(self, missing: list[int]) -> str | None:
@@ -206,7 +200,7 @@ class _Job:
 
     def register_best(self) -> Winner:
         """Retrain, test, register and promote the best trial, as far as that is not yet done."""
-        return _patiently(self._register, before_again=self.mend)
+        return _patiently(self._register, before_again=self.ledgers.reconcile)
 
     def _register(self) -> Winner:
         best = self.best()
@@ -222,7 +216,7 @@ class _Job:
 
     def _after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the places that are missing now."""
-        self.listener.mended(_patiently(self.mend))
+        self.listener.mended(_patiently(self.ledgers.reconcile))
         return storage.missing_places(self.study, sampling.budget(self.config))
 
     def best(self) -> FrozenTrial:

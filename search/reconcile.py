@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import registry, storage
 from search.config import StudyConfig
-from search.tracking import FAILURE, METRICS, NUMBER, ORPHAN, STATE, STATUS, Tracking, params_of
+from search.tracking import METRICS, NUMBER, ORPHAN, STATUS, Tracking, params_of, tags_of
 
 LOST = "lost: its process ended without a word (killed, crashed or switched off)"
 _PASSES = 4  # trials fail, runs follow, what can't be changed is written anew, all agrees
@@ -28,15 +28,16 @@ class Disagreement:
 
 
 class Ledgers:
-    """Both ledgers of one study."""
+    """Both ledgers of one study: its trials, and `tracking`'s runs under the `parent` run.
 
-    def __init__(
-        self, study: optuna.Study, tracking: Tracking, parent: str, config: StudyConfig
-    ) -> None:
+    Constructing makes the parent run, the experiment and the database where they are missing.
+    """
+
+    def __init__(self, study: optuna.Study, config: StudyConfig) -> None:
         self._study = study
-        self._tracking = tracking
-        self._parent = parent
         self._config = config
+        self.tracking = Tracking(config).open()
+        self.parent = self.tracking.parent_run(study, study.user_attrs["settings"])
         self._facts = study.user_attrs["facts"]
         self._mended: set[int] = set()
 
@@ -67,7 +68,7 @@ class Ledgers:
         curves is compared, which takes long, not their ends alone.
         """
         trials = self._study.get_trials(deepcopy=False)
-        runs = self._tracking.runs_of(self._parent)
+        runs = self.tracking.runs_of(self.parent)
         pairs = list(self._pairs(trials, runs))
         return [
             *self._lost(trials, None),
@@ -86,7 +87,7 @@ class Ledgers:
             if run is None and trial.number in by_number:
                 run = by_number[trial.number]
             elif run is None and named is not None:
-                run = self._tracking.find(named)  # under another parent?
+                run = self.tracking.find(named)  # under another parent?
             if run is not None and (
                 run.info.lifecycle_stage == "deleted"
                 or _is_orphan(run)
@@ -109,10 +110,10 @@ class Ledgers:
 
     def _strays(self, pairs: list[Pair], runs: list[Run], at_rest: bool) -> Iterator[Disagreement]:
         """Runs that nobody will end, or that no trial knows."""
-        if at_rest and self._tracking.client.get_run(self._parent).info.status == "RUNNING":
+        if at_rest and self.tracking.client.get_run(self.parent).info.status == "RUNNING":
             yield Disagreement(
                 "the parent run: left RUNNING",
-                partial(self._tracking.close, self._parent, "KILLED"),
+                partial(self.tracking.close, self.parent, "KILLED"),
             )
         kept = {run.info.run_id for _, run in pairs if run is not None}
         unfinished = {trial.number for trial, _ in pairs if not trial.state.is_finished()}
@@ -122,11 +123,11 @@ class Ledgers:
                 if run.info.status == "RUNNING":
                     yield Disagreement(
                         f"{label}: left RUNNING",
-                        partial(self._tracking.close, run.info.run_id, "KILLED"),
+                        partial(self.tracking.close, run.info.run_id, "KILLED"),
                     )
             elif run.info.run_id not in kept and _number(run) not in unfinished:
                 yield Disagreement(
-                    f"{label}: belongs to no trial", partial(self._tracking.orphan, run)
+                    f"{label}: belongs to no trial", partial(self.tracking.orphan, run)
                 )
 
     def _mismatches(
@@ -145,7 +146,7 @@ class Ledgers:
             if run_id not in nested:
                 yield Disagreement(
                     f"{label}: its run hangs under another parent",
-                    partial(self._tracking.adopt, run_id, self._parent),
+                    partial(self.tracking.adopt, run_id, self.parent),
                 )
                 continue
             if trial.user_attrs.get("mlflow_run_id") != run_id:
@@ -161,51 +162,46 @@ class Ledgers:
     def _stages(self) -> Iterator[Disagreement]:
         """Versions of the model whose stage does not follow the alias."""
         name = self._config.model_name
-        for version, stage in registry.wrong_stages(self._tracking, name):
+        for version, stage in registry.wrong_stages(self.tracking, name):
             yield Disagreement(
                 f"version {version.version} of {name}: stage {version.current_stage} "
                 f"in place of {stage}",
-                partial(registry.follow_alias, self._tracking, self._config),
+                partial(registry.follow_alias, self.tracking, self._config),
             )
 
     def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
         """What of `run` is not as its finished trial says."""
-        tags, params = run.data.tags, run.data.params
-        if _number(run) is None:
-            yield "no trial's number"
         if run.info.status != STATUS[trial.state]:
             yield f"status {run.info.status} in place of {STATUS[trial.state]}"
-        if tags.get(STATE) != trial.state.name:
-            yield f"state {tags.get(STATE)} in place of {trial.state.name}"
-        if trial.state is TrialState.FAIL and tags.get(FAILURE) != trial.user_attrs.get(
-            "failure", "unknown"
+        for found, expected in (
+            (run.data.tags, tags_of(trial)),
+            (run.data.params, params_of(trial, self._facts)),
         ):
-            yield "another failure" if FAILURE in tags else "no failure"
-        for name, value in params_of(trial, self._facts).items():
-            if params.get(name) != str(value):
-                yield f"{name} {params.get(name)} in place of {value}"
+            for name, value in expected.items():
+                if found.get(name) != str(value):
+                    yield f"{name} {found.get(name)} in place of {value}"
         history = trial.user_attrs.get("history", [])
         for name in METRICS.values():
-            expected = history[-1][name] if history else None
-            if run.data.metrics.get(name) != expected:
-                yield f"{name} {run.data.metrics.get(name)} in place of {expected}"
+            last = history[-1][name] if history else None
+            if run.data.metrics.get(name) != last:
+                yield f"{name} {run.data.metrics.get(name)} in place of {last}"
             elif every_point:
                 points = [(entry["epoch"], entry[name]) for entry in history]
-                if self._tracking.curve(run.info.run_id, name) != points:
+                if self.tracking.curve(run.info.run_id, name) != points:
                     yield f"another curve of {name}"
 
     # ---- what mends --------------------------------------------------------------------------
 
     def _write(self, trial: FrozenTrial) -> None:
         began = trial.datetime_start
-        run_id = self._tracking.create_run(
-            self._parent,
+        run_id = self.tracking.create_run(
+            self.parent,
             f"trial-{trial.number:04d}",
             trial.number,
             began=None if began is None else int(began.timestamp() * 1000),
         )
         self._link(trial, run_id)
-        self._tracking.mend(run_id, trial, self._facts)
+        self.tracking.mend(run_id, trial, self._facts)
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
         storage.link(self._study, trial, run_id, self._config.storage)
@@ -213,11 +209,11 @@ class Ledgers:
     def _mend(self, trial: FrozenTrial, run: Run) -> None:
         """Write what is missing; where something wrong can't be changed, write a new run."""
         if trial.number in self._mended:  # and it still disagrees
-            self._tracking.orphan(run)
+            self.tracking.orphan(run)
             self._write(trial)
             return
         try:
-            self._tracking.mend(run.info.run_id, trial, self._facts)
+            self.tracking.mend(run.info.run_id, trial, self._facts)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":  # MLflow lets no param be changed
                 raise

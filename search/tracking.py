@@ -250,10 +250,7 @@ class Tracking:
         self.client.set_terminated(
             run_id, STATUS[trial.state], None if ended is None else int(ended.timestamp() * 1000)
         )
-        tags = {NUMBER: str(trial.number), STATE: trial.state.name}
-        if trial.state is TrialState.FAIL:
-            tags[FAILURE] = trial.user_attrs.get("failure", "unknown")
-        self._log(run_id, tags=tags)
+        self._log(run_id, tags=tags_of(trial))
 
     def runs_of(self, parent: str) -> list[Run]:
         """The nested runs of a study, trials' and others', newest first."""
@@ -362,6 +359,14 @@ def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
         for name in METRICS.values()
         if name in entry
     ]
+
+
+def tags_of(trial: FrozenTrial) -> dict[str, str]:
+    """The tags that the run of the finished `trial` shall hold."""
+    tags = {NUMBER: str(trial.number), STATE: trial.state.name}
+    if trial.state is TrialState.FAIL:
+        tags[FAILURE] = trial.user_attrs.get("failure", "unknown")
+    return tags
 
 
 def params_of(trial: FrozenTrial, facts: Facts) -> dict[str, Any]:

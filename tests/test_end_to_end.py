@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from search.space import REFERENCE
 
 TRIALS, EPOCHS = 12, 3
+pytestmark = pytest.mark.xdist_group("end to end")  # they share one long run
 
 
 @pytest.fixture(scope="module")

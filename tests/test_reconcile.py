@@ -196,7 +196,6 @@ def parent_deleted(study: Damaged) -> None:
     study.client.delete_run(study.parent())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def second_production(study: Damaged) -> None:
     first = study.client.get_model_version("MNIST_DNN_Model", "1")
     second = study.client.create_model_version(
@@ -205,7 +204,6 @@ def second_production(study: Damaged) -> None:
     study.client.transition_model_version_stage("MNIST_DNN_Model", second.version, "Production")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def no_production(study: Damaged) -> None:
     study.client.transition_model_version_stage("MNIST_DNN_Model", "1", "Archived")
 
