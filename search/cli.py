@@ -1,10 +1,13 @@
 """The command line: options and verbs -> StudyConfig -> one call; errors -> one line, exit code."""
 
+import contextlib
 import functools
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,7 +46,7 @@ _METAVARS = {
 
 
 def _study(
-    context: typer.Context, config: str | None = None, **given: str | None
+    context: typer.Context, quiet: bool = False, config: str | None = None, **given: str | None
 ) -> Callable[[], int] | None:
     """Search the hyperparameters of a Keras network and leave the best in production.
 
@@ -51,7 +54,7 @@ def _study(
     twice.
     """
     if context.invoked_subcommand is None:
-        return functools.partial(run_study, build_config(config, given))
+        return functools.partial(run_study, build_config(config, given), quiet)
     for name, text in (("config", config), *given.items()):
         if text is not None:
             raise typer.BadParameter(
@@ -64,6 +67,25 @@ def _study(
 def _doctor(fix: bool = False, config: str | None = None, **given: str | None) -> Callable[[], int]:
     """Say what the two ledgers disagree about; exit code 1 if anything."""
     return functools.partial(run_doctor, build_config(config, given), fix)
+
+
+def _show(
+    *, json: bool = False, config: str | None = None, **given: str | None
+) -> Callable[[], int]:
+    """Show what the study has found, from the databases alone."""
+    return functools.partial(run_show, build_config(config, given), json)
+
+
+def _report(
+    output: str = "report.html", config: str | None = None, **given: str | None
+) -> Callable[[], int]:
+    """Write the report: one HTML file with every chart and trial."""
+    return functools.partial(run_report, build_config(config, given), output)
+
+
+def _ui(config: str | None = None, **given: str | None) -> Callable[[], int]:
+    """Open the study in MLflow's and Optuna's own user interfaces, until Ctrl-C."""
+    return functools.partial(run_ui, build_config(config, given))
 
 
 _PLACES = ("study_name", "storage", "tracking_uri", "model_name")
@@ -113,27 +135,39 @@ def _with_options(
     return function
 
 
+def _own(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation)
+
+
+def _flag(name: str, help: str) -> inspect.Parameter:
+    return _own(name, Annotated[bool, typer.Option(f"--{name}", help=help)], False)
+
+
 app.callback(invoke_without_command=True)(
     _with_options(
         _study,
         settings.options(),
-        inspect.Parameter("context", _KEYWORD, annotation=typer.Context),
+        _own("context", typer.Context),
+        _flag("quiet", "Print the summary alone."),
     )
 )
-app.command("doctor")(
-    _with_options(
-        _doctor,
-        _PLACES,
-        inspect.Parameter(
-            "fix",
-            _KEYWORD,
-            default=False,
-            annotation=Annotated[
-                bool, typer.Option("--fix", help="Mend it: MLflow follows Optuna.")
+for _name, _verb, *_parameters in (
+    ("show", _show, _flag("json", "Print it as JSON, for scripts.")),
+    (
+        "report",
+        _report,
+        _own(
+            "output",
+            Annotated[
+                str, typer.Option("--output", metavar="FILE.html", help="Where to write it.")
             ],
+            "report.html",
         ),
-    )
-)
+    ),
+    ("ui", _ui),
+    ("doctor", _doctor, _flag("fix", "Mend it: MLflow follows Optuna.")),
+):
+    app.command(_name)(_with_options(_verb, _PLACES, *_parameters))
 
 
 def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
@@ -149,18 +183,58 @@ def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
     return StudyConfig(**values)
 
 
-def run_study(config: StudyConfig) -> int:
-    """Run the study, printing as it goes; returns the exit code."""
+def run_study(config: StudyConfig, quiet: bool = False) -> int:
+    """Run the study, showing how it goes; returns the exit code."""
     from rich.console import Console
 
-    from search import pipeline, report
+    from search import display, pipeline
 
     console = Console(soft_wrap=True)
-    lines = report.Lines(console)
-    with signals.handled(lines.stop, functools.partial(pipeline.abandon, config)):
-        result = pipeline.run(config, lines)
-    console.print(report.summary(result), markup=False, highlight=False)
+    shown = display.listener(console, quiet=quiet)
+
+    def abandon(reason: str) -> None:
+        shown.close()
+        pipeline.abandon(config, reason)
+
+    with signals.handled(shown.stop, abandon), contextlib.closing(shown):
+        result = pipeline.run(config, shown)
+    console.print(display.summary(result), markup=False, highlight=False)
     return 0 if result.winner is not None else signals.EXIT_INTERRUPTED
+
+
+def run_show(config: StudyConfig, as_json: bool) -> int:
+    """Print what the study has found; returns the exit code."""
+    # Optuna's importances import scikit-learn where there is one, for 1.3 s; PED-ANOVA needs none.
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
+
+    from rich.console import Console
+
+    from search import display, overview
+
+    found = overview.read(config)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        display.show(Console(), found)
+    return 0
+
+
+def run_report(config: StudyConfig, output: str) -> int:
+    """Write the report; returns the exit code."""
+    from search import presentation
+
+    presentation.report(config, Path(output))
+    print(f"wrote {output}")
+    return 0
+
+
+def run_ui(config: StudyConfig) -> int:
+    """Serve both user interfaces until Ctrl-C; returns the exit code."""
+    from search import ui
+
+    with signals.leaving():
+        ui.serve(config, functools.partial(print, flush=True))
+    return 0
 
 
 def run_doctor(config: StudyConfig, fix: bool) -> int:

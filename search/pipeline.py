@@ -9,12 +9,21 @@ from typing import TypeVar
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search import data, engine, registry, sampling, storage, tracking
+from search import (
+    data,
+    engine,
+    overview,
+    presentation,
+    registry,
+    sampling,
+    storage,
+    tracking,
+)
 from search.config import RunError, StudyConfig, one_line
+from search.listener import Listener
 from search.outcome import Outcome
 from search.reconcile import Ledgers
 from search.registry import Winner
-from search.space import REFERENCE
 
 T = TypeVar("T")
 
@@ -45,26 +54,6 @@ class Result:
     seconds: float
     stopped: str | None
     mended: tuple[str, ...]
-
-
-class Listener:
-    """What a run tells while it goes; this one keeps silent."""
-
-    def start(self, study: optuna.Study, dataset: data.Dataset, missing: int) -> None:
-        """The study is open and `missing` trials are to run."""
-
-    def trial(self, outcome: Outcome, best: float | None) -> None:
-        """A trial ended; `best` is the best value of the study so far."""
-
-    def mended(self, lines: list[str]) -> None:
-        """The ledgers disagreed and were mended."""
-
-    def stopping(self) -> bool:
-        """Whether no more trials shall start; those that run are waited for."""
-        return False
-
-    def retraining(self, trial: FrozenTrial) -> None:
-        """The winner is being trained anew."""
 
 
 def run(config: StudyConfig, listener: Listener | None = None) -> Result:
@@ -114,6 +103,8 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
                 ledger.close(parent, "FAILED")
             raise
         _patiently(lambda: ledger.close(parent, "KILLED" if winner is None else "FINISHED"))
+        if winner is not None:
+            _patiently(lambda: presentation.present(ledgers, winner))
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
 
 
@@ -227,18 +218,18 @@ class _Job:
                 f"no trial of study {self.config.study_name} completed, so there is no best one "
                 "and nothing was registered; look at the failures, or use --pruner none"
             )
-        return max(complete, key=lambda trial: (trial.value, -trial.number))
+        return overview.ranked(complete)[0]
 
     def result(
         self, winner: Winner | None, stopped: str | None, mended: tuple[str, ...], seconds: float
     ) -> Result:
         """What the run leaves."""
-        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
-        reference = [trial for trial in self._complete() if trial.params == REFERENCE.as_dict()]
+        trials = self.study.get_trials(deepcopy=False)
+        states = [trial.state for trial in trials]
         return Result(
             config=self.config,
             best=self.best() if self._complete() else None,
-            reference=reference[0] if reference else None,
+            reference=overview.reference(trials),
             winner=winner,
             parent_run_id=self.parent,
             complete=states.count(TrialState.COMPLETE),

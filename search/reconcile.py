@@ -14,6 +14,7 @@ from search.config import StudyConfig
 from search.tracking import METRICS, NUMBER, ORPHAN, STATUS, Tracking, params_of, tags_of
 
 LOST = "lost: its process ended without a word (killed, crashed or switched off)"
+UNKNOWN = "unknown: its process could not write why, as on a full disk"
 _PASSES = 4  # trials fail, runs follow, what can't be changed is written anew, all agrees
 
 Pair = tuple[FrozenTrial, Run | None]
@@ -28,14 +29,14 @@ class Disagreement:
 
 
 class Ledgers:
-    """Both ledgers of one study: its trials, and `tracking`'s runs under the `parent` run.
+    """Both ledgers of a `study`: its trials, and `tracking`'s runs under the `parent` run.
 
     Constructing makes the parent run, the experiment and the database where they are missing.
     """
 
     def __init__(self, study: optuna.Study, config: StudyConfig) -> None:
-        self._study = study
-        self._config = config
+        self.study = study
+        self.config = config
         self.tracking = Tracking(config).open()
         self.parent = self.tracking.parent_run(study, study.user_attrs["settings"])
         self._facts = study.user_attrs["facts"]
@@ -49,7 +50,7 @@ class Ledgers:
         Doing it twice changes nothing, and so does being killed in the middle and done again.
         """
         # The truth first: it does not need MLflow, which may not answer.
-        found = list(self._lost(self._study.get_trials(deepcopy=False), interruption))
+        found = list(self._lost(self.study.get_trials(deepcopy=False), interruption))
         self._mended.clear()
         said = []
         for _ in range(_PASSES):
@@ -67,7 +68,7 @@ class Ledgers:
         at_rest: nobody runs the study, so its parent run must have ended; and every point of the
         curves is compared, which takes long, not their ends alone.
         """
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self.study.get_trials(deepcopy=False)
         runs = self.tracking.runs_of(self.parent)
         pairs = list(self._pairs(trials, runs))
         return [
@@ -97,15 +98,20 @@ class Ledgers:
             yield trial, run
 
     def _lost(self, trials: list[FrozenTrial], interruption: str | None) -> Iterator[Disagreement]:
-        """Trials that nobody will end."""
+        """Trials that nobody will end, or that ended without a reason."""
         for trial in trials:
+            if trial.state is TrialState.FAIL and "failure" not in trial.user_attrs:
+                yield Disagreement(
+                    f"trial {trial.number}: failed without a reason",
+                    partial(self._amend, trial, "failure", UNKNOWN),
+                )
             if trial.state is not TrialState.RUNNING:
                 continue
-            if interruption is not None or storage.is_lost(trial, self._config.storage):
+            if interruption is not None or storage.is_lost(trial, self.config.storage):
                 why = interruption or "left RUNNING by a process that is gone"
                 yield Disagreement(
                     f"trial {trial.number}: {why}",
-                    partial(storage.fail, self._study, trial, interruption or LOST),
+                    partial(storage.fail, self.study, trial, interruption or LOST),
                 )
 
     def _strays(self, pairs: list[Pair], runs: list[Run], at_rest: bool) -> Iterator[Disagreement]:
@@ -161,12 +167,12 @@ class Ledgers:
 
     def _stages(self) -> Iterator[Disagreement]:
         """Versions of the model whose stage does not follow the alias."""
-        name = self._config.model_name
+        name = self.config.model_name
         for version, stage in registry.wrong_stages(self.tracking, name):
             yield Disagreement(
                 f"version {version.version} of {name}: stage {version.current_stage} "
                 f"in place of {stage}",
-                partial(registry.follow_alias, self.tracking, self._config),
+                partial(registry.follow_alias, self.tracking, self.config),
             )
 
     def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
@@ -204,7 +210,10 @@ class Ledgers:
         self.tracking.mend(run_id, trial, self._facts)
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
-        storage.link(self._study, trial, run_id, self._config.storage)
+        self._amend(trial, "mlflow_run_id", run_id)
+
+    def _amend(self, trial: FrozenTrial, name: str, value: str) -> None:
+        storage.amend(self.study, trial, name, value, self.config.storage)
 
     def _mend(self, trial: FrozenTrial, run: Run) -> None:
         """Write what is missing; where something wrong can't be changed, write a new run."""

@@ -23,16 +23,18 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 
+from search import evaluation
 from search.config import StudyConfig, sqlite_path
 from search.data import Dataset, scaled
 from search.database import lock_file
+from search.production import ALIAS
 from search.space import Hyperparameters
 from search.tracking import METRICS, NUMBER, STUDY, STUDY_UID, Facts, Tracking
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-ALIAS, STAGE = "production", "Production"
+STAGE = "Production"
 _MODEL_URI, _PROMOTED = "model_uri", "promoted"
 _PINNED = ("tensorflow", "keras", "numpy")
 
@@ -82,6 +84,8 @@ def retrain(
         for epoch in range(config.epochs)
     ]
     test = training.evaluate(network, (dataset.x_test, dataset.y_test))
+    probabilities = network.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
+    judged = evaluation.evaluate(probabilities, dataset.y_test, dataset.classes)
     tracking.log_result(
         run_id, history, {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
     )
@@ -101,7 +105,8 @@ def retrain(
             # compile configuration, and a .keras file written afterwards would lack it.
             legacy = Path(folder) / "mnist_model.h5"
             network.save(legacy)
-            tracking.client.log_artifact(run_id, str(legacy))
+            evaluation.save(judged, dataset, Path(folder))
+            tracking.client.log_artifacts(run_id, folder)
         tracking.client.set_tag(run_id, _MODEL_URI, info.model_uri)
     return run_id
 
@@ -145,6 +150,20 @@ def find_retrained(tracking: Tracking, runs: list[Run], number: int) -> Run | No
         if named and complete and tags.get(NUMBER) == str(number):
             return run
     return None
+
+
+def test_pictures(tracking: Tracking, run: Run) -> tuple[str | None, bytes | None]:
+    """What `evaluation.save` wrote of the retraining `run`: the data and the mistakes' picture."""
+    present = {entry.path for entry in tracking.client.list_artifacts(run.info.run_id)}
+
+    def read(name: str, folder: str) -> bytes | None:
+        if name not in present:
+            return None
+        return Path(tracking.client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, mistakes = read(evaluation.DATA, folder), read(evaluation.MISTAKES, folder)
+    return None if data is None else data.decode(), mistakes
 
 
 def find_version(tracking: Tracking, config: StudyConfig, run_id: str) -> ModelVersion | None:

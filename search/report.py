@@ -1,124 +1,243 @@
-"""What the user reads: a line a trial while the study runs, and the summary at its end."""
+"""The report: one HTML file with everything in it, which opens without a network."""
 
-import shlex
-from datetime import timedelta
+import base64
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import jinja2
 import optuna
-from optuna.trial import FrozenTrial
-from rich.console import Console
+import plotly.graph_objects as go
+import plotly.io
+from optuna import visualization
+from optuna.trial import FrozenTrial, TrialState
+from plotly.offline import get_plotlyjs
 
-from search.config import redact
-from search.data import Dataset
-from search.outcome import Outcome
-from search.pipeline import Listener, Result
-from search.space import Hyperparameters
+from search import overview, storage
+from search.config import StudyConfig
+from search.evaluation import Evaluation
+from search.overview import Overview
 
-_COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
-
-
-class Lines(Listener):
-    """Prints one line a trial."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._stopping = False
-
-    def stop(self) -> None:
-        """Let the running trials finish and start no more."""
-        self._stopping = True
-        self._print("stopping when the running trials have finished; Ctrl-C again ends them now")
-
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping
-
-    def _print(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    def start(self, study: optuna.Study, dataset: Dataset, missing: int) -> None:
-        """Say what will be done."""
-        self._print(str(dataset))
-        done = len(study.get_trials(deepcopy=False)) if missing else 0
-        if not missing:
-            self._print(f"study {study.study_name}: all trials are there, nothing to search")
-        elif done:
-            self._print(f"study {study.study_name}: {missing} trials to go on with")
-        else:
-            self._print(f"study {study.study_name}: {missing} trials to run")
-
-    def trial(self, outcome: Outcome, best: float | None) -> None:
-        """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""
-        value = "    --" if outcome.last is None else f"{outcome.last:.4f}"
-        text = (
-            f"trial {outcome.number:4d}  {outcome.state:8s}  val_accuracy {value}"
-            f"  {outcome.hyperparameters or ''}  {outcome.epochs} ep {outcome.seconds:5.1f} s"
-            f"  best {'--' if best is None else f'{best:.4f}'}"
-        )
-        if outcome.failure:
-            text += f"  ({outcome.failure})"
-        self._print(text, _COLOURS.get(outcome.state, ""))
-
-    def mended(self, lines: list[str]) -> None:
-        """Say what an earlier run had left behind."""
-        for line in lines:
-            self._print(f"mended: {line}", "yellow")
-
-    def retraining(self, trial: FrozenTrial) -> None:
-        """Say what takes the time now."""
-        self._print(
-            f"training trial {trial.number}'s configuration anew on training and validation data"
-        )
+_STATES = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
+_ACCURACY = "val_accuracy"
 
 
-def summary(result: Result) -> str:
-    """The end of a run in a dozen lines."""
-    config, best, winner = result.config, result.best, result.winner
-    took = timedelta(seconds=round(result.seconds))
-    lines = [
-        "",
-        f"{result.complete + result.pruned} finished trials: {result.complete} complete, "
-        f"{result.pruned} pruned; {result.failed} failed. {result.ran} run now, in {took}.",
-    ]
-    if result.stopped:
-        lines.append(f"Stopped early: {result.stopped}.")
-    if best is not None:
-        lines += ["", _row(f"best: trial {best.number}", best)]
-        if result.reference is not None:
-            lines.append(_row(f"reference: trial {result.reference.number}", result.reference))
-            lines.append(_gain(best, result.reference, result.complete))
-    if winner is None:
-        return "\n".join([*lines, "", "Run the same command again to go on."])
-    verb = "Registered as" if winner.new else "Already registered as"
-    lines += [
-        "",
-        f"Trained anew on all training data: test accuracy {winner.test_accuracy:.4f}, "
-        f"test loss {winner.test_loss:.4f} (the test images were used this once).",
-        f"{verb} {config.model_name} version {winner.version}: alias production, stage Production.",
-        "",
-        "Look further:",
-        f"  mlflow ui{_mlflow_option(config.tracking_uri)}",
-        f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
-    ]
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Chart:
+    """A Plotly figure; `caption` says in words what it shows, for everyone and screen readers.
+
+    wide: it needs more than a phone's width, so it scrolls there.
+    """
+
+    title: str
+    caption: str
+    figure: go.Figure
+    wide: bool = False
+
+    @property
+    def json(self) -> str:
+        """The figure as the page's script reads it."""
+        bare = self.figure.to_dict()
+        bare["layout"].pop("template", None)  # the page gives one, for light and for dark
+        bare["layout"].pop("title", None)
+        return str(plotly.io.to_json(go.Figure(bare, skip_invalid=True), validate=False))
 
 
-def _row(title: str, trial: FrozenTrial) -> str:
-    return f"{title:22s} val_accuracy {trial.value:.4f}  {Hyperparameters(**trial.params)}"
+@dataclass(frozen=True)
+class Tested:
+    """The retrained winner on the test set; mistakes: a picture (PNG), where those are images."""
+
+    run_id: str
+    trial: int
+    test_accuracy: float
+    evaluation: Evaluation | None
+    mistakes: bytes | None
 
 
-def _gain(best: FrozenTrial, reference: FrozenTrial, complete: int) -> str:
-    if best.number == reference.number:
-        return "The search found nothing better than the reference configuration."
-    gain = (best.value or 0) - (reference.value or 0)
-    return (
-        f"The search gained {gain:+.4f} val_accuracy over the reference. It is the best of "
-        f"{complete} noisy results, so part of that is luck."
+def write(path: Path, study: optuna.Study, config: StudyConfig, tested: Tested | None) -> None:
+    """Write the report of `study` into `path`, whole or not at all."""
+    html = build(study, overview.of(study, config), tested)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(html, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def build(study: optuna.Study, found: Overview, tested: Tested | None) -> str:
+    """The report as HTML."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's own functions warn of trials that they leave out
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        charts = list(_charts(study, found))
+    if tested is not None and tested.evaluation is not None:
+        charts.append(_confusion(tested, tested.evaluation))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+    )
+    return environment.get_template("report.html.j2").render(
+        found=found,
+        sentences=overview.sentences(found),
+        production=overview.in_production(found),
+        charts=charts,
+        tested=tested,
+        mistakes=_mistakes(tested),
+        names=list(found.space),
+        trials=[overview.row(trial) for trial in study.get_trials(deepcopy=False)],
+        templates=json.dumps(
+            {
+                scheme: plotly.io.templates[f"plotly_{name}"].to_plotly_json()
+                for scheme, name in (("light", "white"), ("dark", "dark"))
+            }
+        ),
+        plotly=get_plotlyjs(),
     )
 
 
-def _mlflow_option(uri: str) -> str:
-    if uri == "sqlite:///mlflow.db":
-        return ""
-    if uri.startswith("http"):
-        return f"  (already served at {redact(uri)})"
-    return f" --backend-store-uri {shlex.quote(redact(uri))}"
+def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
+    if found.best is not None:
+        yield Chart(
+            "History of the search",
+            f"val_accuracy of the {found.complete} complete trials in order, and the best so far, "
+            f"which ends at {found.best.val_accuracy:.4f}.",
+            visualization.plot_optimization_history(study, target_name=_ACCURACY),
+        )
+    finished = study.get_trials(deepcopy=False, states=storage.FINISHED)
+    if finished:
+        yield Chart(
+            "Learning curves",
+            f"val_accuracy after every epoch of {len(finished)} trials; the {found.pruned} pruned "
+            "ones are faint.",
+            _curves(study, found),
+        )
+        yield from _comparisons(study, found)
+    trials = study.get_trials(deepcopy=False)
+    if trials:
+        yield _timeline(trials)
+
+
+def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
+    epoch, copy = overview.comparable(study)
+    varied = [name for name, allowed in found.space.items() if {*allowed} & {",", ":"}]
+    if not varied:
+        return
+    every = f"val_accuracy after epoch {epoch}, which all {len(copy.trials)} finished trials have"
+    if found.importances is not None:
+        name, share = next(iter(found.importances.shares.items()))
+        yield Chart(
+            "Which hyperparameters matter",
+            f"Importance for {every}: most of all {name} ({share:.0%}).",
+            visualization.plot_param_importances(copy, params=varied),
+        )
+    yield Chart(
+        "Each hyperparameter alone",
+        f"One point a trial: {every}.",
+        visualization.plot_slice(copy, params=varied, target_name=_ACCURACY),
+        wide=True,
+    )
+    yield Chart(
+        "All hyperparameters together",
+        f"One line a trial, from its {', '.join(varied)} to {every}.",
+        visualization.plot_parallel_coordinate(copy, params=varied, target_name=_ACCURACY),
+        wide=True,
+    )
+
+
+def _curves(study: optuna.Study, found: Overview) -> go.Figure:
+    figure = visualization.plot_intermediate_values(study)
+    states = {trial.number: trial.state for trial in study.get_trials(deepcopy=False)}
+    for trace in figure.data:
+        number = int(trace.name.removeprefix("Trial"))
+        best = found.best is not None and number == found.best.number
+        pruned = states[number] is TrialState.PRUNED
+        trace.update(
+            x=[step + 1 for step in trace.x],
+            opacity=0.3 if pruned else 1,
+            line={"width": 4 if best else 1.5},
+            marker={"size": 5},
+            name=f"trial {number}{', the best' if best else ', pruned' if pruned else ''}",
+        )
+    figure.update_layout(showlegend=False, hovermode="closest")
+    figure.update_xaxes(title="epoch", dtick=1)
+    figure.update_yaxes(title=_ACCURACY)
+    return figure
+
+
+def _timeline(trials: list[FrozenTrial]) -> Chart:
+    """Who did what when; Optuna's own timeline has a row a trial, not a row a worker."""
+    begun = [trial for trial in trials if trial.datetime_start is not None]
+    workers: dict[Any, str] = {}
+    for trial in begun:
+        mark = trial.user_attrs.get("owner", {})
+        key = (mark.get("host"), mark.get("pid"), mark.get("started"))
+        workers.setdefault(key, f"worker {len(workers) + 1}")
+    figure = go.Figure()
+    for state, colour in _STATES.items():
+        rows = []
+        for trial in begun:
+            if trial.state.name == state:
+                mark = trial.user_attrs.get("owner", {})
+                worker = workers[mark.get("host"), mark.get("pid"), mark.get("started")]
+                rows.append((worker, trial.datetime_start, trial.duration, trial.number))
+        if rows:
+            figure.add_bar(
+                orientation="h",
+                name=state,
+                y=[row[0] for row in rows],
+                base=[row[1].isoformat() for row in rows if row[1]],
+                x=[(row[2].total_seconds() if row[2] else 0) * 1000 for row in rows],
+                text=[f"trial {row[3]}" for row in rows],
+                hovertemplate="%{text}: %{base} to %{x}<extra>%{y}</extra>",
+                textposition="none",
+                marker={"color": colour, "line": {"width": 1, "color": "rgba(255,255,255,0.6)"}},
+            )
+    figure.update_layout(barmode="overlay")
+    figure.update_xaxes(type="date", title="time")
+    figure.update_yaxes(autorange="reversed")
+    counted = f"{len(workers)} process{'es' * (len(workers) != 1)}"
+    return Chart("Timeline", f"When each of {len(begun)} trials ran, by {counted}.", figure)
+
+
+def _confusion(tested: Tested, evaluation: Evaluation) -> Chart:
+    counts = evaluation.confusion
+    right = sum(row[index] for index, row in enumerate(counts))
+    total = sum(map(sum, counts))
+    names = [str(index) for index in range(len(counts))]
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[count / max(sum(row), 1) for count in row] for row in counts],
+            customdata=counts,
+            text=counts if len(counts) <= 20 else None,
+            texttemplate="%{text}" if len(counts) <= 20 else None,
+            x=names,
+            y=names,
+            colorscale="Blues",
+            zmin=0,
+            zmax=1,
+            hovertemplate="%{y} called %{x}: %{customdata}<extra></extra>",
+            showscale=False,
+        )
+    )
+    figure.update_xaxes(title="predicted class", type="category")
+    figure.update_yaxes(title="true class", type="category", autorange="reversed")
+    return Chart(
+        "Confusion matrix of the winner",
+        f"Trial {tested.trial}'s configuration, trained anew, gets {right:,} of {total:,} test "
+        "examples right. Row: the true class; column: the predicted one.",
+        figure,
+    )
+
+
+def _mistakes(tested: Tested | None) -> dict[str, str] | None:
+    if tested is None or tested.evaluation is None or tested.mistakes is None:
+        return None
+    listed = "; ".join(
+        f"test image {m.index} of class {m.label} called {m.predicted} ({m.probability:.0%})"
+        for m in tested.evaluation.mistakes
+    )
+    return {"png": base64.b64encode(tested.mistakes).decode(), "alt": listed}

@@ -82,3 +82,21 @@ def handled(stop: Callable[[], None], abandon: Callable[[str], None]) -> Iterato
         written.close()
         watcher.join()
         received.close()
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Ctrl-C and SIGTERM leave the block, whose clean-up is then not interrupted again."""
+
+    def on_signal(number: int, _: object) -> None:
+        for each in _WAYS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(*_WAYS[signal.Signals(number)])
+
+    before = {number: signal.signal(number, on_signal) for number in _WAYS}
+    try:
+        with contextlib.suppress(Interrupted):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

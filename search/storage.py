@@ -186,6 +186,16 @@ def load_study(config: StudyConfig) -> optuna.Study:
     )
 
 
+def note(study: optuna.Study, text: str) -> None:
+    """Make `text` the study's note in optuna-dashboard, unless the user has written another."""
+    from optuna_dashboard import get_note, save_note
+
+    shown = get_note(study)
+    if shown in ("", study.user_attrs.get("note"), text):
+        save_note(study, text)
+    study.set_user_attr("note", text)
+
+
 def _runner_file(config: StudyConfig) -> Path:
     path = sqlite_path(config.storage)
     if path is None:
@@ -199,11 +209,24 @@ def _signature() -> str:
 
 
 def is_runner(config: StudyConfig) -> bool:
-    """Whether this process holds the study, or was the last one that did."""
+    """Whether this process holds the study."""
+    return runner(config) == _signature()
+
+
+def runner(config: StudyConfig) -> str | None:
+    """Host and pid of the process that holds the study, None where none does."""
+    file = _runner_file(config)
     try:
-        return _runner_file(config).read_text() == _signature()
+        holder, signed = file.read_text(), file.stat().st_mtime
     except OSError:
-        return False
+        return None
+    host, _, pid = holder.partition(", pid ")
+    if host != socket.gethostname():
+        return holder or None
+    try:
+        return holder if psutil.Process(int(pid)).create_time() <= signed else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 @contextlib.contextmanager
@@ -233,6 +256,8 @@ def sole_runner(config: StudyConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.truncate(file, 0)
         lock.release()
 
 
@@ -302,20 +327,20 @@ def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
 
 
 class _AfterTheEnd(RDBStorage):
-    """Lets a finished trial be linked to an MLflow run that could only be made later."""
+    """Lets a finished trial get what could not be written before."""
 
     def check_trial_is_updatable(self, trial_id: int, trial_state: TrialState) -> None: ...
 
 
-def link(study: optuna.Study, trial: FrozenTrial, run_id: str, url: str) -> None:
-    """Record the MLflow run of `trial`, finished or not."""
+def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: str, url: str) -> None:
+    """Write a user attribute of `trial`, finished or not."""
     if not trial.state.is_finished():
-        study._storage.set_trial_user_attr(trial._trial_id, "mlflow_run_id", run_id)
+        study._storage.set_trial_user_attr(trial._trial_id, name, value)
         return
     path = sqlite_path(url)
     storage = _AfterTheEnd(_braces(url if path is None else sqlite_url(path)))
-    storage.set_trial_user_attr(trial._trial_id, "mlflow_run_id", run_id)
-    trial.user_attrs["mlflow_run_id"] = run_id  # Optuna keeps finished trials, and reads no more
+    storage.set_trial_user_attr(trial._trial_id, name, value)
+    trial.user_attrs[name] = value  # Optuna keeps finished trials, and reads no more
     storage.remove_session()
     storage.engine.dispose()
 

@@ -33,12 +33,14 @@ from search.database import (
     other_schema,
     tune_sqlite,
 )
+from search.production import MLFLOW_TABLES
 from search.space import RECIPE
 
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
 ORPHAN = "optuna.orphan"
+NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
 STATUS = {
     TrialState.RUNNING: "RUNNING",
     TrialState.COMPLETE: "FINISHED",
@@ -61,7 +63,7 @@ def check(uri: str) -> None:
     """Raise InputError where `uri` is no MLflow database or server; a file is only read."""
     path = sqlite_path(uri)
     if path is not None:
-        check_sqlite("--tracking-uri", uri, path, {"experiments", "runs"}, "MLflow")
+        check_sqlite("--tracking-uri", uri, path, MLFLOW_TABLES, "MLflow")
         if path.exists():
             _check_schema(uri, path)
     elif uri.split(":")[0].split("+")[0] not in _SCHEMES or "://" not in uri:
@@ -113,6 +115,7 @@ class Tracking:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         # It prints where to look at every run that ends, a password in the address included.
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+        os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well
         logging.getLogger("alembic").setLevel(logging.ERROR)
 
@@ -214,6 +217,16 @@ class Tracking:
         now = self.client.get_run(run_id).info.status
         if now == "RUNNING" or (status == "FINISHED" and now != status):
             self.client.set_terminated(run_id, status)
+
+    def is_described(self, run_id: str, text: str) -> bool:
+        """Whether `describe` wrote this text last."""
+        return self.client.get_run(run_id).data.tags.get(SUMMARY) == text
+
+    def describe(self, run_id: str, text: str) -> None:
+        """Make `text` the run's description, unless the user has written another."""
+        tags = self.client.get_run(run_id).data.tags
+        own = tags.get(NOTE, "") in ("", tags.get(SUMMARY))
+        self._log(run_id, tags={**({NOTE: text} if own else {}), SUMMARY: text})
 
     # ---- runs of trials ----------------------------------------------------------------------
 
@@ -365,7 +378,7 @@ def tags_of(trial: FrozenTrial) -> dict[str, str]:
     """The tags that the run of the finished `trial` shall hold."""
     tags = {NUMBER: str(trial.number), STATE: trial.state.name}
     if trial.state is TrialState.FAIL:
-        tags[FAILURE] = trial.user_attrs.get("failure", "unknown")
+        tags[FAILURE] = trial.user_attrs.get("failure", "unknown")  # `reconcile` writes one
     return tags
 
 

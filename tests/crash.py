@@ -1,4 +1,4 @@
-"""The real command, killed at a named point: python tests/crash.py POINT OPTION...
+"""The command, killed at a named point.
 
 A point is a call of ours, of Optuna or of MLflow. Before or after it, the process sends itself
 SIGKILL, as an empty battery would.
@@ -83,8 +83,11 @@ def arm(point: Point) -> None:
     setattr(owner, point.name, staticmethod(deadly) if inspect.ismethod(original) else deadly)
 
 
-if __name__ == "__main__":
+def run(point: str, folder: str, options: list[str]) -> None:
+    """The command in `folder`, in this process, which is to die at `point`."""
     from search.cli import main
 
-    arm(POINTS[sys.argv[1]])
-    sys.exit(main(sys.argv[2:]))
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    arm(POINTS[point])
+    sys.exit(main(options))

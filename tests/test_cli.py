@@ -108,7 +108,9 @@ def test_the_handlers_of_signals_are_put_back() -> None:
 
 def search(folder: Path, dataset: Path, epochs: int) -> "subprocess.Popen[str]":
     options = ("--n-trials", "60", "--workers", "2", "--hidden-units", "8", "--pruner", "none")
-    return start(folder, "--dataset", str(dataset), "--epochs", str(epochs), *options)
+    return start(
+        folder, "--dataset", str(dataset), "--epochs", str(epochs), "--report", "none", *options
+    )
 
 
 def read_until(process: "subprocess.Popen[str]", beginning: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -24,17 +25,29 @@ from conftest import ROOT, command, start
 from servers import BINARIES, MlflowServer, Postgres, Proxy
 
 from search import RunError, StudyConfig, doctor, pipeline
+from search.listener import Listener
 from search.outcome import Outcome
-from search.pipeline import Listener
 from search.tracking import Tracking
 
 TRIALS, EPOCHS = 8, 3
-OPTIONS = ("--n-trials", str(TRIALS), "--epochs", str(EPOCHS), "--hidden-units", "4,8")
+OPTIONS = (
+    *("--n-trials", str(TRIALS), "--epochs", str(EPOCHS), "--hidden-units", "4,8"),
+    *("--report", "none"),  # takes longer than the search
+)
+
+
+FORKS = multiprocessing.get_context("forkserver")  # its children have TensorFlow already
+FORKS.set_forkserver_preload(["search.pipeline", "search.trial"])
 
 
 def settings(dataset: Path, **changed: Any) -> StudyConfig:
     """What OPTIONS say, to run in this process, which has TensorFlow already."""
-    given: dict[str, Any] = {"n_trials": TRIALS, "epochs": EPOCHS, "hidden_units": "4,8"}
+    given: dict[str, Any] = {
+        "n_trials": TRIALS,
+        "epochs": EPOCHS,
+        "hidden_units": "4,8",
+        "report": None,
+    }
     return StudyConfig(dataset=str(dataset), workers=1, **{**given, **changed})
 
 
@@ -74,10 +87,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[
 
 def die(folder: Path, dataset: Path, point: str) -> None:
     """Run the command until it dies at `point`."""
-    driver = [sys.executable, str(ROOT / "tests" / "crash.py"), point]
     options = ["--dataset", str(dataset), "--workers", "1", *OPTIONS]
-    done = subprocess.run([*driver, *options], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, (done.returncode, done.stdout, done.stderr)
+    process = FORKS.Process(target=crash.run, args=(point, str(folder), options))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("point", [*crash.FIRST_START, *crash.TRIALS, *crash.REGISTRATION])

@@ -132,7 +132,7 @@ def test_a_path_of_braces_spaces_and_percents_works(
     storage.check(config)
     study = storage.open_study(config, SETTINGS)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    storage.link(study, study.trials[0], "abc", config.storage)
+    storage.amend(study, study.trials[0], "mlflow_run_id", "abc", config.storage)
     storage.check(config)
     storage.check_same(config, SETTINGS)
     with pytest.raises(InputError, match="epochs: 5 -> 6"):

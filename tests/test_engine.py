@@ -126,7 +126,7 @@ def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
     settings = {"epochs": 1, "n_trials": 200, "workers": 1, "hidden_units": "8"}
-    return StudyConfig(dataset=str(dataset), **{**settings, **changed})
+    return StudyConfig(dataset=str(dataset), report=None, **{**settings, **changed})
 
 
 def test_patience_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:
@@ -191,7 +191,7 @@ def running_owners(folder: Path) -> set[int]:
 def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
     return (
         *("--dataset", str(dataset), "--n-trials", str(trials), "--epochs", str(epochs)),
-        *("--workers", "2", "--hidden-units", "8,16", "--pruner", "none"),
+        *("--workers", "2", "--hidden-units", "8,16", "--pruner", "none", "--report", "none"),
     )
 
 

@@ -7,8 +7,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search import StudyConfig, run
+from search.listener import Listener
 from search.outcome import Outcome
-from search.pipeline import Listener
 
 
 class Outcomes(Listener):
@@ -21,7 +21,13 @@ class Outcomes(Listener):
 
 def config(clouds: Path) -> StudyConfig:
     return StudyConfig(
-        dataset=str(clouds), epochs=2, n_trials=3, hidden_units="8", workers=1, pruner="none"
+        dataset=str(clouds),
+        epochs=2,
+        n_trials=3,
+        hidden_units="8",
+        workers=1,
+        pruner="none",
+        report=None,
     )
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 
 from search import StudyConfig, run
+from search.listener import Listener
 from search.outcome import Outcome
-from search.pipeline import Listener
 
 
 def write_points(path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
-from search import report
+from search import display
 from search.config import StudyConfig
 from search.outcome import Outcome
 from search.pipeline import Result
@@ -50,7 +50,7 @@ RESULT = Result(
 
 
 def test_the_summary_of_a_whole_run() -> None:
-    assert report.summary(RESULT).splitlines() == [
+    assert display.summary(RESULT).splitlines() == [
         "",
         "50 finished trials: 30 complete, 20 pruned; 1 failed. 51 run now, in 0:02:05.",
         "",
@@ -70,7 +70,7 @@ def test_the_summary_of_a_whole_run() -> None:
 
 
 def summary(**changed: Any) -> str:
-    return report.summary(replace(RESULT, **changed))
+    return display.summary(replace(RESULT, **changed))
 
 
 def test_a_rerun_says_that_the_model_was_registered_before() -> None:
@@ -84,7 +84,7 @@ def test_an_early_stop_says_why() -> None:
     assert "Stopped early: --timeout: 60 s are over.\n" in summary(
         stopped="--timeout: 60 s are over"
     )
-    assert "Stopped" not in report.summary(RESULT)
+    assert "Stopped" not in display.summary(RESULT)
 
 
 def test_a_search_that_found_nothing_better_says_so() -> None:
@@ -122,9 +122,9 @@ def test_the_commands_to_look_further_name_the_databases_quoted_and_without_pass
 # ---- the lines of a run --------------------------------------------------------------------------
 
 
-def lines() -> tuple[report.Lines, io.StringIO]:
+def lines() -> tuple[display.Lines, io.StringIO]:
     text = io.StringIO()
-    return report.Lines(Console(file=text, width=60)), text
+    return display.Lines(Console(file=text, width=60)), text
 
 
 OUTCOME = Outcome(

@@ -1,0 +1,387 @@
+"""What the terminal shows: lines or a live panel while a study runs, its summary, its overview."""
+
+import contextlib
+import io
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from search.config import redact
+from search.listener import Listener
+from search.outcome import Outcome
+from search.space import REFERENCE, Hyperparameters
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from search.data import Dataset
+    from search.overview import Overview
+    from search.pipeline import Result
+
+_COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
+_POLL = 1.0  # seconds between two looks at the running trials
+_BAR = 24  # characters
+
+
+class Quiet(Listener):
+    """Shows nothing; keeps whether to stop."""
+
+    def __init__(self) -> None:
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Let the running trials finish and start no more."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def close(self) -> None:
+        """Leave the terminal as it was found; may be called twice, and from any thread."""
+
+
+class Lines(Quiet):
+    """Prints one line a trial."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def stop(self) -> None:
+        """Let the running trials finish and start no more."""
+        super().stop()
+        self._print("stopping when the running trials have finished; Ctrl-C again ends them now")
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
+        """Say what will be done."""
+        self._print(str(dataset))
+        done = len(study.get_trials(deepcopy=False)) if missing else 0
+        if not missing:
+            self._print(f"study {study.study_name}: all trials are there, nothing to search")
+        elif done:
+            self._print(f"study {study.study_name}: {missing} trials to go on with")
+        else:
+            self._print(f"study {study.study_name}: {missing} trials to run")
+
+    def trial(self, outcome: Outcome, best: float | None) -> None:
+        """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""
+        value = "    --" if outcome.last is None else f"{outcome.last:.4f}"
+        text = (
+            f"trial {outcome.number:4d}  {outcome.state:8s}  val_accuracy {value}"
+            f"  {outcome.hyperparameters or ''}  {outcome.epochs} ep {outcome.seconds:5.1f} s"
+            f"  best {'--' if best is None else f'{best:.4f}'}"
+        )
+        if outcome.failure:
+            text += f"  ({outcome.failure})"
+        self._print(text, _COLOURS.get(outcome.state, ""))
+
+    def mended(self, lines: list[str]) -> None:
+        """Say what an earlier run had left behind."""
+        for line in lines:
+            self._print(f"mended: {line}", "yellow")
+
+    def retraining(self, trial: "FrozenTrial") -> None:
+        """Say what takes the time now."""
+        self._print(
+            f"training trial {trial.number}'s configuration anew on training and validation data"
+        )
+
+
+class Panel(Lines):
+    """The lines, and below them, on a terminal, how the search stands at this moment.
+
+    The running trials are read from the study, so it does not matter who runs them.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._began = time.monotonic()
+        self._study: optuna.Study | None = None
+        self._epochs = 0
+        self._missing = self._done = 0
+        self._counts = dict.fromkeys(_COLOURS, 0)
+        self._best: Outcome | None = None
+        self._before: tuple[FrozenTrial | None, FrozenTrial | None] = (None, None)
+        self._reference: Outcome | None = None
+        self._running: list[FrozenTrial] = []
+        self._doing = ""
+        self._closed = threading.Event()
+        self._terminal = contextlib.ExitStack()
+
+    def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
+        """Show the panel, where there is something to search."""
+        super().start(study, dataset, missing)
+        if not missing:
+            return
+        from search import overview
+
+        trials = study.get_trials(deepcopy=False)
+        self._before = next(iter(overview.ranked(trials)), None), overview.reference(trials)
+        self._study, self._missing = study, missing
+        self._epochs = int(study.user_attrs["settings"]["epochs"])
+        self._began = time.monotonic()
+        self._terminal.enter_context(_no_echo_of_control_keys())
+        self._terminal.enter_context(
+            Live(get_renderable=self._render, console=self._console, transient=True)
+        )
+        self._terminal.enter_context(_stderr_above(self._console))
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        assert self._study is not None
+        from optuna.trial import TrialState
+
+        while not self._closed.wait(_POLL):
+            with contextlib.suppress(Exception):  # a database may be busy; look again
+                self._running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def trial(self, outcome: Outcome, best: float | None) -> None:
+        """A line, and the counts."""
+        super().trial(outcome, best)
+        self._counts[outcome.state] += 1
+        self._done += outcome.state != "FAIL"
+        if outcome.value is not None:
+            if outcome.value == best and (self._best is None or self._best.value != best):
+                self._best = outcome
+            if outcome.hyperparameters == REFERENCE and self._reference is None:
+                self._reference = outcome
+
+    def retraining(self, trial: "FrozenTrial") -> None:
+        """A line, and the same below."""
+        super().retraining(trial)
+        self._doing = f"training trial {trial.number}'s configuration anew"
+
+    def close(self) -> None:
+        """Take the panel away."""
+        self._closed.set()
+        self._terminal.close()
+
+    def _render(self) -> RenderableType:
+        return Group(self._progress(), self._standing(), *self._workers())
+
+    def _progress(self) -> RenderableType:
+        passed = time.monotonic() - self._began
+        left = None if not self._done else passed / self._done * (self._missing - self._done)
+        line = Table.grid(padding=(0, 2))
+        line.add_row(
+            ProgressBar(total=self._missing, completed=self._done, width=_BAR),
+            f"{self._done} of {self._missing} trials",
+            f"{_clock(passed)} passed",
+            f"{_clock(left)} to go" if not self._doing else "",
+            f"[green]{self._counts['COMPLETE']} complete[/]",
+            f"[yellow]{self._counts['PRUNED']} pruned[/]",
+            f"[red]{self._counts['FAIL']} failed[/]",
+        )
+        return line
+
+    def _standing(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for title, now, before in (
+            ("best", self._best, self._before[0]),
+            ("reference", self._reference, self._before[1]),
+        ):
+            if now is not None and now.value is not None:
+                table.add_row(
+                    title, f"{now.value:.4f}", f"trial {now.number}", str(now.hyperparameters)
+                )
+            elif before is not None:
+                tried = Hyperparameters(**before.params)
+                table.add_row(title, f"{before.value:.4f}", f"trial {before.number}", str(tried))
+        return table
+
+    def _workers(self) -> Iterator[RenderableType]:
+        if self._doing:
+            yield Text(self._doing, style="dim")
+            return
+        for trial in sorted(self._running, key=lambda trial: trial.number):
+            history = trial.user_attrs.get("history", [])
+            owner = trial.user_attrs.get("owner", {})
+            last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
+            epoch = min(len(history) + 1, self._epochs)
+            yield Text(
+                f"worker {owner.get('pid', '')}  trial {trial.number}  "
+                f"epoch {epoch}/{self._epochs}  {last}",
+                style="dim",
+                overflow="ellipsis",
+                no_wrap=True,
+            )
+
+
+def listener(console: Console, *, quiet: bool) -> Quiet:
+    """What fits: nothing, a panel on a terminal, or lines."""
+    if quiet:
+        return Quiet()
+    return (
+        Panel(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
+    )
+
+
+def _clock(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+@contextlib.contextmanager
+def _no_echo_of_control_keys() -> Iterator[None]:
+    """The terminal itself writes ^C where the cursor is, which would tear the panel."""
+    try:
+        import termios
+
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (ImportError, OSError, ValueError, io.UnsupportedOperation):  # Windows; no terminal
+        yield
+        return
+    changed: list[Any] = list(before)
+    changed[3] &= ~termios.ECHOCTL
+    with contextlib.suppress(termios.error):
+        termios.tcsetattr(descriptor, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+
+
+@contextlib.contextmanager
+def _stderr_above(console: Console) -> Iterator[None]:
+    """Print what this process, its workers and their libraries write to stderr above the panel."""
+    if not os.isatty(2):
+        yield
+        return
+    saved = os.dup(2)
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def copy() -> None:
+        with open(reading, errors="replace") as lines:
+            for line in lines:
+                console.print(line.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+
+    copying = threading.Thread(target=copy, daemon=True)
+    copying.start()
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        copying.join(timeout=1)  # its end comes when the last worker has closed its own
+
+
+# ---- the end of a run ------------------------------------------------------------------------
+
+
+def summary(result: "Result") -> str:
+    """The end of a run in a dozen lines."""
+    from search import overview
+
+    config, best, winner = result.config, result.best, result.winner
+    took = timedelta(seconds=round(result.seconds))
+    lines = [
+        "",
+        f"{result.complete + result.pruned} finished trials: {result.complete} complete, "
+        f"{result.pruned} pruned; {result.failed} failed. {result.ran} run now, in {took}.",
+    ]
+    if result.stopped:
+        lines.append(f"Stopped early: {result.stopped}.")
+    if best is not None:
+        shown = overview.row(best)
+        lines += ["", _row(f"best: trial {best.number}", best)]
+        if result.reference is not None:
+            lines.append(_row(f"reference: trial {result.reference.number}", result.reference))
+            first = overview.row(result.reference)
+            lines.append(overview.gain(shown, first, result.complete))
+    if winner is None:
+        return "\n".join([*lines, "", "Run the same command again to go on."])
+    verb = "Registered as" if winner.new else "Already registered as"
+    lines += [
+        "",
+        f"Trained anew on all training data: test accuracy {winner.test_accuracy:.4f}, "
+        f"test loss {winner.test_loss:.4f} (the test images were used this once).",
+        f"{verb} {config.model_name} version {winner.version}: alias production, stage Production.",
+        "",
+        "Look further:",
+        *([f"  {config.report}"] if config.report else []),
+        f"  mlflow ui{_mlflow_option(config.tracking_uri)}",
+        f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
+    ]
+    return "\n".join(lines)
+
+
+def _row(title: str, trial: "FrozenTrial") -> str:
+    return f"{title:22s} val_accuracy {trial.value:.4f}  {Hyperparameters(**trial.params)}"
+
+
+def _mlflow_option(uri: str) -> str:
+    if uri == "sqlite:///mlflow.db":
+        return ""
+    if uri.startswith("http"):
+        return f"  (already served at {redact(uri)})"
+    return f" --backend-store-uri {shlex.quote(redact(uri))}"
+
+
+# ---- python study.py show ----------------------------------------------------------------------
+
+
+def show(console: Console, found: "Overview") -> None:
+    """Print a study at a glance."""
+
+    def line(text: str = "", style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    from search import overview
+
+    for sentence in overview.sentences(found):
+        line(sentence)
+    if found.top:
+        line()
+        for text in _top(found):
+            line(text)
+    if found.importances is not None:
+        line(
+            f"\nImportance for val_accuracy after epoch {found.importances.epoch}, "
+            f"{found.importances.trials} trials:"
+        )
+        for name, share in found.importances.shares.items():
+            line(f"  {name:15s} {share:4.0%} {'█' * round(share * _BAR)}")
+    if found.saved.epochs:
+        line(
+            f"\nPruning saved {found.saved.epochs} epochs, about "
+            f"{timedelta(seconds=round(found.saved.seconds))} of one worker."
+        )
+    if found.failures:
+        line("\nFailed:")
+        for failed in found.failures:
+            line(f"  trial {failed.number}: {failed.failure or 'unknown'}", "red")
+    line(f"\n{overview.in_production(found)}")
+
+
+def _top(found: "Overview") -> Iterator[str]:
+    """A table as plain lines, whatever the width: scripts and eyes want whole run ids."""
+    names = list(found.space)
+    widths = [max(len(name), 8) for name in names]
+    yield "  ".join(
+        ["trial", "val_accuracy", *map(str.rjust, names, widths), "epochs", "seconds", "run"]
+    )
+    first = found.reference
+    for row in [*found.top, *([] if first is None or first in found.top else [first])]:
+        tried = (f"{row.hyperparameters[name]:.4g}" for name in names)
+        cells = [f"{row.number:5d}", f"{row.val_accuracy:12.4f}", *map(str.rjust, tried, widths)]
+        note = " (reference)" if row == first else ""
+        yield "  ".join([*cells, f"{row.epochs:6d}", f"{row.seconds:7.1f}", f"{row.run_id}{note}"])

@@ -1,0 +1,31 @@
+"""What a run tells while it goes."""
+
+from typing import TYPE_CHECKING
+
+from search.outcome import Outcome
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from search.data import Dataset
+
+
+class Listener:
+    """What a run tells while it goes; this one keeps silent."""
+
+    def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
+        """The study is open and `missing` trials are to run."""
+
+    def trial(self, outcome: Outcome, best: float | None) -> None:
+        """A trial ended; `best` is the best value of the study so far."""
+
+    def mended(self, lines: list[str]) -> None:
+        """The ledgers disagreed and were mended."""
+
+    def stopping(self) -> bool:
+        """Whether no more trials shall start; those that run are waited for."""
+        return False
+
+    def retraining(self, trial: "FrozenTrial") -> None:
+        """The winner is being trained anew."""

@@ -1,0 +1,283 @@
+"""What a study has found so far, read from its ledgers: for the terminal, scripts and both UIs."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from requests import RequestException
+
+from search import production, storage
+from search.config import StudyConfig, redact
+from search.production import Production
+from search.space import REFERENCE
+
+SCHEMA = 1
+_TOP = 10
+_ENOUGH = 10  # trials, below which an importance is noise
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial: val_accuracy after the last of its `epochs`, and the seconds it took."""
+
+    number: int
+    state: str
+    val_accuracy: float | None
+    hyperparameters: dict[str, float]
+    epochs: int
+    seconds: float | None
+    run_id: str | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Importances:
+    """Each hyperparameter's share in the differences of val_accuracy; they sum to 1.
+
+    Pruned trials are compared, too: by val_accuracy after `epoch`, from 1, which all `trials` have.
+    By PED-ANOVA (Watanabe et al. 2023), Optuna's default.
+    """
+
+    epoch: int
+    trials: int
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What pruning saved: epochs not trained, and their seconds, each at its trial's own speed."""
+
+    epochs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A study at a glance.
+
+    running: host and pid of the process that runs the study now, None where there is none.
+    space: what each hyperparameter may be. best: the COMPLETE trial with the highest val_accuracy.
+    reference: the trial of the reference configuration. top: the best COMPLETE trials, best first.
+    failures: the FAIL trials. production: the version of the model that is in production, made by
+    this study or another.
+    """
+
+    study: str
+    storage: str
+    tracking_uri: str
+    parent_run_id: str | None
+    running: str | None
+    complete: int
+    pruned: int
+    failed: int
+    unfinished: int
+    space: dict[str, str]
+    best: Row | None
+    reference: Row | None
+    top: list[Row]
+    importances: Importances | None
+    saved: Saved
+    failures: list[Row]
+    production: Production | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The schema in the README; a new key keeps its number, a changed one raises it."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def read(config: StudyConfig) -> Overview:
+    """The overview of the study that `config` names; changes nothing.
+
+    Raises InputError where there is none, RunError where a database fails.
+    """
+    try:
+        storage.check(config)
+        production.check(config)
+        return of(storage.load_study(config), config)
+    except (*storage.ERRORS, RequestException) as error:
+        raise storage.failure(error) from error
+
+
+def of(study: optuna.Study, config: StudyConfig) -> Overview:
+    """The overview of `study`, whose model is registered as `config.model_name`."""
+    trials = study.get_trials(deepcopy=False)
+    states = [trial.state for trial in trials]
+    complete = ranked(trials)
+    settings = study.user_attrs["settings"]
+    epochs = int(settings["epochs"])
+    first = reference(trials)
+    return Overview(
+        study=study.study_name,
+        storage=redact(config.storage),
+        tracking_uri=redact(config.tracking_uri),
+        parent_run_id=study.user_attrs.get("mlflow_run_id"),
+        running=storage.runner(config),
+        complete=len(complete),
+        pruned=states.count(TrialState.PRUNED),
+        failed=states.count(TrialState.FAIL),
+        unfinished=len([state for state in states if not state.is_finished()]),
+        space={name: settings[name] for name in REFERENCE.as_dict()},
+        best=row(complete[0]) if complete else None,
+        reference=None if first is None else row(first),
+        top=[row(trial) for trial in complete[:_TOP]],
+        importances=importances(study),
+        saved=_saved(trials, epochs),
+        failures=[row(trial) for trial in trials if trial.state is TrialState.FAIL],
+        production=production.find(config),
+    )
+
+
+def ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The COMPLETE trials, the best first and the earlier of equals before the later."""
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: (-(trial.value or 0), trial.number))
+
+
+def reference(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The first COMPLETE trial of the reference configuration."""
+    wanted = REFERENCE.as_dict()
+    return next((t for t in trials if t.state is TrialState.COMPLETE and t.params == wanted), None)
+
+
+def row(trial: FrozenTrial) -> Row:
+    """What is shown of a trial."""
+    history = trial.user_attrs.get("history", [])
+    return Row(
+        number=trial.number,
+        state=trial.state.name,
+        val_accuracy=history[-1]["val_accuracy"] if history else None,
+        hyperparameters=dict(trial.params),
+        epochs=len(history),
+        seconds=None if trial.duration is None else trial.duration.total_seconds(),
+        run_id=trial.user_attrs.get("mlflow_run_id"),
+        failure=trial.user_attrs.get("failure"),
+    )
+
+
+def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:
+    """The last epoch, from 1, that every finished trial has, and a copy of the study as of then.
+
+    In the copy, in memory, all finished trials are COMPLETE with their val_accuracy after that
+    epoch: Optuna compares COMPLETE trials only, and a value after one epoch tells nothing beside
+    one after five.
+    """
+    trials = study.get_trials(deepcopy=False, states=storage.FINISHED)
+    reached = [len(trial.intermediate_values) for trial in trials]
+    epoch = min(reached, default=0)
+    copy = optuna.create_study(study_name=study.study_name, direction="maximize")
+    copy.add_trials(
+        [
+            create_trial(
+                params=trial.params,
+                distributions=trial.distributions,
+                value=trial.intermediate_values[epoch - 1],
+            )
+            for trial in trials
+            if epoch
+        ]
+    )
+    return epoch, copy
+
+
+def importances(study: optuna.Study) -> Importances | None:
+    """Which hyperparameters matter; None where too few trials tell."""
+    epoch, copy = comparable(study)
+    trials = copy.get_trials(deepcopy=False)
+    varied = {
+        name: distribution
+        for trial in trials
+        for name, distribution in trial.distributions.items()
+        if not distribution.single()
+    }
+    if len(trials) < _ENOUGH or not varied:
+        return None
+    from optuna.importance import get_param_importances  # slow: it imports scikit-learn
+
+    shares = get_param_importances(copy, params=list(varied))
+    return Importances(epoch, len(trials), {name: float(share) for name, share in shares.items()})
+
+
+def _saved(trials: list[FrozenTrial], epochs: int) -> Saved:
+    saved, seconds = 0, 0.0
+    for trial in trials:
+        shown = row(trial)
+        if trial.state is TrialState.PRUNED and shown.epochs:
+            left = epochs - shown.epochs
+            saved += left
+            seconds += left * (shown.seconds or 0) / shown.epochs
+    return Saved(saved, round(seconds, 1))
+
+
+# ---- in words ----------------------------------------------------------------------------------
+
+
+def gain(best: Row, first: Row, complete: int) -> str:
+    """What the search gained over the reference configuration, in one or two sentences."""
+    if best.number == first.number:
+        return "The search found nothing better than the reference configuration."
+    difference = (best.val_accuracy or 0) - (first.val_accuracy or 0)
+    return (
+        f"The search gained {difference:+.4f} val_accuracy over the reference. It is the best of "
+        f"{complete} noisy results, so part of that is luck."
+    )
+
+
+def sentences(found: Overview) -> list[str]:
+    """What was searched, and what was found."""
+    space = ", ".join(f"{name} {allowed}" for name, allowed in found.space.items())
+    state = f"It is being run by {found.running}." if found.running else ""
+    unfinished = f", {found.unfinished} not finished" if found.unfinished else ""
+    lines = [
+        f"Study {found.study} searched {space}: {found.complete} trials complete, {found.pruned} "
+        f"pruned, {found.failed} failed{unfinished}. {state}".rstrip()
+    ]
+    if found.best is None:
+        return [*lines, "No trial has completed yet."]
+    lines.append(
+        f"The best is trial {found.best.number} with val_accuracy {found.best.val_accuracy:.4f}: "
+        f"{_tried(found.best)}."
+    )
+    if found.reference is not None:
+        if found.reference.number != found.best.number:
+            lines[-1] += (
+                f" The reference, trial {found.reference.number}, has "
+                f"{found.reference.val_accuracy:.4f}."
+            )
+        lines[-1] += " " + gain(found.best, found.reference, found.complete)
+    return lines
+
+
+def in_production(found: Overview) -> str:
+    """Which version is in production, and whence."""
+    now = found.production
+    if now is None:
+        return "Nothing is in production."
+    accuracy = "" if now.test_accuracy is None else f", test accuracy {now.test_accuracy:.4f}"
+    whence = "of unknown origin" if now.trial is None else f"trial {now.trial} of study {now.study}"
+    return f"In production: {now.model} version {now.version}, {whence}{accuracy}."
+
+
+def markdown(found: Overview, more: list[str]) -> str:
+    """The same in Markdown, and `more` paragraphs.
+
+    It follows from the study alone, so written once more while nothing has happened it is the same.
+    """
+    parts = sentences(replace(found, running=None))
+    if found.top:
+        names = list(found.space)
+        rows = [
+            [str(row.number), f"{row.val_accuracy:.4f}"]
+            + [f"{row.hyperparameters[name]:.4g}" for name in names]
+            for row in found.top
+        ]
+        head = ["trial", "val_accuracy", *names]
+        table = [head, ["---:"] * len(head), *rows]
+        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in table))
+    if found.saved.epochs:
+        parts.append(f"Pruning saved {found.saved.epochs} epochs.")
+    return "\n\n".join([*parts, *more])
+
+
+def _tried(shown: Row) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.hyperparameters.items())

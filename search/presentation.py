@@ -1,0 +1,80 @@
+"""Put what a study found where people look: the descriptions in both UIs, and the report."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+
+from search import evaluation, overview, registry, storage, tracking
+from search.config import StudyConfig
+from search.reconcile import Ledgers
+from search.registry import Winner
+from search.tracking import Tracking
+
+if TYPE_CHECKING:
+    from search.report import Tested
+
+
+def present(ledgers: Ledgers, winner: Winner) -> None:
+    """Describe the study in both ledgers and write its report, where that is not yet done."""
+    study, config, mirror = ledgers.study, ledgers.config, ledgers.tracking
+    found = overview.of(study, config)
+    won = (
+        f"Its winner, trial {winner.trial}, trained anew, is version {winner.version} of "
+        f"{config.model_name}: test accuracy {winner.test_accuracy:.4f} (run {winner.run_id})."
+    )
+    described = overview.markdown(
+        found, [won, f"Trials and their curves: study {study.study_name} in {found.storage}."]
+    )
+    if mirror.is_described(ledgers.parent, described):
+        return
+    if config.report is not None:
+        _write(Path(config.report), study, config, mirror)
+        mirror.client.log_artifact(ledgers.parent, config.report)
+    note = f"Runs, models and curves: MLflow run {ledgers.parent} in {found.tracking_uri}."
+    storage.note(study, overview.markdown(found, [won, note]))
+    mirror.describe(ledgers.parent, described)  # last: it says that the rest is done
+
+
+def report(config: StudyConfig, path: Path) -> None:
+    """Write the report of the study that `config` names into `path`.
+
+    Raises InputError where there is none, RunError where it can't be read or written.
+    """
+    try:
+        storage.check(config)
+        tracking.check(config.tracking_uri)
+        study = storage.load_study(config)
+        config = replace(config, experiment=study.user_attrs["settings"]["experiment"])
+        mirror = Tracking(config)
+        _write(path, study, config, mirror.open() if mirror.exists() else None)
+    except (*storage.ERRORS, *tracking.ERRORS) as error:
+        raise storage.failure(error) from error
+
+
+def _write(path: Path, study: optuna.Study, config: StudyConfig, mirror: Tracking | None) -> None:
+    from search import report  # slow: Plotly
+
+    report.write(path, study, config, None if mirror is None else _tested(study, mirror))
+
+
+def _tested(study: optuna.Study, mirror: Tracking) -> "Tested | None":
+    """The retrained best trial, if it is there."""
+    from search.report import Tested
+
+    best = next(iter(overview.ranked(study.get_trials(deepcopy=False))), None)
+    parent = study.user_attrs.get("mlflow_run_id")
+    if best is None or parent is None:
+        return None
+    run = registry.find_retrained(mirror, mirror.runs_of(parent), best.number)
+    if run is None:
+        return None
+    data, mistakes = registry.test_pictures(mirror, run)
+    return Tested(
+        run_id=run.info.run_id,
+        trial=best.number,
+        test_accuracy=run.data.metrics["test_accuracy"],
+        evaluation=None if data is None else evaluation.load(data),
+        mistakes=mistakes,
+    )
