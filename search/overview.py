@@ -1,6 +1,6 @@
 """What a study has found so far, read from its ledgers: for the terminal, scripts and both UIs."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
@@ -56,7 +56,7 @@ class Saved:
 class Overview:
     """A study at a glance.
 
-    running: host and pid of the process that runs the study now, None where there is none.
+    running: host and pid of another process that runs the study now, None where there is none.
     space: what each hyperparameter may be. best: the COMPLETE trial with the highest val_accuracy.
     reference: the trial of the reference configuration. top: the best COMPLETE trials, best first.
     failures: the FAIL trials. production: the version of the model that is in production, made by
@@ -112,7 +112,7 @@ def of(study: optuna.Study, config: StudyConfig) -> Overview:
         storage=redact(config.storage),
         tracking_uri=redact(config.tracking_uri),
         parent_run_id=study.user_attrs.get("mlflow_run_id"),
-        running=storage.runner(config),
+        running=None if storage.is_runner(config) else storage.runner(config),
         complete=len(complete),
         pruned=states.count(TrialState.PRUNED),
         failed=states.count(TrialState.FAIL),
@@ -263,7 +263,7 @@ def markdown(found: Overview, more: list[str]) -> str:
 
     It follows from the study alone, so written once more while nothing has happened it is the same.
     """
-    parts = sentences(replace(found, running=None))
+    parts = sentences(found)
     if found.top:
         names = list(found.space)
         rows = [

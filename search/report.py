@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def build(study: optuna.Study, found: Overview, tested: Tested | None) -> str:
         sentences=overview.sentences(found),
         production=overview.in_production(found),
         charts=charts,
+        saved=timedelta(seconds=round(found.saved.seconds)),
         tested=tested,
         mistakes=_mistakes(tested),
         names=list(found.space),
