@@ -116,7 +116,9 @@ class StudyConfig:
         none="auto",
     )
     max_failures: int = _option(5, _STUDY, "Stop after so many trials in a row have failed.", low=1)
-    report: str | None = _option("report.html", _STUDY, "Where the report is written at the end.")
+    report: str = _option(
+        "report.html", _STUDY, "Where the report is written at the end; none: nowhere."
+    )
     seed: int = _option(
         0, _STUDY, "What proposals, weights, shuffles and dropout depend on.", low=0, high=2**31 - 1
     )

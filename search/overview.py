@@ -143,10 +143,11 @@ def reference(trials: list[FrozenTrial]) -> FrozenTrial | None:
 def row(trial: FrozenTrial) -> Row:
     """What is shown of a trial."""
     history = trial.user_attrs.get("history", [])
+    last = history[-1]["val_accuracy"] if history else None
     return Row(
         number=trial.number,
         state=trial.state.name,
-        val_accuracy=history[-1]["val_accuracy"] if history else None,
+        val_accuracy=trial.value if trial.state is TrialState.COMPLETE else last,
         hyperparameters=dict(trial.params),
         epochs=len(history),
         seconds=None if trial.duration is None else trial.duration.total_seconds(),

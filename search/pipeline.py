@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import optuna
@@ -74,6 +75,8 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     settings = config.settings(_short(dataset))
     storage.check(config)
     tracking.check(config.tracking_uri)
+    if config.report != "none":
+        presentation.check(Path(config.report))
     storage.check_same(config, settings)
     with storage.sole_runner(config):
         study = storage.open_study(config, settings)

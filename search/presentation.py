@@ -1,5 +1,6 @@
 """Put what a study found where people look: the descriptions in both UIs, and the report."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,13 +8,22 @@ from typing import TYPE_CHECKING
 import optuna
 
 from search import evaluation, overview, registry, storage, tracking
-from search.config import StudyConfig
+from search.config import InputError, StudyConfig
 from search.reconcile import Ledgers
 from search.registry import Winner
 from search.tracking import Tracking
 
 if TYPE_CHECKING:
     from search.report import Tested
+
+
+def check(path: Path) -> None:
+    """Raise InputError where the report can't be written to `path`."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"the report must be a file in a folder that can be written to, but got {str(path)!r}; "
+            "give another file"
+        )
 
 
 def present(ledgers: Ledgers, winner: Winner) -> None:
@@ -29,7 +39,7 @@ def present(ledgers: Ledgers, winner: Winner) -> None:
     )
     if mirror.is_described(ledgers.parent, described):
         return
-    if config.report is not None:
+    if config.report != "none":
         _write(Path(config.report), study, config, mirror)
         mirror.client.log_artifact(ledgers.parent, config.report)
     note = f"Runs, models and curves: MLflow run {ledgers.parent} in {found.tracking_uri}."
@@ -42,6 +52,7 @@ def report(config: StudyConfig, path: Path) -> None:
 
     Raises InputError where there is none, RunError where it can't be read or written.
     """
+    check(path)
     try:
         storage.check(config)
         tracking.check(config.tracking_uri)

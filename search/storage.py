@@ -5,6 +5,7 @@ import os
 import socket
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +17,7 @@ import optuna
 import psutil
 import sqlalchemy
 from filelock import FileLock, Timeout
-from optuna.exceptions import OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
@@ -163,6 +164,10 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
         study_name=config.study_name, storage=storage, direction="maximize", load_if_exists=True
     )
     _refuse_other(study, config, settings)
+    if study.metric_names is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["val_accuracy"])  # for optuna-dashboard
     if "study_uid" not in study.user_attrs:
         study.set_user_attr("study_uid", uuid.uuid4().hex)
     if "settings" not in study.user_attrs:

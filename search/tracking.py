@@ -56,6 +56,7 @@ METRICS = {  # Keras' name -> ours
 Facts = Mapping[str, Mapping[str, Any]]
 _SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's UI opens it
 _BATCH = 900  # MLflow takes 1,000 entries a call
 
 
@@ -144,7 +145,7 @@ class Tracking:
         if found is None:
             location = None if self._path is None else f"{self._artifacts()}/{self._experiment}"
             try:
-                return self.client.create_experiment(self._experiment, artifact_location=location)
+                return self.client.create_experiment(self._experiment, location, _KIND)
             except MlflowException:  # another process was first
                 found = self.client.get_experiment_by_name(self._experiment)
                 if found is None:

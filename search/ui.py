@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -15,6 +16,7 @@ import psutil
 
 from search import storage, tracking
 from search.config import RunError, StudyConfig, redact, sqlite_path, sqlite_url
+from search.tracking import Tracking
 
 HOST = "127.0.0.1"
 _PATIENCE = 120  # seconds for a server to answer
@@ -26,8 +28,13 @@ def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
     Raises InputError where there is nothing to show, RunError where one of them ends by itself.
     """
     storage.check(config)
-    storage.load_study(config)
+    study = storage.load_study(config)
     tracking.check(config.tracking_uri)
+    mirror = Tracking(replace(config, experiment=study.user_attrs["settings"]["experiment"]))
+    pages = {
+        "optuna-dashboard": f"dashboard/studies/{study._study_id}",
+        "mlflow ui": f"#/experiments/{mirror.open().experiment_id}/runs",
+    }
     with contextlib.ExitStack() as running:
         served = {
             "optuna-dashboard": running.enter_context(_dashboard(config)),
@@ -35,7 +42,7 @@ def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
         }
         for name, (address, process) in served.items():
             _wait(name, address, process)
-            say(f"{name:17s} {address}")
+            say(f"{name:17s} {address}{pages[name]}")
         say("Ctrl-C ends both.")
         processes = [process for _, process in served.values() if process is not None]
         ended, _ = psutil.wait_procs(processes, timeout=0)
@@ -77,7 +84,7 @@ def _run_dashboard(url: str, port: int) -> None:
 @contextlib.contextmanager
 def _mlflow(config: StudyConfig) -> Iterator[Served]:
     if config.tracking_uri.startswith("http"):
-        yield redact(config.tracking_uri), None
+        yield f"{redact(config.tracking_uri).rstrip('/')}/", None
         return
     path = sqlite_path(config.tracking_uri)
     port = _free_port()
@@ -86,6 +93,7 @@ def _mlflow(config: StudyConfig) -> Iterator[Served]:
         [*command, "--workers", "1"],
         env={
             **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # ten more processes, for LLM judges
             "MLFLOW_BACKEND_STORE_URI": config.tracking_uri if path is None else sqlite_url(path),
         },
         stdout=subprocess.DEVNULL,

@@ -1,14 +1,17 @@
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import invariants
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+TRIALS, EPOCHS = 12, 3
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -68,6 +71,19 @@ def clouds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Any]:
+    """A folder in which the command ran to its end, and what it printed.
+
+    It takes half a minute, so whatever uses it is in the group "end to end": one worker runs them.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    options = ("--dataset", str(digits), "--epochs", str(EPOCHS), "--n-trials", str(TRIALS))
+    code, out, err = command(folder, *options)
+    assert (code, err) == (0, "")
+    return {"folder": folder, "options": options, "out": out, **invariants.check(folder, TRIALS)}
+
+
 @pytest.fixture
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A fresh folder, which is the working directory."""
@@ -97,3 +113,23 @@ def command(folder: Path, *options: str, timeout: float = 600) -> tuple[int, str
         if process.poll() is None:
             os.killpg(process.pid, 9)
     return process.returncode, out, err
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, which asks for nothing but what a page asks for."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("background-networking", "component-update", "sync")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)],
+        )
+        yield chromium
+        chromium.close()

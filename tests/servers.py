@@ -45,6 +45,8 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                # Else ten more processes start, for judges of language models.
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
         deadline = time.monotonic() + 90
         while True:

@@ -46,7 +46,7 @@ def settings(dataset: Path, **changed: Any) -> StudyConfig:
         "n_trials": TRIALS,
         "epochs": EPOCHS,
         "hidden_units": "4,8",
-        "report": None,
+        "report": "none",
     }
     return StudyConfig(dataset=str(dataset), workers=1, **{**given, **changed})
 

@@ -1,13 +1,21 @@
 """What the user reads."""
 
 import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from conftest import ROOT, command
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
+from terminal import Terminal
 
 from search import display
 from search.config import StudyConfig
@@ -64,6 +72,7 @@ def test_the_summary_of_a_whole_run() -> None:
         "Registered as MNIST_DNN_Model version 3: alias production, stage Production.",
         "",
         "Look further:",
+        "  report.html",
         "  mlflow ui",
         "  optuna-dashboard sqlite:///study.db",
     ]
@@ -191,3 +200,129 @@ def test_every_mend_is_a_line() -> None:
     to.mended(["run [1] mended", "trial 2 had no run"])
     to.mended([])
     assert text.getvalue() == "mended: run [1] mended\nmended: trial 2 had no run\n"
+
+
+# ---- the panel, in a pseudo-terminal -------------------------------------------------------------
+
+LINE = re.compile(
+    r"trial +\d+  (COMPLETE|PRUNED  )  val_accuracy 0\.\d{4}  units +\d+  dropout 0\.\d{3}  "
+    r"lr \d\.\d\de-\d\d  \d ep +\d+\.\d s  best (0\.\d{4}|1\.0000|--)"
+)
+
+WORKER = re.compile(r"worker \d+  trial \d+  epoch [123]/3")
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    started: list[Terminal] = []
+
+    def begin(*command: str) -> Terminal:
+        started.append(Terminal([sys.executable, *command], tmp_path))
+        return started[0]
+
+    yield begin
+    for each in started:
+        each.close()
+
+
+def options(dataset: Path, trials: int, workers: str = "2") -> list[str]:
+    return [
+        *(str(ROOT / "study.py"), "--dataset", str(dataset), "--n-trials", str(trials)),
+        *("--epochs", "3", "--workers", workers, "--report", "none"),
+    ]
+
+
+def test_the_panel_shows_how_the_search_stands_and_leaves_whole_lines(
+    terminal: Callable[..., Terminal], digits: Path
+) -> None:
+    trials = 10
+    running = terminal(*options(digits, trials))
+    running.until(lambda lines: any(f"0 of {trials} trials" in line for line in lines))
+    shown = running.until(
+        lambda lines: (
+            any(line.startswith("reference  0.") for line in lines)
+            and len([line for line in lines if WORKER.match(line)]) == 2
+        )
+    )
+    progress = next(line for line in shown if f" of {trials} trials" in line)
+    assert re.search(r"\d of 10 trials  0:\d\d:\d\d passed  0:\d\d:\d\d to go", progress)
+    assert any(re.fullmatch(r"\d complete  \d pruned  0 failed", line) for line in shown)
+    assert any(re.match(r"best +0\.\d{4}  trial \d+  units", line) for line in shown)
+    lines = running.end()
+    assert running.process.returncode == 0
+    assert sum(LINE.fullmatch(line) is not None for line in lines) == trials
+    assert not any("passed" in line or line.startswith("worker ") for line in lines)
+    assert any(line.startswith("Registered as MNIST_DNN_Model version 1") for line in lines)
+
+
+def test_ctrl_c_tears_no_line(terminal: Callable[..., Terminal], clouds: Path) -> None:
+    running = terminal(*options(clouds, 500))
+    running.until(lambda lines: any(LINE.fullmatch(line) for line in lines))
+    running.type(b"\x03")
+    lines = running.end()
+    assert running.process.returncode == 130
+    said = "stopping when the running trials have finished; Ctrl-C again ends them now"
+    assert lines.count(said) == 1
+    assert lines[-1] == "Run the same command again to go on."
+    trials = [line for line in lines if line.startswith("trial ")]
+    assert trials
+    assert all(LINE.fullmatch(line) for line in trials)
+    assert not any("^C" in line for screen in running.seen for line in screen)
+
+
+def test_sigterm_gives_the_terminal_back(terminal: Callable[..., Terminal], clouds: Path) -> None:
+    running = terminal(*options(clouds, 500))
+    running.until(lambda lines: any(LINE.fullmatch(line) for line in lines))
+    os.kill(running.process.pid, signal.SIGTERM)
+    lines = running.end()
+    assert running.process.returncode == 143
+    assert lines[-1] == "error: terminated by SIGTERM; run the same command again to go on"
+    assert not any("passed" in line for line in lines)
+
+
+WARNING = """
+import os, sys, time, warnings
+import optuna
+from rich.console import Console
+from search import display
+from search.outcome import Outcome
+
+study = optuna.create_study(direction="maximize")
+study.set_user_attr("settings", {"epochs": 3})
+panel = display.listener(Console(), quiet=False)
+panel.start(study, "a dataset", 20)
+for number in range(20):
+    panel.trial(Outcome(number, number, "PRUNED", None, 0.5, None, 1, 0.1, None), None)
+    warnings.warn(f"warning {number} of Python")
+    os.write(2, b"warning %d of native code\\n" % number)
+    print("warning", number, "of a worker", file=sys.stderr)
+    time.sleep(0.02)  # more than one refresh of the panel in all
+panel.close()
+print("the end")
+"""
+
+
+def test_a_warning_tears_no_line(terminal: Callable[..., Terminal]) -> None:
+    running = terminal("-c", WARNING)
+    lines = running.end()
+    assert running.process.returncode == 0
+    assert lines[-1] == "the end"
+    for number in range(20):
+        assert sum(line.endswith(f"warning {number} of Python") for line in lines) == 1
+        assert lines.count(f"warning {number} of native code") == 1
+        assert lines.count(f"warning {number} of a worker") == 1
+        assert sum(line.startswith(f"trial {number:4d}  PRUNED ") for line in lines) == 1
+    assert not any("passed" in line for line in lines)
+
+
+def test_without_a_terminal_there_is_a_line_a_trial_and_quiet_leaves_the_summary(
+    tmp_path: Path, clouds: Path
+) -> None:
+    code, out, err = command(tmp_path, *options(clouds, 3, "1")[1:])
+    assert (code, err) == (0, "")
+    assert sum(line.startswith("trial ") for line in out.splitlines()) == 3
+    assert "\x1b" not in out
+    code, out, err = command(tmp_path, *options(clouds, 5, "1")[1:], "--quiet")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].startswith("5 finished trials: ")
+    assert "trial    3" not in out

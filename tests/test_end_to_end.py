@@ -11,24 +11,13 @@ import mlflow
 import numpy as np
 import optuna
 import pytest
-from conftest import command, start
+from conftest import EPOCHS, TRIALS, command, start
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from search.space import REFERENCE
 
-TRIALS, EPOCHS = 12, 3
 pytestmark = pytest.mark.xdist_group("end to end")  # they share one long run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Any]:
-    """A folder in which the command ran to its end, and what it printed."""
-    folder = tmp_path_factory.mktemp("finished")
-    options = ("--dataset", str(digits), "--epochs", str(EPOCHS), "--n-trials", str(TRIALS))
-    code, out, err = command(folder, *options)
-    assert (code, err) == (0, "")
-    return {"folder": folder, "options": options, "out": out, **invariants.check(folder, TRIALS)}
 
 
 @pytest.fixture

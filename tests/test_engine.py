@@ -126,7 +126,7 @@ def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
     settings = {"epochs": 1, "n_trials": 200, "workers": 1, "hidden_units": "8"}
-    return StudyConfig(dataset=str(dataset), report=None, **{**settings, **changed})
+    return StudyConfig(dataset=str(dataset), report="none", **{**settings, **changed})
 
 
 def test_patience_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:

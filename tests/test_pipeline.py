@@ -8,7 +8,7 @@ from search import InputError, RunError, StudyConfig, run
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
     base = {"dataset": str(clouds), "epochs": 2, "n_trials": 3, "hidden_units": "8,16"}
-    return StudyConfig(**{**base, "workers": 1, "report": None, **settings})  # type: ignore[arg-type]
+    return StudyConfig(**{**base, "workers": 1, "report": "none", **settings})  # type: ignore[arg-type]
 
 
 def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds(

@@ -72,7 +72,12 @@ class Damaged:
 def template(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Damaged:
     folder = tmp_path_factory.mktemp("template")
     config = StudyConfig(
-        dataset=str(clouds), epochs=2, n_trials=TRIALS, workers=1, hidden_units="8,16", report=None
+        dataset=str(clouds),
+        epochs=2,
+        n_trials=TRIALS,
+        workers=1,
+        hidden_units="8,16",
+        report="none",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -27,7 +27,7 @@ def config(clouds: Path) -> StudyConfig:
         hidden_units="8",
         workers=1,
         pruner="none",
-        report=None,
+        report="none",
     )
 
 

@@ -1,0 +1,166 @@
+"""The report, in a real browser."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import TRIALS, command
+from optuna.trial import TrialState, create_trial
+
+from search import overview, report, sampling, storage
+from search.config import StudyConfig
+
+end_to_end = pytest.mark.xdist_group("end to end")
+TITLES = [
+    "History of the search",
+    "Learning curves",
+    "Which hyperparameters matter",
+    "Each hyperparameter alone",
+    "All hyperparameters together",
+    "Timeline",
+    "Confusion matrix of the winner",
+    "The winner's worst mistakes",
+    "All trials",
+]
+
+
+def opened(browser: Any, path: Path, **options: Any) -> Any:
+    """The page, drawn to its end; fails on an error in it or a request to anywhere."""
+    page = browser.new_page(**options)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda asked: wrong.append(asked.url) if asked.url != path.as_uri() else 0)
+    page.goto(path.as_uri())
+    page.wait_for_function(
+        "[...document.querySelectorAll('.chart')].every(chart => chart.querySelector('.main-svg'))"
+    )
+    assert not [line for line in wrong if not line.startswith("data:")]
+    return page
+
+
+@end_to_end
+def test_every_chart_is_drawn_without_an_error_and_without_a_network(
+    finished: dict[str, Any], browser: Any
+) -> None:
+    page = opened(browser, finished["folder"] / "report.html")
+    assert page.locator("h2").all_inner_texts() == TITLES
+    for chart in page.locator(".chart").all():
+        box = chart.locator(".main-svg").first.bounding_box()
+        assert box["width"] > 300
+        assert box["height"] > 300
+    curves = page.evaluate(
+        "document.querySelectorAll('.chart')[1].data.map(t => [t.name, t.opacity, t.y.length])"
+    )
+    pruned = [t.number for t in finished["trials"] if t.state is TrialState.PRUNED]
+    assert len(curves) == TRIALS
+    assert {name for name, opacity, _ in curves if opacity < 1} == {
+        f"trial {number}, pruned" for number in pruned
+    }
+    page.close()
+
+
+@end_to_end
+def test_it_reads_well_on_a_phone_in_the_dark_and_with_a_screen_reader(
+    finished: dict[str, Any], browser: Any
+) -> None:
+    path = finished["folder"] / "report.html"
+    page = opened(
+        browser, path, viewport={"width": 360, "height": 740}, color_scheme="dark", is_mobile=True
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 20, 24)"
+    assert page.evaluate("document.querySelector('.chart')._fullLayout.paper_bgcolor") == "#111418"
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(
+        "document.querySelector('.chart')._fullLayout.paper_bgcolor === '#ffffff'"
+    )
+    for chart in page.locator(".chart").all():
+        assert chart.get_attribute("role") == "img"
+        described = chart.get_attribute("aria-labelledby").split()
+        assert all(page.locator(f"#{part}").inner_text() for part in described)
+    assert "called" in page.locator("img").get_attribute("alt")
+    page.close()
+
+
+@end_to_end
+def test_the_table_holds_every_trial_and_sorts(finished: dict[str, Any], browser: Any) -> None:
+    page = opened(browser, finished["folder"] / "report.html")
+
+    def column(index: int) -> list[str]:
+        return page.locator(f"tbody tr td:nth-child({index})").all_inner_texts()
+
+    assert column(1) == [str(number) for number in range(TRIALS)]
+    assert set(column(9)) >= {run.info.run_id for run in finished["runs"].values()} - {""}
+    accuracy = page.get_by_role("button", name="val_accuracy")
+    accuracy.click()
+    assert column(3) == sorted(column(3))
+    accuracy.click()
+    assert column(3) == sorted(column(3), reverse=True)
+    assert page.locator("th[aria-sort=descending]").inner_text() == "val_accuracy"
+    page.close()
+
+
+@end_to_end
+def test_it_is_an_artifact_of_the_parent_run_and_can_be_written_again(
+    finished: dict[str, Any], tmp_path: Path
+) -> None:
+    client, parent = finished["client"], finished["parent"].info.run_id
+    logged = Path(client.download_artifacts(parent, "report.html", str(tmp_path)))
+    written = (finished["folder"] / "report.html").read_text()
+    assert logged.read_text() == written
+    code, out, err = command(finished["folder"], "report", "--output", str(tmp_path / "again.html"))
+    assert (code, out, err) == (0, f"wrote {tmp_path / 'again.html'}\n", "")
+    again = (tmp_path / "again.html").read_text()
+    assert len(again) == len(written)
+
+
+@pytest.mark.parametrize("finished_trials", [0, 1, 2])
+def test_a_study_that_has_hardly_begun_has_a_report(
+    in_folder: Path, browser: Any, finished_trials: int
+) -> None:
+    config = StudyConfig()
+    study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
+    params = {"hidden_units": 512, "dropout_rate": 0.2, "learning_rate": 0.001}
+    study.add_trial(
+        create_trial(state=TrialState.FAIL, user_attrs={"failure": "<script>alert(1)</script>"})
+    )
+    for value in (0.5, 0.75)[:finished_trials]:
+        study.add_trial(
+            create_trial(
+                params=params,
+                distributions=dict(sampling.distributions(config.space)),
+                value=value,
+                intermediate_values={0: value},
+                user_attrs={"history": [{"epoch": 0, "val_accuracy": value}]},
+            )
+        )
+    path = in_folder / "report.html"
+    report.write(path, study, config, None)
+    page = opened(browser, path)
+    assert page.locator("tbody tr").count() == finished_trials + 1
+    assert page.get_by_text("<script>alert(1)</script>").count() == 1
+    page.close()
+
+
+def test_trials_are_compared_after_the_last_epoch_that_all_of_them_have() -> None:
+    study = optuna.create_study(direction="maximize")
+    distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    for number, values in enumerate([(0.1, 0.2, 0.3), (0.4, 0.5), (0.6, 0.7, 0.8)]):
+        study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if len(values) == 3 else TrialState.PRUNED,
+                value=values[-1] if len(values) == 3 else None,
+                params={"x": number / 10},
+                distributions=distributions,
+                intermediate_values=dict(enumerate(values)),
+            )
+        )
+    epoch, copy = overview.comparable(study)
+    assert epoch == 2
+    assert [(trial.params["x"], trial.value) for trial in copy.trials] == [
+        (0.0, 0.2),
+        (0.1, 0.5),
+        (0.2, 0.7),
+    ]
