@@ -182,8 +182,10 @@ def lock_file(path: Path, purpose: str = "creation") -> Path:
 
 def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
     """Make the database `path`, complete or not at all; `fill` gets the URL of an empty file."""
+    if path.exists():
+        return
     with FileLock(lock_file(path), timeout=_LOCK_TIMEOUT):
-        if path.exists():
+        if path.exists():  # another process was first
             return
         unfinished = path.with_name(f".{path.name}.unfinished")
         unfinished.unlink(missing_ok=True)

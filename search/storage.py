@@ -179,12 +179,13 @@ def load_study(config: StudyConfig) -> optuna.Study:
     """The study of `config`, as it is. Raises InputError where this tool made none there."""
     path = sqlite_path(config.storage)
     if path is None or path.exists():
+        storage = open_storage(config.storage)
         with contextlib.suppress(KeyError):
-            study = optuna.load_study(
-                study_name=config.study_name, storage=open_storage(config.storage)
-            )
+            study = optuna.load_study(study_name=config.study_name, storage=storage)
             if "facts" in study.user_attrs:
                 return study
+        storage.remove_session()
+        storage.engine.dispose()
     raise InputError(
         f"--study-name must be a study of this tool, but {redact(config.storage)} has none named "
         f"{config.study_name}; look with optuna studies --storage {redact(config.storage)}"

@@ -28,8 +28,8 @@ def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
     Raises InputError where there is nothing to show, RunError where one of them ends by itself.
     """
     storage.check(config)
-    study = storage.load_study(config)
     tracking.check(config.tracking_uri)
+    study = storage.load_study(config)
     mirror = Tracking(replace(config, experiment=study.user_attrs["settings"]["experiment"]))
     pages = {
         "optuna-dashboard": f"dashboard/studies/{study._study_id}",

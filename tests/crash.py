@@ -59,7 +59,12 @@ RECONCILIATION = {
     "mid-reconcile, run not mended": Point(TRACKING, "mend", before=True),
     "mid-reconcile, run mended": Point(TRACKING, "mend"),
 }
-POINTS = FIRST_START | TRIALS | REGISTRATION | RECONCILIATION
+PRESENTATION = {
+    "report written": Point("search.report", "write"),
+    "report logged": Point(CLIENT, "log_artifact", word="report.html"),
+    "note written": Point("search.storage", "note"),
+}
+POINTS = FIRST_START | TRIALS | REGISTRATION | RECONCILIATION | PRESENTATION
 
 
 def arm(point: Point) -> None:

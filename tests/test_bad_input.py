@@ -976,6 +976,31 @@ def test_a_file_that_is_no_database_is_refused(
     )
 
 
+@pytest.mark.parametrize("verb", ["show", "report", "ui", "doctor"])
+def test_every_verb_refuses_what_is_no_database(
+    folder: Path, refused: Refused, ledger: str, verb: str
+) -> None:
+    (folder / ledger).write_bytes(random.Random(2).randbytes(8192))
+    places = (f"{option}=sqlite:///{folder}/{name}" for name, option in OPTION.items())
+    refused([verb, *places], f"error: {OPTION[ledger]} must be ", REMEDY[ledger])
+
+
+@pytest.mark.parametrize("verb", ["show", "report", "ui", "doctor"])
+def test_every_verb_refuses_a_study_that_is_not_there(
+    folder: Path, refused: Refused, study_database: bytes, verb: str
+) -> None:
+    (folder / "study.db").write_bytes(study_database)
+    places = (f"{option}=sqlite:///{folder}/{name}" for name, option in OPTION.items())
+    refused([verb, *places, "--study-name", "other"], "error: --study-name must be a study of")
+
+
+@pytest.mark.parametrize("place", ["no/such/folder.html", "."])
+def test_a_report_that_cannot_be_written_is_refused(
+    folder: Path, refused: Refused, place: str
+) -> None:
+    refused(command(report=place), "error: the report must be a file in a folder", "another file")
+
+
 def test_a_zero_length_database_is_refused(folder: Path, refused: Refused, ledger: str) -> None:
     (folder / ledger).touch()
     refused(

@@ -22,6 +22,7 @@ import crash
 import invariants
 import pytest
 from conftest import ROOT, command, start
+from optuna_dashboard import get_note
 from servers import BINARIES, MlflowServer, Postgres, Proxy
 
 from search import RunError, StudyConfig, doctor, pipeline
@@ -85,9 +86,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[
 # ---- kills at named points -----------------------------------------------------------------------
 
 
-def die(folder: Path, dataset: Path, point: str) -> None:
+def die(folder: Path, dataset: Path, point: str, *more: str) -> None:
     """Run the command until it dies at `point`."""
-    options = ["--dataset", str(dataset), "--workers", "1", *OPTIONS]
+    options = ["--dataset", str(dataset), "--workers", "1", *OPTIONS, *more]
     process = FORKS.Process(target=crash.run, args=(point, str(folder), options))
     process.start()
     process.join(timeout=120)
@@ -121,6 +122,23 @@ def test_a_kill_in_the_middle_of_mending_is_mended(
     die(in_folder, clouds, point)
     pipeline.run(settings(clouds))
     assert results(check(in_folder, settings(clouds))) == undisturbed
+
+
+@pytest.mark.parametrize("point", crash.PRESENTATION)
+def test_a_kill_while_the_findings_are_written_is_mended(
+    in_folder: Path, clouds: Path, point: str
+) -> None:
+    config = settings(clouds, report="report.html")
+    die(in_folder, clouds, point, "--report", config.report)
+    result = pipeline.run(config)
+    found = check(in_folder, config)
+    assert (result.ran, result.mended) == (0, ())
+    parent = found["parent"]
+    assert [entry.path for entry in found["client"].list_artifacts(parent.info.run_id)] == [
+        "report.html"
+    ]
+    assert parent.data.tags["mlflow.note.content"].startswith("Study mnist-dnn searched")
+    assert parent.info.run_id in get_note(found["study"])
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
