@@ -187,10 +187,10 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
     """Run the study, showing how it goes; returns the exit code."""
     from rich.console import Console
 
-    from search import display, pipeline
+    from search import display, panel, pipeline
 
     console = Console(soft_wrap=True)
-    shown = display.listener(console, quiet=quiet)
+    shown = panel.listener(console, quiet=quiet)
 
     def abandon(reason: str) -> None:
         shown.close()

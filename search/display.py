@@ -1,27 +1,16 @@
 """What the terminal shows: lines or a live panel while a study runs, its summary, its overview."""
 
-import contextlib
-import io
-import os
-import queue
 import shlex
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from search.config import redact
 from search.listener import Listener
 from search.outcome import Outcome
-from search.space import REFERENCE, Hyperparameters
+from search.space import Hyperparameters
 
 if TYPE_CHECKING:
     import optuna
@@ -31,9 +20,7 @@ if TYPE_CHECKING:
     from search.overview import Overview
     from search.pipeline import Result
 
-_COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
-_REFRESH = 0.25  # seconds
-_POLL = 1.0  # seconds between two looks at the running trials
+COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 _BAR = 24  # characters
 
 
@@ -91,7 +78,7 @@ class Lines(Quiet):
         )
         if outcome.failure:
             text += f"  ({outcome.failure})"
-        self._print(text, _COLOURS.get(outcome.state, ""))
+        self._print(text, COLOURS.get(outcome.state, ""))
 
     def mended(self, lines: list[str]) -> None:
         """Say what an earlier run had left behind."""
@@ -103,214 +90,6 @@ class Lines(Quiet):
         self._print(
             f"training trial {trial.number}'s configuration anew on training and validation data"
         )
-
-
-class Panel(Lines):
-    """The lines, and below them, on a terminal, how the search stands at this moment.
-
-    One thread alone writes to the terminal. What this process, its workers and their libraries
-    write to stdout and stderr comes to it by a pipe, so that no line tears another. The running
-    trials are read from the study, so it does not matter who runs them.
-    """
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._began = 0.0
-        self._epochs = self._missing = self._done = 0
-        self._counts = dict.fromkeys(_COLOURS, 0)
-        self._standing: dict[str, str] = {}
-        self._best: float | None = None
-        self._running: list[FrozenTrial] = []
-        self._doing = "the workers are starting"
-        self._waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        self._writer: threading.Thread | None = None
-        self._terminal = contextlib.ExitStack()
-
-    def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
-        """Show the panel, where there is something to search."""
-        super().start(study, dataset, missing)
-        if not missing:
-            return
-        from search import overview
-
-        trials = study.get_trials(deepcopy=False)
-        best, reference = next(iter(overview.ranked(trials)), None), overview.reference(trials)
-        for title, trial in (("best", best), ("reference", reference)):
-            if trial is not None and trial.value is not None:
-                tried = Hyperparameters(**trial.params)
-                self._standing[title] = _stands(trial.value, trial.number, tried)
-        self._best = None if best is None else best.value
-        self._epochs = int(study.user_attrs["settings"]["epochs"])
-        self._missing, self._began = missing, time.monotonic()
-        self._terminal.enter_context(_no_echo_of_control_keys())
-        screen = self._terminal.enter_context(_lines_to(self._waiting))
-        self._writer = threading.Thread(target=self._write, args=(screen,), daemon=True)
-        self._writer.start()
-        threading.Thread(target=self._watch, args=(study,), daemon=True).start()
-
-    def _print(self, text: str, style: str = "") -> None:
-        if self._writer is None or self._closed.is_set():
-            super()._print(text, style)
-        else:
-            self._waiting.put((text, style))
-
-    def _write(self, screen: TextIO) -> None:
-        """Print what waits, and the panel below it, until the end."""
-        console = Console(file=screen, soft_wrap=True)
-        with Live(
-            get_renderable=self._render,
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        ) as live:
-            ending = False
-            while not ending:
-                ending = self._closed.wait(_REFRESH)
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        text, style = self._waiting.get_nowait()
-                        console.print(text, style=style, markup=False, highlight=False)
-                live.refresh()
-
-    def _watch(self, study: "optuna.Study") -> None:
-        from optuna.trial import TrialState
-
-        while not self._closed.wait(_POLL):
-            with contextlib.suppress(Exception):  # a database may be busy; look again
-                self._running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-    def trial(self, outcome: Outcome, best: float | None) -> None:
-        """A line, and the counts."""
-        super().trial(outcome, best)
-        self._doing = ""
-        self._counts[outcome.state] += 1
-        self._done += outcome.state != "FAIL"
-        if outcome.value is not None:
-            stands = _stands(outcome.value, outcome.number, outcome.hyperparameters)
-            if self._best is None or outcome.value > self._best:
-                self._best, self._standing["best"] = outcome.value, stands
-            if outcome.hyperparameters == REFERENCE:
-                self._standing.setdefault("reference", stands)
-
-    def retraining(self, trial: "FrozenTrial") -> None:
-        """A line, and the same below."""
-        super().retraining(trial)
-        self._doing = f"training trial {trial.number}'s configuration anew"
-
-    def close(self) -> None:
-        """Take the panel away."""
-        self._closed.set()
-        if self._writer is not None:
-            self._writer.join(timeout=2)
-        self._terminal.close()
-
-    def _render(self) -> RenderableType:
-        passed = time.monotonic() - self._began
-        left = None if not self._done else passed / self._done * (self._missing - self._done)
-        progress = Table.grid(padding=(0, 2))
-        progress.add_row(
-            ProgressBar(total=self._missing, completed=self._done, width=_BAR),
-            f"{self._done} of {self._missing} trials",
-            f"{_clock(passed)} passed",
-            "" if self._done == self._missing else f"{_clock(left)} to go",
-        )
-        counts = Text()
-        for state, colour in _COLOURS.items():
-            name = {"FAIL": "failed"}.get(state, state.lower())
-            counts.append(f"{self._counts[state]} {name}  ", colour)
-        return Group(progress, counts, *(_short(line) for line in self._below()))
-
-    def _below(self) -> Iterator[str]:
-        for title in ("best", "reference"):
-            if title in self._standing:
-                yield f"{title:9s}  {self._standing[title]}"
-        for trial in sorted(self._running, key=lambda trial: trial.number):
-            history = trial.user_attrs.get("history", [])
-            worker = trial.user_attrs.get("owner", {}).get("pid", "")
-            last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
-            epoch = min(len(history) + 1, self._epochs)
-            yield f"worker {worker}  trial {trial.number}  epoch {epoch}/{self._epochs}  {last}"
-        if self._doing and not self._running:
-            yield self._doing
-
-
-def _stands(value: float, number: int, tried: Hyperparameters | None) -> str:
-    return f"{value:.4f}  trial {number}  {tried}"
-
-
-def _short(line: str) -> Text:
-    return Text(line, style="dim", overflow="ellipsis", no_wrap=True)
-
-
-def listener(console: Console, *, quiet: bool) -> Quiet:
-    """What fits: nothing, a panel on a terminal, or lines."""
-    if quiet:
-        return Quiet()
-    return (
-        Panel(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
-    )
-
-
-def _clock(seconds: float | None) -> str:
-    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
-
-
-@contextlib.contextmanager
-def _no_echo_of_control_keys() -> Iterator[None]:
-    """The terminal itself writes ^C where the cursor is, which would tear the panel."""
-    try:
-        import termios
-
-        descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (ImportError, OSError, ValueError, io.UnsupportedOperation):  # Windows; no terminal
-        yield
-        return
-    changed: list[Any] = list(before)
-    changed[3] &= ~termios.ECHOCTL
-    with contextlib.suppress(termios.error):
-        termios.tcsetattr(descriptor, termios.TCSANOW, changed)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(descriptor, termios.TCSANOW, before)
-
-
-@contextlib.contextmanager
-def _lines_to(waiting: "queue.SimpleQueue[tuple[str, str]]") -> Iterator[TextIO]:
-    """Put every line that comes to stdout, or to stderr on a terminal, into `waiting`.
-
-    Gives what writes to the terminal itself.
-    """
-    sys.stdout.flush()
-    reading, writing = os.pipe()
-    saved = {number: os.dup(number) for number in (1, 2) if os.isatty(number)}
-    for number in saved:
-        os.dup2(writing, number)
-    os.close(writing)
-
-    def copy() -> None:
-        with open(reading, errors="replace") as lines:
-            for line in lines:
-                waiting.put((line.rstrip("\n"), ""))
-
-    copying = threading.Thread(target=copy, daemon=True)
-    copying.start()
-    try:
-        yield os.fdopen(os.dup(saved[1]), "w")
-    finally:
-        sys.stdout.flush()
-        for number, terminal in saved.items():
-            os.dup2(terminal, number)
-            os.close(terminal)
-        copying.join(timeout=1)  # its end comes when the last worker has closed its own
-        with contextlib.suppress(queue.Empty):
-            while True:
-                print(waiting.get_nowait()[0])
 
 
 # ---- the end of a run ------------------------------------------------------------------------

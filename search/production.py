@@ -8,6 +8,7 @@ import sqlalchemy
 from sqlalchemy import text
 
 from search.config import StudyConfig, sqlite_path, sqlite_url
+from search.contract import NUMBER, STUDY
 from search.database import check_sqlite
 
 ALIAS = "production"
@@ -96,12 +97,12 @@ def _production(
     tags: Mapping[str, str],
     accuracy: float | None,
 ) -> Production:
-    number = tags.get("optuna.trial_number", "")
+    number = tags.get(NUMBER, "")
     return Production(
         model=name,
         version=int(version),
         run_id=run_id,
-        study=tags.get("optuna.study_name"),
+        study=tags.get(STUDY),
         trial=int(number) if number.isdigit() else None,
         test_accuracy=accuracy,
     )

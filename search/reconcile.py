@@ -11,7 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import registry, storage
 from search.config import StudyConfig
-from search.tracking import METRICS, NUMBER, ORPHAN, STATUS, Tracking, params_of, tags_of
+from search.contract import METRICS, NUMBER, ORPHAN, STATUS, params_of, tags_of
+from search.tracking import Tracking
 
 LOST = "lost: its process ended without a word (killed, crashed or switched off)"
 UNKNOWN = "unknown: its process could not write why, as on a full disk"

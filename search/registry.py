@@ -25,11 +25,12 @@ from mlflow.models import Model, infer_signature
 
 from search import evaluation
 from search.config import StudyConfig, sqlite_path
+from search.contract import METRICS, NUMBER, STUDY, STUDY_UID, Facts
 from search.data import Dataset, scaled
 from search.database import lock_file
 from search.production import ALIAS
 from search.space import Hyperparameters
-from search.tracking import METRICS, NUMBER, STUDY, STUDY_UID, Facts, Tracking
+from search.tracking import Tracking
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -22,9 +22,23 @@ from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import _get_latest_schema_revision
 from mlflow.tracking import MlflowClient
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from search.config import InputError, StudyConfig, one_line, redact, sqlite_path, sqlite_url
+from search.contract import (
+    METRICS,
+    NOTE,
+    NUMBER,
+    ORPHAN,
+    PARENT,
+    STATUS,
+    STUDY,
+    STUDY_UID,
+    SUMMARY,
+    Facts,
+    params_of,
+    tags_of,
+)
 from search.data import Dataset
 from search.database import (
     check_server,
@@ -37,23 +51,6 @@ from search.production import MLFLOW_TABLES
 from search.space import RECIPE
 
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
-PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
-NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
-ORPHAN = "optuna.orphan"
-NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
-STATUS = {
-    TrialState.RUNNING: "RUNNING",
-    TrialState.COMPLETE: "FINISHED",
-    TrialState.PRUNED: "KILLED",
-    TrialState.FAIL: "FAILED",
-}
-METRICS = {  # Keras' name -> ours
-    "loss": "train_loss",
-    "accuracy": "train_accuracy",
-    "val_loss": "val_loss",
-    "val_accuracy": "val_accuracy",
-}
-Facts = Mapping[str, Mapping[str, Any]]
 _SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's UI opens it
@@ -373,21 +370,6 @@ def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
         for name in METRICS.values()
         if name in entry
     ]
-
-
-def tags_of(trial: FrozenTrial) -> dict[str, str]:
-    """The tags that the run of the finished `trial` shall hold."""
-    tags = {NUMBER: str(trial.number), STATE: trial.state.name}
-    if trial.state is TrialState.FAIL:
-        tags[FAILURE] = trial.user_attrs.get("failure", "unknown")  # `reconcile` writes one
-    return tags
-
-
-def params_of(trial: FrozenTrial, facts: Facts) -> dict[str, Any]:
-    """The params that the run of `trial` shall hold."""
-    own = ("seed", "trainable_parameters")
-    attrs = {name: value for name, value in trial.user_attrs.items() if name in own}
-    return {**trial.params, **facts["params"], **attrs}
 
 
 def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:

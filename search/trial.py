@@ -16,9 +16,10 @@ from optuna_integration import KerasPruningCallback
 
 from search import data, model, registry, sampling, storage, training
 from search.config import StudyConfig, one_line
+from search.contract import METRICS, STATE
 from search.outcome import Outcome
 from search.space import Hyperparameters
-from search.tracking import METRICS, STATE, Tracking
+from search.tracking import Tracking
 
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `reconcile`
 _REST = 20  # times as long as a failure of MLflow took, it is left alone

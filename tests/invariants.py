@@ -10,7 +10,7 @@ import optuna
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from search.tracking import METRICS, STATUS
+from search.contract import METRICS, STATUS
 
 
 def dump(folder: Path) -> dict[str, list[str]]:

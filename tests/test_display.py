@@ -284,20 +284,20 @@ WARNING = """
 import os, sys, time, warnings
 import optuna
 from rich.console import Console
-from search import display
+from search import panel
 from search.outcome import Outcome
 
 study = optuna.create_study(direction="maximize")
 study.set_user_attr("settings", {"epochs": 3})
-panel = display.listener(Console(), quiet=False)
-panel.start(study, "a dataset", 20)
+shown = panel.listener(Console(), quiet=False)
+shown.start(study, "a dataset", 20)
 for number in range(20):
-    panel.trial(Outcome(number, number, "PRUNED", None, 0.5, None, 1, 0.1, None), None)
+    shown.trial(Outcome(number, number, "PRUNED", None, 0.5, None, 1, 0.1, None), None)
     warnings.warn(f"warning {number} of Python")
     os.write(2, b"warning %d of native code\\n" % number)
     print("warning", number, "of a worker", file=sys.stderr)
     time.sleep(0.02)  # more than one refresh of the panel in all
-panel.close()
+shown.close()
 print("the end")
 """
 

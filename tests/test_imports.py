@@ -99,8 +99,10 @@ def test_the_modules_that_train_know_neither_ledger(module: str) -> None:
 
 
 def test_only_the_modules_of_the_study_import_optuna() -> None:
-    allowed = {"storage", "sampling", "pipeline", "trial", "reconcile", "report", "tracking"}
-    assert importers({"optuna", "optuna_integration"}) <= allowed
+    allowed = {"storage", "sampling", "pipeline", "trial", "reconcile", "tracking"}
+    shown = {"overview", "presentation", "report", "display", "panel"}
+    shown |= {"listener", "contract", "cli"}
+    assert importers({"optuna", "optuna_integration"}) <= allowed | shown
 
 
 def test_only_storage_builds_optunas_storages() -> None:
@@ -114,7 +116,8 @@ def test_only_storage_builds_optunas_storages() -> None:
 
 
 def test_only_the_modules_of_the_mirror_import_mlflow() -> None:
-    assert importers({"mlflow"}) <= {"tracking", "registry", "reconcile"}
+    assert importers({"mlflow"}, late=False) <= {"tracking", "registry", "reconcile"}
+    assert importers({"mlflow"}) <= {"tracking", "registry", "reconcile", "production"}
 
 
 def test_the_command_line_imports_no_heavy_part_at_its_top() -> None:
