@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -185,11 +186,9 @@ def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
 
 def run_study(config: StudyConfig, quiet: bool = False) -> int:
     """Run the study, showing how it goes; returns the exit code."""
-    from rich.console import Console
-
     from search import display, panel, pipeline
 
-    console = Console(soft_wrap=True)
+    console = display.Output(soft_wrap=True)
     shown = panel.listener(console, quiet=quiet)
 
     def abandon(reason: str) -> None:
@@ -280,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         message = " ".join(str(error).split()).rstrip(".")
         return _fail(f"{message}; see python study.py --help", 2)
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
         reason = str(error) or "interrupted"
         code = getattr(error, "exit_code", signals.EXIT_INTERRUPTED)

@@ -1,13 +1,15 @@
 """What the terminal shows: lines or a live panel while a study runs, its summary, its overview."""
 
+import contextlib
 import shlex
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from search.config import redact
+from search.config import Interrupted, redact
 from search.listener import Listener
 from search.outcome import Outcome
 from search.space import Hyperparameters
@@ -22,6 +24,16 @@ if TYPE_CHECKING:
 
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 _BAR = 24  # characters
+
+
+class Output(Console):
+    """Where a run prints. Where nobody reads on, as after `| head`, the run is interrupted."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more, and end the run as Ctrl-C does."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+        raise Interrupted("nobody reads the output", 128 + signal.SIGPIPE)
 
 
 class Quiet(Listener):
@@ -161,13 +173,14 @@ def show(console: Console, found: "Overview") -> None:
         line()
         for text in _top(found):
             line(text)
+    bar = "█" if console.encoding.startswith("utf") else "#"
     if found.importances is not None:
         line(
             f"\nImportance for val_accuracy after epoch {found.importances.epoch}, "
             f"{found.importances.trials} trials:"
         )
         for name, share in found.importances.shares.items():
-            line(f"  {name:15s} {share:4.0%} {'█' * round(share * _BAR)}")
+            line(f"  {name:15s} {share:4.0%} {bar * round(share * _BAR)}")
     if found.saved.epochs:
         line(
             f"\nPruning saved {found.saved.epochs} epochs, about "

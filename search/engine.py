@@ -8,7 +8,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
 
+from search import signals
 from search.config import RunError, StudyConfig
 from search.outcome import Outcome
 
@@ -41,8 +41,7 @@ def _prepare(config: StudyConfig, parent_run: str) -> None:
 
 
 def _prepare_process(config: StudyConfig, parent_run: str) -> None:
-    """The same in a process that leaves Ctrl-C to the main process, and dies with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The same in a process that dies with the main process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _prepare(config, parent_run)
 
@@ -148,7 +147,10 @@ class Engine:
                     initializer=_prepare_process,
                     initargs=arguments,
                 )
-        return self._executor.submit(task, argument)
+        if self.workers == 1:
+            return self._executor.submit(task, argument)
+        with signals.no_ctrl_c_for_children():  # the pool starts its processes when a task comes
+            return self._executor.submit(task, argument)
 
     def _bury(self) -> None:
         """Wait until every process of a broken pool is gone."""

@@ -13,7 +13,7 @@ from search.data import Dataset
 DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
 _SHOWN = 12  # mistakes
 _CHANNELS = (1, 3)
-_MANY = 20  # classes, from which the cells of the matrix are too small for numbers
+MANY = 20  # classes, from which the cells of the matrix are too small for numbers
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _draw_matrix(figure: Any, evaluation: Evaluation) -> None:
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, label="share of the true class")
     axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test images")
-    if len(counts) < _MANY:
+    if len(counts) < MANY:
         axes.set_xticks(range(len(counts)))
         axes.set_yticks(range(len(counts)))
         for (row, column), count in np.ndenumerate(counts):

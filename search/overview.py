@@ -1,5 +1,6 @@
 """What a study has found so far, read from its ledgers: for the terminal, scripts and both UIs."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def read(config: StudyConfig) -> Overview:
     """
     try:
         storage.check(config)
-        production.check(config)
+        production.check(config.tracking_uri)
         return of(storage.load_study(config), config)
     except (*storage.ERRORS, RequestException) as error:
         raise storage.failure(error) from error
@@ -195,7 +196,9 @@ def importances(study: optuna.Study) -> Importances | None:
         return None
     from optuna.importance import get_param_importances  # slow: it imports scikit-learn
 
-    shares = get_param_importances(copy, params=list(varied))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where all values are equal
+        shares = get_param_importances(copy, params=list(varied))
     return Importances(epoch, len(trials), {name: float(share) for name, share in shares.items()})
 
 

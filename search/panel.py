@@ -1,10 +1,10 @@
 """How a search stands, live, below the lines that it prints on a terminal."""
 
 import contextlib
-import io
 import os
 import queue
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _REFRESH = 0.25  # seconds
 _POLL = 1.0  # seconds between two looks at the running trials
 _BAR = 24  # characters
+_END = "\0the end of the panel\n"
 
 
 class Panel(Lines):
@@ -43,7 +44,7 @@ class Panel(Lines):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._began = 0.0
-        self._epochs = self._missing = self._done = 0
+        self._epochs = self._total = self._before = self._done = 0
         self._counts = dict.fromkeys(COLOURS, 0)
         self._standing: dict[str, str] = {}
         self._best: float | None = None
@@ -68,8 +69,13 @@ class Panel(Lines):
                 tried = Hyperparameters(**trial.params)
                 self._standing[title] = _stands(trial.value, trial.number, tried)
         self._best = None if best is None else best.value
+        for trial in trials:
+            if trial.state.name in self._counts:
+                self._counts[trial.state.name] += 1
+        self._before = self._counts["COMPLETE"] + self._counts["PRUNED"]
+        self._total = self._before + missing
         self._epochs = int(study.user_attrs["settings"]["epochs"])
-        self._missing, self._began = missing, time.monotonic()
+        self._began = time.monotonic()
         self._terminal.enter_context(_no_echo_of_control_keys())
         screen = self._terminal.enter_context(_lines_to(self._waiting))
         self._writer = threading.Thread(target=self._write, args=(screen,), daemon=True)
@@ -136,13 +142,14 @@ class Panel(Lines):
 
     def _render(self) -> RenderableType:
         passed = time.monotonic() - self._began
-        left = None if not self._done else passed / self._done * (self._missing - self._done)
+        finished = self._before + self._done
+        left = None if not self._done else passed / self._done * (self._total - finished)
         progress = Table.grid(padding=(0, 2))
         progress.add_row(
-            ProgressBar(total=self._missing, completed=self._done, width=_BAR),
-            f"{self._done} of {self._missing} trials",
+            ProgressBar(total=self._total, completed=finished, width=_BAR),
+            f"{finished} of {self._total} trials",
             f"{_clock(passed)} passed",
-            "" if self._done == self._missing else f"{_clock(left)} to go",
+            "" if finished == self._total else f"{_clock(left)} to go",
         )
         counts = Text()
         for state, colour in COLOURS.items():
@@ -176,9 +183,8 @@ def listener(console: Console, *, quiet: bool) -> Quiet:
     """What fits: nothing, a panel on a terminal, or lines."""
     if quiet:
         return Quiet()
-    return (
-        Panel(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
-    )
+    capable = console.is_terminal and not console.is_dumb_terminal and os.isatty(1)
+    return Panel(console) if capable else Lines(console)
 
 
 def _clock(seconds: float | None) -> str:
@@ -188,23 +194,18 @@ def _clock(seconds: float | None) -> str:
 @contextlib.contextmanager
 def _no_echo_of_control_keys() -> Iterator[None]:
     """The terminal itself writes ^C where the cursor is, which would tear the panel."""
-    try:
-        import termios
-
-        descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (ImportError, OSError, ValueError, io.UnsupportedOperation):  # Windows; no terminal
+    if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():  # in the background we may not
         yield
         return
+    before = termios.tcgetattr(0)
     changed: list[Any] = list(before)
     changed[3] &= ~termios.ECHOCTL
-    with contextlib.suppress(termios.error):
-        termios.tcsetattr(descriptor, termios.TCSANOW, changed)
+    termios.tcsetattr(0, termios.TCSANOW, changed)
     try:
         yield
     finally:
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+        if os.tcgetpgrp(0) == os.getpgrp():
+            termios.tcsetattr(0, termios.TCSANOW, before)
 
 
 @contextlib.contextmanager
@@ -223,18 +224,21 @@ def _lines_to(waiting: "queue.SimpleQueue[tuple[str, str]]") -> Iterator[TextIO]
     def copy() -> None:
         with open(reading, errors="replace") as lines:
             for line in lines:
+                if line == _END:
+                    return
                 waiting.put((line.rstrip("\n"), ""))
 
     copying = threading.Thread(target=copy, daemon=True)
     copying.start()
     try:
-        yield os.fdopen(os.dup(saved[1]), "w")
+        yield os.fdopen(os.dup(saved[1]), "w", errors="replace")
     finally:
         sys.stdout.flush()
+        os.write(1, _END.encode())  # others, like multiprocessing's, may keep the pipe open
         for number, terminal in saved.items():
             os.dup2(terminal, number)
             os.close(terminal)
-        copying.join(timeout=1)  # its end comes when the last worker has closed its own
+        copying.join(timeout=1)
         with contextlib.suppress(queue.Empty):
             while True:
                 print(waiting.get_nowait()[0])

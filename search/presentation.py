@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def check(path: Path) -> None:
     """Raise InputError where the report can't be written to `path`."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
         raise InputError(
             f"the report must be a file in a folder that can be written to, but got {str(path)!r}; "
             "give another file"
@@ -37,11 +37,14 @@ def present(ledgers: Ledgers, winner: Winner) -> None:
     described = overview.markdown(
         found, [won, f"Trials and their curves: study {study.study_name} in {found.storage}."]
     )
-    if mirror.is_described(ledgers.parent, described):
+    new = not mirror.is_described(ledgers.parent, described)
+    path = Path(config.report)
+    if config.report != "none" and (new or not path.exists()):
+        _write(path, study, config, mirror)
+    if not new:
         return
     if config.report != "none":
-        _write(Path(config.report), study, config, mirror)
-        mirror.client.log_artifact(ledgers.parent, config.report)
+        mirror.client.log_artifact(ledgers.parent, str(path))
     note = f"Runs, models and curves: MLflow run {ledgers.parent} in {found.tracking_uri}."
     storage.note(study, overview.markdown(found, [won, note]))
     mirror.describe(ledgers.parent, described)  # last: it says that the rest is done

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 import sqlalchemy
 from sqlalchemy import text
 
-from search.config import StudyConfig, sqlite_path, sqlite_url
+from search.config import (
+    InputError,
+    RunError,
+    StudyConfig,
+    one_line,
+    redact,
+    sqlite_path,
+    sqlite_url,
+)
 from search.contract import NUMBER, STUDY
-from search.database import check_sqlite
+from search.database import check_server, check_sqlite
 
 ALIAS = "production"
-MLFLOW_TABLES = {"experiments", "runs"}
+_SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,18 @@ class Production:
     test_accuracy: float | None
 
 
-def check(config: StudyConfig) -> None:
-    """Raise InputError where `config.tracking_uri` names a file that is no MLflow database."""
-    path = sqlite_path(config.tracking_uri)
+def check(uri: str) -> None:
+    """Raise InputError where `uri` names no MLflow database or server; a file is only read."""
+    path = sqlite_path(uri)
     if path is not None:
-        check_sqlite("--tracking-uri", config.tracking_uri, path, MLFLOW_TABLES, "MLflow")
+        check_sqlite("--tracking-uri", uri, path, {"experiments", "runs"}, "MLflow")
+    elif uri.split(":")[0].split("+")[0] not in _SCHEMES or "://" not in uri:
+        raise InputError(
+            "--tracking-uri must be sqlite:///FILE, a database URL or http(s)://SERVER, but got "
+            f"{redact(uri)!r}; for example --tracking-uri sqlite:///mlflow.db"
+        )
+    elif not uri.startswith("http"):
+        check_server("--tracking-uri", uri, "sqlite:///mlflow.db")
 
 
 def find(config: StudyConfig) -> Production | None:
@@ -77,13 +92,19 @@ def _from_server(config: StudyConfig) -> Production | None:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    from search import tracking
+
+    tracking.check(config.tracking_uri)
+    tracking.Tracking(config)  # says how long MLflow may wait for a server
     client = MlflowClient(config.tracking_uri, registry_uri=config.tracking_uri)
     try:
         version = client.get_model_version_by_alias(config.model_name, ALIAS)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
-        raise
+        raise RunError(
+            f"the MLflow server did not answer ({one_line(error)}); look at it and try again"
+        ) from None
     accuracy = None
     with contextlib.suppress(MlflowException):  # its run may have been deleted
         accuracy = client.get_run(str(version.run_id)).data.metrics.get("test_accuracy")

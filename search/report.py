@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from search import overview, storage
 from search.config import StudyConfig
-from search.evaluation import Evaluation
+from search.evaluation import MANY, Evaluation
 from search.overview import Overview
 
 _STATES = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
@@ -62,6 +62,7 @@ class Tested:
 def write(path: Path, study: optuna.Study, config: StudyConfig, tested: Tested | None) -> None:
     """Write the report of `study` into `path`, whole or not at all."""
     html = build(study, overview.of(study, config), tested)
+    path = path.resolve()  # a link stays one
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(html, encoding="utf-8")
@@ -214,8 +215,8 @@ def _confusion(tested: Tested, evaluation: Evaluation) -> Chart:
         go.Heatmap(
             z=[[count / max(sum(row), 1) for count in row] for row in counts],
             customdata=counts,
-            text=counts if len(counts) <= 20 else None,
-            texttemplate="%{text}" if len(counts) <= 20 else None,
+            text=counts if len(counts) < MANY else None,
+            texttemplate="%{text}" if len(counts) < MANY else None,
             x=names,
             y=names,
             colorscale="Blues",

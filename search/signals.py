@@ -86,17 +86,28 @@ def handled(stop: Callable[[], None], abandon: Callable[[str], None]) -> Iterato
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Ctrl-C and SIGTERM leave the block, whose clean-up is then not interrupted again."""
+    """Ctrl-C, SIGTERM or a closed terminal leave the block; its clean-up is not interrupted."""
+    ways = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def on_signal(number: int, _: object) -> None:
-        for each in _WAYS:
+        for each in ways:
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(*_WAYS[signal.Signals(number)])
+        raise Interrupted("ended", 128 + number)
 
-    before = {number: signal.signal(number, on_signal) for number in _WAYS}
+    before = {number: signal.signal(number, on_signal) for number in ways}
     try:
         with contextlib.suppress(Interrupted):
             yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_ctrl_c_for_children() -> Iterator[None]:
+    """Processes started in the block never get Ctrl-C, not even before they can say so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -85,18 +85,28 @@ def _alembic_head() -> str:
     return storage.get_head_version()
 
 
+def _has_tables(url: str) -> bool:
+    """Whether Optuna has been there; changes nothing."""
+    path = sqlite_path(url)
+    if path is not None:
+        return path.exists()  # it is made complete or not at all
+    engine = sqlalchemy.create_engine(url)
+    try:
+        return sqlalchemy.inspect(engine).has_table("studies")
+    finally:
+        engine.dispose()
+
+
 def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
     """Raise InputError where the study exists with other settings; reads only."""
-    path = sqlite_path(config.storage)
-    if path is not None and not path.exists():
+    if not _has_tables(config.storage):
         return
+    path = sqlite_path(config.storage)
     url = (
         config.storage
         if path is None
         else f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
     )
-    if path is None and not sqlalchemy.inspect(sqlalchemy.create_engine(url)).has_table("studies"):
-        return
     storage = RDBStorage(_braces(url), skip_table_creation=True)
     try:
         study = optuna.load_study(study_name=config.study_name, storage=storage)
@@ -177,8 +187,7 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
 
 def load_study(config: StudyConfig) -> optuna.Study:
     """The study of `config`, as it is. Raises InputError where this tool made none there."""
-    path = sqlite_path(config.storage)
-    if path is None or path.exists():
+    if _has_tables(config.storage):
         storage = open_storage(config.storage)
         with contextlib.suppress(KeyError):
             study = optuna.load_study(study_name=config.study_name, storage=storage)
@@ -196,10 +205,10 @@ def note(study: optuna.Study, text: str) -> None:
     """Make `text` the study's note in optuna-dashboard, unless the user has written another."""
     from optuna_dashboard import get_note, save_note
 
-    shown = get_note(study)
-    if shown in ("", study.user_attrs.get("note"), text):
+    shown, own = get_note(study), study.user_attrs.get("notes", [])
+    if shown in ("", *own):
+        study.set_user_attr("notes", [shown, text])  # first: both are known as ours if it is killed
         save_note(study, text)
-    study.set_user_attr("note", text)
 
 
 def _runner_file(config: StudyConfig) -> Path:

@@ -24,6 +24,7 @@ from mlflow.store.db.utils import _get_latest_schema_revision
 from mlflow.tracking import MlflowClient
 from optuna.trial import FrozenTrial
 
+from search import production
 from search.config import InputError, StudyConfig, one_line, redact, sqlite_path, sqlite_url
 from search.contract import (
     METRICS,
@@ -41,38 +42,29 @@ from search.contract import (
 )
 from search.data import Dataset
 from search.database import (
-    check_server,
-    check_sqlite,
     create_sqlite,
     other_schema,
     tune_sqlite,
 )
-from search.production import MLFLOW_TABLES
 from search.space import RECIPE
 
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
-_SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's UI opens it
 _BATCH = 900  # MLflow takes 1,000 entries a call
 
 
 def check(uri: str) -> None:
-    """Raise InputError where `uri` is no MLflow database or server; a file is only read."""
+    """Raise InputError where `uri` is no MLflow database or server of today; a file is only read.
+
+    A server has to answer.
+    """
+    production.check(uri)
     path = sqlite_path(uri)
-    if path is not None:
-        check_sqlite("--tracking-uri", uri, path, MLFLOW_TABLES, "MLflow")
-        if path.exists():
-            _check_schema(uri, path)
-    elif uri.split(":")[0].split("+")[0] not in _SCHEMES or "://" not in uri:
-        raise InputError(
-            "--tracking-uri must be sqlite:///FILE, a database URL or http(s)://SERVER, but got "
-            f"{redact(uri)!r}; for example --tracking-uri sqlite:///mlflow.db"
-        )
+    if path is not None and path.exists():
+        _check_schema(uri, path)
     elif uri.startswith("http"):
         _check_server(uri)
-    else:
-        check_server("--tracking-uri", uri, "sqlite:///mlflow.db")
 
 
 def _check_schema(uri: str, path: Path) -> None:

@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import psutil
 
-from search import storage, tracking
-from search.config import RunError, StudyConfig, redact, sqlite_path, sqlite_url
+from search import signals, storage, tracking
+from search.config import InputError, RunError, StudyConfig, redact, sqlite_path, sqlite_url
 from search.tracking import Tracking
 
 HOST = "127.0.0.1"
@@ -27,14 +26,7 @@ def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
 
     Raises InputError where there is nothing to show, RunError where one of them ends by itself.
     """
-    storage.check(config)
-    tracking.check(config.tracking_uri)
-    study = storage.load_study(config)
-    mirror = Tracking(replace(config, experiment=study.user_attrs["settings"]["experiment"]))
-    pages = {
-        "optuna-dashboard": f"dashboard/studies/{study._study_id}",
-        "mlflow ui": f"#/experiments/{mirror.open().experiment_id}/runs",
-    }
+    pages = _pages(config)
     with contextlib.ExitStack() as running:
         served = {
             "optuna-dashboard": running.enter_context(_dashboard(config)),
@@ -51,6 +43,28 @@ def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
         raise RunError("one of the two servers ended by itself; start them again")
 
 
+def _pages(config: StudyConfig) -> dict[str, str]:
+    """The study's own page of each."""
+    try:
+        storage.check(config)
+        tracking.check(config.tracking_uri)
+        study = storage.load_study(config)
+        experiment = study.user_attrs["settings"]["experiment"]
+        mirror = Tracking(replace(config, experiment=experiment))
+        if not mirror.exists():
+            raise InputError(
+                f"--tracking-uri must be where the study's runs are, but "
+                f"{redact(config.tracking_uri)} has no experiment {experiment}; "
+                "run the study again, or give another"
+            )
+        return {
+            "optuna-dashboard": f"dashboard/studies/{study._study_id}",
+            "mlflow ui": f"#/experiments/{mirror.open().experiment_id}/runs",
+        }
+    except (*storage.ERRORS, *tracking.ERRORS) as error:
+        raise storage.failure(error) from error
+
+
 Served = tuple[str, psutil.Process | None]
 
 
@@ -61,7 +75,8 @@ def _dashboard(config: StudyConfig) -> Iterator[Served]:
     process = multiprocessing.get_context("spawn").Process(
         target=_run_dashboard, args=(config.storage, port), daemon=True
     )
-    process.start()
+    with signals.no_ctrl_c_for_children():  # the main process ends it
+        process.start()
     try:
         yield f"http://{HOST}:{port}/", psutil.Process(process.pid)
     finally:
@@ -71,9 +86,7 @@ def _dashboard(config: StudyConfig) -> Iterator[Served]:
 
 def _run_dashboard(url: str, port: int) -> None:
     import logging
-    import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     logging.disable()
     from optuna_dashboard import run_server
@@ -115,8 +128,9 @@ def _free_port() -> int:
 def _wait(name: str, address: str, process: psutil.Process | None) -> None:
     """Until the server answers. Raises RunError where it does not."""
     deadline = time.monotonic() + _PATIENCE
+    direct = build_opener(ProxyHandler({}))  # whatever http_proxy says
     while process is not None:
-        with contextlib.suppress(URLError, OSError), urlopen(address, timeout=5):
+        with contextlib.suppress(OSError), direct.open(address, timeout=5):
             return
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             raise RunError(f"{name} ended before it answered; try it by hand to see why")

@@ -994,7 +994,7 @@ def test_every_verb_refuses_a_study_that_is_not_there(
     refused([verb, *places, "--study-name", "other"], "error: --study-name must be a study of")
 
 
-@pytest.mark.parametrize("place", ["no/such/folder.html", "."])
+@pytest.mark.parametrize("place", ["no/such/folder.html", ".", "/dev/null"])
 def test_a_report_that_cannot_be_written_is_refused(
     folder: Path, refused: Refused, place: str
 ) -> None:

@@ -133,6 +133,9 @@ def test_a_kill_while_the_findings_are_written_is_mended(
     result = pipeline.run(config)
     found = check(in_folder, config)
     assert (result.ran, result.mended) == (0, ())
+    (in_folder / "report.html").unlink()
+    pipeline.run(config)
+    assert (in_folder / "report.html").exists()
     parent = found["parent"]
     assert [entry.path for entry in found["client"].list_artifacts(parent.info.run_id)] == [
         "report.html"

@@ -4,15 +4,17 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import invariants
 import optuna
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, start
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 from terminal import Terminal
@@ -216,8 +218,9 @@ WORKER = re.compile(r"worker \d+  trial \d+  epoch [123]/3")
 def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
-    def begin(*command: str) -> Terminal:
-        started.append(Terminal([sys.executable, *command], tmp_path))
+    def begin(*arguments: str, shell: str = 'exec "$@"') -> Terminal:
+        command = ["bash", "-c", shell, "-", sys.executable, *arguments]
+        started.append(Terminal(command, tmp_path))
         return started[0]
 
     yield begin
@@ -313,6 +316,50 @@ def test_a_warning_tears_no_line(terminal: Callable[..., Terminal]) -> None:
         assert lines.count(f"warning {number} of a worker") == 1
         assert sum(line.startswith(f"trial {number:4d}  PRUNED ") for line in lines) == 1
     assert not any("passed" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        '"$@" < /dev/null',
+        '"$@" <&-',
+        'set -m; "$@" & wait $!',  # in the background, where a terminal's modes are not ours
+    ],
+)
+def test_a_terminal_that_is_not_all_ours_does_no_harm(
+    terminal: Callable[..., Terminal], shell: str
+) -> None:
+    running = terminal("-c", WARNING, shell=shell)
+    lines = running.end()
+    assert running.process.returncode == 0
+    assert lines[-1] == "the end"
+
+
+def test_a_pipe_that_is_called_a_terminal_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", WARNING], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("the end\n")
+    assert "passed" not in done.stdout
+
+
+def test_a_run_that_nobody_reads_is_interrupted(in_folder: Path, clouds: Path) -> None:
+    process = start(in_folder, *options(clouds, 500, "1")[1:])
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("trial "):
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == (
+        "error: nobody reads the output; run the same command again to go on\n"
+    )
+    process.stderr.close()
+    invariants.check(in_folder, registered=False)
 
 
 def test_without_a_terminal_there_is_a_line_a_trial_and_quiet_leaves_the_summary(

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TRIALS, command
+from conftest import ROOT, TRIALS, command
 from optuna.trial import TrialState, create_trial
 from servers import MlflowServer
 
@@ -119,6 +120,26 @@ def test_production_is_the_same_through_a_server(finished: dict[str, Any], tmp_p
     assert through is not None
 
 
+def test_a_server_that_is_gone_is_one_line_without_its_password(finished: dict[str, Any]) -> None:
+    began = time.monotonic()
+    gone = ("--tracking-uri", "http://someone:hunter2@127.0.0.1:9")
+    for verb in ("show", "report", "ui"):
+        code, out, err = command(finished["folder"], verb, *gone)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), err
+        assert "must be a running MLflow server" in err
+        assert "hunter2" not in err
+    assert time.monotonic() - began < 60
+
+
+def test_a_reader_that_stops_reading_gets_no_traceback(finished: dict[str, Any]) -> None:
+    for verb in ("show", "show --json"):
+        shell = f"{sys.executable} {ROOT / 'study.py'} {verb} | true"
+        done = subprocess.run(
+            ["bash", "-c", shell], cwd=finished["folder"], capture_output=True, text=True
+        )
+        assert done.stderr == ""
+
+
 def test_a_study_without_a_finished_trial_is_shown(
     in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,11 +194,11 @@ def test_the_descriptions_name_each_other_and_the_users_own_words_stay(
     assert "is version 1 of MNIST_DNN_Model" in get_note(study)
 
     save_note(study, "my own words")
-    run(StudyConfig(**{**config.__dict__, "n_trials": 5}))
+    run(replace(config, n_trials=5))
     assert get_note(storage.load_study(config)) == "my own words"
     assert "5 trials complete" in description()
     client.set_tag(result.parent_run_id, "mlflow.note.content", "mine, too")
-    run(StudyConfig(**{**config.__dict__, "n_trials": 6}))
+    run(replace(config, n_trials=6))
     assert description() == "mine, too"
 
 

@@ -127,7 +127,7 @@ def test_a_retraining_stopped_before_its_end_is_done_again(
     config: StudyConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at(patch, "log_artifact", "after")
+        stop_at(patch, "log_artifacts", "after")
         with pytest.raises(Stopped):
             pipeline.run(config)
     pipeline.run(config)

@@ -7,8 +7,8 @@ import contextlib, time
 from search.signals import handled
 
 with handled(stop=lambda: None, abandon=lambda reason: print("abandoned:", reason, flush=True)):
-    print("ready", flush=True)
     with contextlib.suppress(BaseException):  # as a bare except in a library would
+        print("ready", flush=True)
         time.sleep(60)
     time.sleep(60)
 """

@@ -101,6 +101,14 @@ def test_optuna_dashboard_shows_the_study_its_trials_and_their_curves(
     page.close()
 
 
+def test_a_database_without_the_studys_runs_is_refused(finished: dict[str, Any]) -> None:
+    process = start(finished["folder"], "ui", "--tracking-uri", "sqlite:///other.db")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert "sqlite:///other.db has no experiment MNIST_Classification" in err
+    assert not (finished["folder"] / "other.db").exists()
+
+
 def test_what_is_no_study_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("empty")
     process = start(folder, "ui")
