@@ -9,9 +9,11 @@ from typing import Any
 import invariants
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 
 TRIALS, EPOCHS = 12, 3
+FINISHED = (*("--dataset", "digits.npz", "--epochs", str(EPOCHS), "--n-trials", str(TRIALS)),)
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -72,16 +74,24 @@ def clouds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Any]:
-    """A folder in which the command ran to its end, and what it printed.
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str, digits: Path
+) -> dict[str, Any]:
+    """A folder in which the command ran to its end, and what it printed; leave it as it is.
 
-    It takes half a minute, so whatever uses it is in the group "end to end": one worker runs them.
+    That takes half a minute, so one process of pytest does it for all.
     """
-    folder = tmp_path_factory.mktemp("finished")
-    options = ("--dataset", str(digits), "--epochs", str(EPOCHS), "--n-trials", str(TRIALS))
-    code, out, err = command(folder, *options)
-    assert (code, err) == (0, "")
-    return {"folder": folder, "options": options, "out": out, **invariants.check(folder, TRIALS)}
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "finished"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copy(digits, folder / "digits.npz")
+            code, out, err = command(folder, *FINISHED)
+            assert (code, err) == (0, "")
+            (folder / "out.txt").write_text(out)
+    out = (folder / "out.txt").read_text()
+    return {"folder": folder, "options": FINISHED, "out": out, **invariants.check(folder, TRIALS)}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What `show` says, of real databases."""
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -16,8 +17,6 @@ from optuna.trial import TrialState, create_trial
 from servers import MlflowServer
 
 from search import StudyConfig, overview, production, sampling, storage
-
-pytestmark = pytest.mark.xdist_group("end to end")
 
 
 def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
@@ -87,11 +86,13 @@ def test_show_takes_less_than_two_seconds_and_loads_no_tensorflow(
     assert not {"tensorflow", "keras", "mlflow"} & set(done.stdout.splitlines()[-1].split())
 
     def seconds() -> float:
-        began = time.monotonic()
+        """Of processor: other tests run beside this one."""
+        before = os.times()
         assert command(finished["folder"], "show")[0] == 0
-        return time.monotonic() - began
+        after = os.times()
+        return sum(after[2:4]) - sum(before[2:4])
 
-    assert min(seconds() for _ in range(5)) < 2.0  # the best of five: other tests run beside it
+    assert min(seconds() for _ in range(3)) < 2.0
 
 
 def test_show_changes_nothing(finished: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from optuna.trial import TrialState, create_trial
 from search import overview, report, sampling, storage
 from search.config import StudyConfig
 
-end_to_end = pytest.mark.xdist_group("end to end")
 TITLES = [
     "History of the search",
     "Learning curves",
@@ -40,7 +39,6 @@ def opened(browser: Any, path: Path, **options: Any) -> Any:
     return page
 
 
-@end_to_end
 def test_every_chart_is_drawn_without_an_error_and_without_a_network(
     finished: dict[str, Any], browser: Any
 ) -> None:
@@ -61,7 +59,6 @@ def test_every_chart_is_drawn_without_an_error_and_without_a_network(
     page.close()
 
 
-@end_to_end
 def test_it_reads_well_on_a_phone_in_the_dark_and_with_a_screen_reader(
     finished: dict[str, Any], browser: Any
 ) -> None:
@@ -84,7 +81,6 @@ def test_it_reads_well_on_a_phone_in_the_dark_and_with_a_screen_reader(
     page.close()
 
 
-@end_to_end
 def test_the_table_holds_every_trial_and_sorts(finished: dict[str, Any], browser: Any) -> None:
     page = opened(browser, finished["folder"] / "report.html")
 
@@ -102,7 +98,6 @@ def test_the_table_holds_every_trial_and_sorts(finished: dict[str, Any], browser
     page.close()
 
 
-@end_to_end
 def test_it_is_an_artifact_of_the_parent_run_and_can_be_written_again(
     finished: dict[str, Any], tmp_path: Path
 ) -> None:

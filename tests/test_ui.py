@@ -10,8 +10,6 @@ import pytest
 import requests
 from conftest import EPOCHS, TRIALS, start
 
-pytestmark = pytest.mark.xdist_group("end to end")
-
 
 @pytest.fixture(scope="module")
 def served(finished: dict[str, Any]) -> Iterator[dict[str, Any]]:
