@@ -191,6 +191,8 @@ def show(console: Console, found: "Overview") -> None:
         for failed in found.failures:
             line(f"  trial {failed.number}: {failed.failure or 'unknown'}", "red")
     line(f"\n{overview.in_production(found)}")
+    if found.unfinished and found.running is None:
+        line("Its run was interrupted; run the same command again to go on.")
 
 
 def _top(found: "Overview") -> Iterator[str]:

@@ -1,10 +1,8 @@
 """Say whether both ledgers agree, and make them, without running anything."""
 
-from dataclasses import replace
-
 from search import storage, tracking
 from search.config import StudyConfig
-from search.reconcile import Ledgers
+from search.reconcile import Ledgers, existing
 from search.tracking import Tracking
 
 
@@ -15,10 +13,7 @@ def examine(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
     InputError where there is no study, RunError where it is being run or a database fails.
     """
     try:
-        storage.check(config)
-        tracking.check(config.tracking_uri)
-        study = storage.load_study(config)
-        config = replace(config, experiment=study.user_attrs["settings"]["experiment"])
+        study, config = existing(config)
         with storage.sole_runner(config):
             mirror = Tracking(config)
             if not fix and not (mirror.exists() and mirror.open().has_parent(study)):

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -51,12 +52,17 @@ def _ready() -> "Worker":
     global _worker
     if _worker is None:
         assert _arguments is not None
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        with _silent_stderr():
-            from search.trial import Worker
-        logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
-        _worker = Worker(*_arguments)
+        _worker = load_trial()(*_arguments)
     return _worker
+
+
+def load_trial() -> "type[Worker]":
+    """Import everything heavy that a trial needs, TensorFlow included, in silence."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _silent_stderr():
+        from search.trial import Worker
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
+    return Worker
 
 
 def _run_trial(place: int) -> Outcome:
@@ -98,6 +104,18 @@ def worker_count(workers: int | None) -> int:
     if any(os.path.exists(device) for device in ("/dev/nvidia0", "/dev/kfd")):
         return 1  # processes would compete for the GPU's memory
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes() -> Any:
+    """How workers are started: on Linux forked from a process that has imported what they need.
+
+    Elsewhere the systems' own libraries do not survive a fork.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["search.preload"])
+    return context
 
 
 class InProcess(Executor):
@@ -143,7 +161,7 @@ class Engine:
             else:
                 self._executor = ProcessPoolExecutor(
                     self.workers,
-                    mp_context=multiprocessing.get_context("spawn"),
+                    mp_context=_processes(),
                     initializer=_prepare_process,
                     initargs=arguments,
                 )

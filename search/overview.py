@@ -100,8 +100,11 @@ def read(config: StudyConfig) -> Overview:
         raise storage.failure(error) from error
 
 
-def of(study: optuna.Study, config: StudyConfig) -> Overview:
-    """The overview of `study`, whose model is registered as `config.model_name`."""
+def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) -> Overview:
+    """The overview of `study`, whose model is registered as `config.model_name`.
+
+    importances: whether they are wanted, which takes a second.
+    """
     trials = study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
     complete = ranked(trials)
@@ -122,7 +125,7 @@ def of(study: optuna.Study, config: StudyConfig) -> Overview:
         best=row(complete[0]) if complete else None,
         reference=None if first is None else row(first),
         top=[row(trial) for trial in complete[:_TOP]],
-        importances=importances(study),
+        importances=importances_of(study) if importances else None,
         saved=_saved(trials, epochs),
         failures=[row(trial) for trial in trials if trial.state is TrialState.FAIL],
         production=production.find(config),
@@ -133,6 +136,11 @@ def ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """The COMPLETE trials, the best first and the earlier of equals before the later."""
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
     return sorted(complete, key=lambda trial: (-(trial.value or 0), trial.number))
+
+
+def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The best COMPLETE trial, None where there is none."""
+    return next(iter(ranked(trials)), None)
 
 
 def reference(trials: list[FrozenTrial]) -> FrozenTrial | None:
@@ -182,7 +190,7 @@ def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:
     return epoch, copy
 
 
-def importances(study: optuna.Study) -> Importances | None:
+def importances_of(study: optuna.Study) -> Importances | None:
     """Which hyperparameters matter; None where too few trials tell."""
     epoch, copy = comparable(study)
     trials = copy.get_trials(deepcopy=False)

@@ -63,7 +63,7 @@ class Panel(Lines):
         from search import overview
 
         trials = study.get_trials(deepcopy=False)
-        best, reference = next(iter(overview.ranked(trials)), None), overview.reference(trials)
+        best, reference = overview.best(trials), overview.reference(trials)
         for title, trial in (("best", best), ("reference", reference)):
             if trial is not None and trial.value is not None:
                 tried = Hyperparameters(**trial.params)

@@ -172,7 +172,8 @@ class _Job:
             patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
         if not missing or patience.exhausted:
             return None
-        best = max((t.value for t in self._complete() if t.value is not None), default=None)
+        known = overview.best(self._finished())
+        best = None if known is None else known.value
 
         def on_trial(outcome: Outcome) -> None:
             nonlocal best
@@ -215,13 +216,13 @@ class _Job:
 
     def best(self) -> FrozenTrial:
         """The best COMPLETE trial, the earlier of equals. Raises RunError where there is none."""
-        complete = self._complete()
-        if not complete:
+        best = overview.best(self._finished())
+        if best is None:
             raise RunError(
                 f"no trial of study {self.config.study_name} completed, so there is no best one "
                 "and nothing was registered; look at the failures, or use --pruner none"
             )
-        return overview.ranked(complete)[0]
+        return best
 
     def result(
         self, winner: Winner | None, stopped: str | None, mended: tuple[str, ...], seconds: float
@@ -231,7 +232,7 @@ class _Job:
         states = [trial.state for trial in trials]
         return Result(
             config=self.config,
-            best=self.best() if self._complete() else None,
+            best=overview.best(trials),
             reference=overview.reference(trials),
             winner=winner,
             parent_run_id=self.parent,
@@ -247,6 +248,3 @@ class _Job:
     def _finished(self) -> list[FrozenTrial]:
         trials = self.study.get_trials(deepcopy=False, states=storage.FINISHED)
         return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))
-
-    def _complete(self) -> list[FrozenTrial]:
-        return [trial for trial in self._finished() if trial.state is TrialState.COMPLETE]

@@ -1,7 +1,6 @@
 """Put what a study found where people look: the descriptions in both UIs, and the report."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import optuna
 
 from search import evaluation, overview, registry, storage, tracking
 from search.config import InputError, StudyConfig
-from search.reconcile import Ledgers
+from search.reconcile import Ledgers, existing
 from search.registry import Winner
 from search.tracking import Tracking
 
@@ -29,7 +28,7 @@ def check(path: Path) -> None:
 def present(ledgers: Ledgers, winner: Winner) -> None:
     """Describe the study in both ledgers and write its report, where that is not yet done."""
     study, config, mirror = ledgers.study, ledgers.config, ledgers.tracking
-    found = overview.of(study, config)
+    found = overview.of(study, config, importances=False)
     won = (
         f"Its winner, trial {winner.trial}, trained anew, is version {winner.version} of "
         f"{config.model_name}: test accuracy {winner.test_accuracy:.4f} (run {winner.run_id})."
@@ -57,10 +56,7 @@ def report(config: StudyConfig, path: Path) -> None:
     """
     check(path)
     try:
-        storage.check(config)
-        tracking.check(config.tracking_uri)
-        study = storage.load_study(config)
-        config = replace(config, experiment=study.user_attrs["settings"]["experiment"])
+        study, config = existing(config)
         mirror = Tracking(config)
         _write(path, study, config, mirror.open() if mirror.exists() else None)
     except (*storage.ERRORS, *tracking.ERRORS) as error:
@@ -77,7 +73,7 @@ def _tested(study: optuna.Study, mirror: Tracking) -> "Tested | None":
     """The retrained best trial, if it is there."""
     from search.report import Tested
 
-    best = next(iter(overview.ranked(study.get_trials(deepcopy=False))), None)
+    best = overview.best(study.get_trials(deepcopy=False))
     parent = study.user_attrs.get("mlflow_run_id")
     if best is None or parent is None:
         return None

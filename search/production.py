@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import sqlalchemy
 from sqlalchemy import text
@@ -18,6 +19,10 @@ from search.config import (
 )
 from search.contract import NUMBER, STUDY
 from search.database import check_server, check_sqlite
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
 
 ALIAS = "production"
 _SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
@@ -98,17 +103,29 @@ def _from_server(config: StudyConfig) -> Production | None:
     tracking.Tracking(config)  # says how long MLflow may wait for a server
     client = MlflowClient(config.tracking_uri, registry_uri=config.tracking_uri)
     try:
-        version = client.get_model_version_by_alias(config.model_name, ALIAS)
+        version = aliased(client, config.model_name)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
         raise RunError(
             f"the MLflow server did not answer ({one_line(error)}); look at it and try again"
         ) from None
+    if version is None:
+        return None
     accuracy = None
     with contextlib.suppress(MlflowException):  # its run may have been deleted
         accuracy = client.get_run(str(version.run_id)).data.metrics.get("test_accuracy")
     return _production(version.name, version.version, str(version.run_id), version.tags, accuracy)
+
+
+def aliased(client: "MlflowClient", name: str) -> "ModelVersion | None":
+    """The version of the model `name` with the alias, None where there is no such."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, ALIAS)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def _production(

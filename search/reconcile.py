@@ -1,7 +1,7 @@
 """Make both ledgers agree, after anything: Optuna is the truth, MLflow follows."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import optuna
@@ -9,7 +9,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from optuna.trial import FrozenTrial, TrialState
 
-from search import registry, storage
+from search import registry, storage, tracking
 from search.config import StudyConfig
 from search.contract import METRICS, NUMBER, ORPHAN, STATUS, params_of, tags_of
 from search.tracking import Tracking
@@ -27,6 +27,17 @@ class Disagreement:
 
     what: str
     mend: Callable[[], object]
+
+
+def existing(config: StudyConfig) -> tuple[optuna.Study, StudyConfig]:
+    """The study that `config` names, both databases checked, and `config` with its experiment.
+
+    Raises InputError where there is none.
+    """
+    storage.check(config)
+    tracking.check(config.tracking_uri)
+    study = storage.load_study(config)
+    return study, replace(config, experiment=study.user_attrs["settings"]["experiment"])
 
 
 class Ledgers:

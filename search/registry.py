@@ -28,7 +28,7 @@ from search.config import StudyConfig, sqlite_path
 from search.contract import METRICS, NUMBER, STUDY, STUDY_UID, Facts
 from search.data import Dataset, scaled
 from search.database import lock_file
-from search.production import ALIAS
+from search.production import ALIAS, aliased
 from search.space import Hyperparameters
 from search.tracking import Tracking
 
@@ -218,14 +218,11 @@ def wrong_stages(tracking: Tracking, name: str) -> list[tuple[ModelVersion, str]
     The alias is one row, so one version by construction. Stages are one column a version, and two
     processes that promote at once leave two.
     """
-    try:
-        production = tracking.client.get_model_version_by_alias(name, ALIAS).version
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return []  # nothing registered, or no alias: nothing to follow
-        raise
+    production = aliased(tracking.client, name)
+    if production is None:
+        return []  # nothing to follow
     versions = tracking.client.search_model_versions(f"name = '{name}'")
-    wanted = [(v, STAGE if v.version == production else "Archived") for v in versions]
+    wanted = [(v, STAGE if v.version == production.version else "Archived") for v in versions]
     wrong = [
         (version, stage)
         for version, stage in wanted

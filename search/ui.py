@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from urllib.request import ProxyHandler, build_opener
 
 import psutil
 
 from search import signals, storage, tracking
 from search.config import InputError, RunError, StudyConfig, redact, sqlite_path, sqlite_url
+from search.reconcile import existing
 from search.tracking import Tracking
 
 HOST = "127.0.0.1"
@@ -46,15 +46,12 @@ def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
 def _pages(config: StudyConfig) -> dict[str, str]:
     """The study's own page of each."""
     try:
-        storage.check(config)
-        tracking.check(config.tracking_uri)
-        study = storage.load_study(config)
-        experiment = study.user_attrs["settings"]["experiment"]
-        mirror = Tracking(replace(config, experiment=experiment))
+        study, config = existing(config)
+        mirror = Tracking(config)
         if not mirror.exists():
             raise InputError(
                 f"--tracking-uri must be where the study's runs are, but "
-                f"{redact(config.tracking_uri)} has no experiment {experiment}; "
+                f"{redact(config.tracking_uri)} has no experiment {config.experiment}; "
                 "run the study again, or give another"
             )
         return {

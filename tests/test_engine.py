@@ -166,9 +166,9 @@ def wait_for(condition: Callable[[], Found], process: "subprocess.Popen[str]") -
 
 def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     found = []
-    for child in psutil.Process(process.pid).children():
+    for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if "spawn_main" in " ".join(child.cmdline()):
+            if child.ppid() != process.pid:  # but a child of the process that forks them
                 found.append(child)
         except psutil.NoSuchProcess:
             continue

@@ -209,7 +209,7 @@ def test_importances_need_trials_and_something_that_varies() -> None:
     study = optuna.create_study(direction="maximize")
     config = StudyConfig(hidden_units="8", dropout_rate="0.1", learning_rate="0.001:0.01")
     for number in range(12):
-        assert (overview.importances(study) is not None) == (number >= 10)
+        assert (overview.importances_of(study) is not None) == (number >= 10)
         study.add_trial(
             create_trial(
                 value=number / 20,
@@ -222,6 +222,6 @@ def test_importances_need_trials_and_something_that_varies() -> None:
                 intermediate_values={0: number / 20},
             )
         )
-    found = overview.importances(study)
+    found = overview.importances_of(study)
     assert found is not None
     assert found.shares == {"learning_rate": 1.0}

@@ -63,7 +63,7 @@ def kill_once(process: "subprocess.Popen[str]", chance: random.Random) -> str | 
     except subprocess.TimeoutExpired:
         pass
     main = psutil.Process(process.pid)
-    workers = [child for child in main.children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = [child for child in main.children(recursive=True) if child.ppid() != main.pid]
     if workers and chance.random() < 0.5:
         chance.choice(workers).kill()
         return "worker"
