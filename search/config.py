@@ -63,11 +63,12 @@ def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
 
 
 _NAME = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}"  # part of file names; MLflow stores up to 256
-_STUDY, _DATA, _SPACE, _TRAINING, _MLFLOW = (
+_STUDY, _DATA, _SPACE, _TRAINING, _WINNER, _MLFLOW = (
     "Study",
     "Data",
     "Search space: V, V,V,V, LOW:HIGH, LOW:HIGH:STEP or LOW:HIGH:log",
     "Training",
+    "Winner",
     "MLflow",
 )
 
@@ -137,6 +138,22 @@ class StudyConfig:
         5, _TRAINING, "Passes over the training data in a trial.", low=1, high=10**6
     )
     batch_size: int = _option(128, _TRAINING, "Examples in a step.", low=1, high=10**9)
+    finalists: int = _option(
+        0,
+        _WINNER,
+        "Best trials that are trained again, with the reference, on fresh seeds, before the winner "
+        "is chosen by their mean; 0: the best trial wins.",
+        low=0,
+        high=1000,
+    )
+    repeats: int = _option(3, _WINNER, "Fresh seeds of every finalist.", low=1, high=1000)
+    promote: str = _option(
+        "if-better",
+        _WINNER,
+        "When the winner goes to production: unless the model there has the higher accuracy on the "
+        "test images, always, or never.",
+        choices=("if-better", "always", "never"),
+    )
     tracking_uri: str = _option(
         "sqlite:///mlflow.db",
         _MLFLOW,

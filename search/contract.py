@@ -1,13 +1,14 @@
-"""What the MLflow run of a trial shall hold, as it follows from the trial and its study alone."""
+"""What the MLflow runs of a study shall hold, as it follows from the study's trials alone."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
-ORPHAN = "optuna.orphan"
+ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_version"
 NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
 STATUS = {
     TrialState.RUNNING: "RUNNING",
@@ -24,9 +25,66 @@ METRICS = {  # Keras' name -> ours
 Facts = Mapping[str, Mapping[str, Any]]
 
 
+# A finalist's repeats, its trainings on fresh seeds, are kept in user attributes of its trial. For
+# the mirror each is seen as a trial of its own: with the number of its trial, and `repeat`.
+
+
+def repeat_attr(repeat: int) -> str:
+    """The user attribute of a trial that keeps its repeat `repeat`, from 0."""
+    return f"finalist_{repeat}"
+
+
+def repeats_of(trial: FrozenTrial) -> dict[int, FrozenTrial]:
+    """The repeats of a finalist."""
+    found = {}
+    for name, kept in trial.user_attrs.items():
+        if name.startswith("finalist_"):
+            repeat = int(name.removeprefix("finalist_"))
+            found[repeat] = _as_trial(trial, repeat, kept)
+    return found
+
+
+def _as_trial(trial: FrozenTrial, repeat: int, kept: Mapping[str, Any]) -> FrozenTrial:
+    own = ("seed", "history", "mlflow_run_id", "failure")
+    failed = "failure" in kept
+    seen = create_trial(
+        state=TrialState.FAIL if failed else TrialState.COMPLETE,
+        value=None if failed else kept["history"][-1]["val_accuracy"],
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={
+            "repeat": repeat,
+            "trainable_parameters": trial.user_attrs["trainable_parameters"],
+            **{name: kept[name] for name in own if name in kept},
+        },
+    )
+    seen.number = trial.number
+    seen.datetime_start = datetime.fromtimestamp(kept["began"] / 1000)
+    seen.datetime_complete = datetime.fromtimestamp(kept["ended"] / 1000)
+    return seen
+
+
+def mirrored(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """What has a run each: the trials and the repeats of finalists."""
+    return [seen for trial in trials for seen in (trial, *repeats_of(trial).values())]
+
+
+def run_name(trial: FrozenTrial) -> str:
+    """The name of the run of a trial or a repeat."""
+    repeat = trial.user_attrs.get("repeat")
+    number = f"{trial.number:04d}"
+    return f"trial-{number}" if repeat is None else f"finalist-{number}-{repeat}"
+
+
 def tags_of(trial: FrozenTrial) -> dict[str, str]:
-    """The tags that the run of the finished `trial` shall hold."""
-    tags = {NUMBER: str(trial.number), STATE: trial.state.name}
+    """The tags that the run of a finished trial, or a repeat, shall hold."""
+    tags = {NUMBER: str(trial.number)}
+    if "repeat" in trial.user_attrs:
+        tags[FINALIST] = str(trial.user_attrs["repeat"])
+    else:
+        tags[STATE] = trial.state.name
+    if "model_version" in trial.user_attrs:
+        tags[MODEL] = trial.user_attrs["model_version"]
     if trial.state is TrialState.FAIL:
         tags[FAILURE] = trial.user_attrs.get("failure", "unknown")  # `reconcile` writes one
     return tags

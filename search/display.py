@@ -97,6 +97,16 @@ class Lines(Quiet):
         for line in lines:
             self._print(f"mended: {line}", "yellow")
 
+    def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
+        """Say what takes the time now."""
+        numbers = ", ".join(str(trial.number) for trial in chosen)
+        self._print(f"training the finalists, trials {numbers}, on {repeats} fresh seeds each")
+
+    def repeat(self, number: int, repeat: int, value: float | None, left: int) -> None:
+        """One line: trial, which of its repeats, val_accuracy, how many are to go."""
+        shown = "failed" if value is None else f"val_accuracy {value:.4f}"
+        self._print(f"finalist {number:4d}  repeat {repeat}  {shown}  {left} to go")
+
     def retraining(self, trial: "FrozenTrial") -> None:
         """Say what takes the time now."""
         self._print(
@@ -127,6 +137,10 @@ def summary(result: "Result") -> str:
             lines.append(_row(f"reference: trial {result.reference.number}", result.reference))
             first = overview.row(result.reference)
             lines.append(overview.gain(shown, first, result.complete))
+    if result.finalists:
+        repeats = len(result.finalists[0].accuracies)
+        lines += ["", f"finalists, the mean of {repeats} fresh seeds; the first is the winner:"]
+        lines += [f"  {finalist}" for finalist in result.finalists]
     if winner is None:
         return "\n".join([*lines, "", "Run the same command again to go on."])
     verb = "Registered as" if winner.new else "Already registered as"

@@ -69,6 +69,10 @@ def _run_trial(place: int) -> Outcome:
     return _ready().run_trial(place)
 
 
+def _repeat(number: int, repeat: int) -> dict[str, Any]:
+    return _ready().repeat(number, repeat)
+
+
 def _retrain(number: int) -> str:
     return _ready().retrain(number)
 
@@ -153,7 +157,7 @@ class Engine:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
-    def _submit(self, task: Callable[[int], Any], argument: int) -> "Future[Any]":
+    def _submit(self, task: Callable[..., Any], *argument: int) -> "Future[Any]":
         if self._executor is None:
             arguments = (self._config, self._parent_run)
             if self.workers == 1:
@@ -166,9 +170,9 @@ class Engine:
                     initargs=arguments,
                 )
         if self.workers == 1:
-            return self._executor.submit(task, argument)
+            return self._executor.submit(task, *argument)
         with signals.no_ctrl_c_for_children():  # the pool starts its processes when a task comes
-            return self._executor.submit(task, argument)
+            return self._executor.submit(task, *argument)
 
     def _bury(self) -> None:
         """Wait until every process of a broken pool is gone."""
@@ -188,6 +192,39 @@ class Engine:
                 self._bury()
                 on_death()
         raise RunError(_DYING.format(_DEATHS))
+
+    def run_repeats(
+        self,
+        missing: Callable[[], list[tuple[int, int]]],
+        on_repeat: Callable[[int, int, dict[str, Any]], None],
+        stopping: Callable[[], bool],
+    ) -> bool:
+        """Train finalists again until none is `missing` (trial, repeat); False where it stopped.
+
+        on_repeat: gets every result, which `missing` knows of from then on.
+        Raises RunError after three deaths in a row.
+        """
+        deaths = 0
+        while queue := deque(missing()):
+            running: dict[Future[dict[str, Any]], tuple[int, int]] = {}
+            try:
+                while running or (queue and not stopping()):
+                    while queue and len(running) < self.workers and not stopping():
+                        running[self._submit(_repeat, *queue[0])] = queue[0]
+                        queue.popleft()
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        on_repeat(*running.pop(future), future.result())
+                        deaths = 0
+            except BrokenProcessPool:
+                self._bury()
+                deaths += 1
+                if deaths == _DEATHS:
+                    raise RunError(_DYING.format(deaths)) from None
+                continue
+            if queue:
+                return False
+        return True
 
     def run_trials(
         self,

@@ -27,5 +27,11 @@ class Listener:
         """Whether no more trials shall start; those that run are waited for."""
         return False
 
+    def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
+        """These trials are being trained again, each `repeats` times."""
+
+    def repeat(self, number: int, repeat: int, value: float | None, left: int) -> None:
+        """Trial `number` was trained again, with this val_accuracy or None; `left` are to go."""
+
     def retraining(self, trial: "FrozenTrial") -> None:
         """The winner is being trained anew."""

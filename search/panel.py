@@ -128,6 +128,16 @@ class Panel(Lines):
             if outcome.hyperparameters == REFERENCE:
                 self._standing.setdefault("reference", stands)
 
+    def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
+        """A line, and below how many trainings are to go."""
+        super().finalists(chosen, repeats)
+        self._doing = "training the finalists again"
+
+    def repeat(self, number: int, repeat: int, value: float | None, left: int) -> None:
+        """A line, and below how many trainings are to go."""
+        super().repeat(number, repeat, value, left)
+        self._doing = f"training the finalists again, {left} to go" if left else ""
+
     def retraining(self, trial: "FrozenTrial") -> None:
         """A line, and the same below."""
         super().retraining(trial)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search import (
     data,
     engine,
+    finalists,
     overview,
     presentation,
     registry,
@@ -21,6 +22,8 @@ from search import (
     tracking,
 )
 from search.config import RunError, StudyConfig, one_line
+from search.contract import repeat_attr, repeats_of
+from search.finalists import Finalist
 from search.listener import Listener
 from search.outcome import Outcome
 from search.reconcile import Ledgers
@@ -35,6 +38,8 @@ class Result:
 
     best: the COMPLETE trial with the highest val_accuracy, `best.value`; None only where the run
     was interrupted before one completed.
+    finalists: the trials that were trained again on fresh seeds, the best mean first; the first one
+    is the winner. Empty with `--finalists 0`: the best trial is the winner.
     reference: the study's trial of the reference configuration, None where it was not tried.
     winner: the best configuration trained anew on training and validation data, its accuracy on
     the test images and its version of the registered model; None where the run was interrupted.
@@ -45,6 +50,7 @@ class Result:
 
     config: StudyConfig
     best: FrozenTrial | None
+    finalists: list[Finalist]
     reference: FrozenTrial | None
     winner: Winner | None
     parent_run_id: str
@@ -93,7 +99,9 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
                 job = _Job(config, study, ledgers, listener, workers)
                 stopped = job.search(missing)
                 mended += _patiently(ledgers.reconcile)
-                winner = None if stopped == engine.INTERRUPTED else job.register_best()
+                if stopped != engine.INTERRUPTED and not job.compare_finalists():
+                    stopped = engine.INTERRUPTED
+                winner = None if stopped == engine.INTERRUPTED else job.register_winner()
         except KeyboardInterrupt as interruption:
             with contextlib.suppress(Exception):  # the next start does it
                 ledgers.reconcile(str(interruption) or "interrupted")
@@ -193,12 +201,37 @@ class _Job:
             stopping=self.listener.stopping,
         )
 
-    def register_best(self) -> Winner:
-        """Retrain, test, register and promote the best trial, as far as that is not yet done."""
+    def compare_finalists(self) -> bool:
+        """Train the finalists again, as far as that is not yet done; False where interrupted."""
+        trials = self.study.get_trials(deepcopy=False)
+        chosen = finalists.candidates(trials, self.config)
+        left = finalists.missing(chosen, self.config)
+        if left:
+            self.ledger.reopen(self.parent)
+            self.listener.finalists(chosen, self.config.repeats)
+
+        def on_repeat(number: int, repeat: int, kept: dict[str, Any]) -> None:
+            nonlocal left
+            trial, name = trials[number], repeat_attr(repeat)
+            storage.amend(self.study, trial, name, kept, self.config.storage)
+            with contextlib.suppress(*tracking.ERRORS):  # reconcile writes it later
+                self.ledgers.write(repeats_of(trial)[repeat])
+            left = finalists.missing(chosen, self.config)
+            history = kept["history"]
+            value = history[-1]["val_accuracy"] if history and "failure" not in kept else None
+            self.listener.repeat(number, repeat, value, len(left))
+
+        done = self.workers.run_repeats(lambda: left, on_repeat, self.listener.stopping)
+        if done:
+            finalists.settle(self.study, chosen, self.config)
+        return done
+
+    def register_winner(self) -> Winner:
+        """Retrain, test, register and promote the winner, as far as that is not yet done."""
         return _patiently(self._register, before_again=self.ledgers.reconcile)
 
     def _register(self) -> Winner:
-        best = self.best()
+        best = self.winner()
         uid = self.study.user_attrs["study_uid"]
         runs = self.ledger.runs_of(self.parent)
         run = registry.find_retrained(self.ledger, runs, best.number)
@@ -214,9 +247,9 @@ class _Job:
         self.listener.mended(_patiently(self.ledgers.reconcile))
         return storage.missing_places(self.study, sampling.budget(self.config))
 
-    def best(self) -> FrozenTrial:
-        """The best COMPLETE trial, the earlier of equals. Raises RunError where there is none."""
-        best = overview.best(self._finished())
+    def winner(self) -> FrozenTrial:
+        """The best finalist, or else the best trial. Raises RunError where there is none."""
+        best = finalists.winner(self.study)
         if best is None:
             raise RunError(
                 f"no trial of study {self.config.study_name} completed, so there is no best one "
@@ -233,6 +266,7 @@ class _Job:
         return Result(
             config=self.config,
             best=overview.best(trials),
+            finalists=finalists.standing(self.study),
             reference=overview.reference(trials),
             winner=winner,
             parent_run_id=self.parent,

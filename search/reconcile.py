@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import optuna
 from mlflow.entities import Run
@@ -11,7 +12,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import registry, storage, tracking
 from search.config import StudyConfig
-from search.contract import METRICS, NUMBER, ORPHAN, STATUS, params_of, tags_of
+from search.contract import (
+    FINALIST,
+    METRICS,
+    NUMBER,
+    ORPHAN,
+    STATUS,
+    mirrored,
+    params_of,
+    repeat_attr,
+    run_name,
+    tags_of,
+)
 from search.tracking import Tracking
 
 LOST = "lost: its process ended without a word (killed, crashed or switched off)"
@@ -19,6 +31,7 @@ UNKNOWN = "unknown: its process could not write why, as on a full disk"
 _PASSES = 4  # trials fail, runs follow, what can't be changed is written anew, all agrees
 
 Pair = tuple[FrozenTrial, Run | None]
+Key = tuple[int | None, int | None]  # a trial's number and, of a finalist, which repeat
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Ledgers:
         self.tracking = Tracking(config).open()
         self.parent = self.tracking.parent_run(study, study.user_attrs["settings"])
         self._facts = study.user_attrs["facts"]
-        self._mended: set[int] = set()
+        self._mended: set[Key] = set()
 
     def reconcile(self, interruption: str | None = None, *, at_rest: bool = False) -> list[str]:
         """Mend what disagrees; says what that was.
@@ -82,7 +95,7 @@ class Ledgers:
         """
         trials = self.study.get_trials(deepcopy=False)
         runs = self.tracking.runs_of(self.parent)
-        pairs = list(self._pairs(trials, runs))
+        pairs = list(self._pairs(mirrored(trials), runs))
         return [
             *self._lost(trials, None),
             *self._strays(pairs, runs, at_rest),
@@ -93,18 +106,18 @@ class Ledgers:
     def _pairs(self, trials: list[FrozenTrial], runs: list[Run]) -> Iterator[Pair]:
         """Every trial with the run that it names, or else the oldest made for it, if any."""
         by_id = {run.info.run_id: run for run in runs}
-        by_number = {_number(run): run for run in runs if _is_trial(run) and not _is_orphan(run)}
+        by_key = {_key_of(run): run for run in runs if _is_mirror(run) and not _is_orphan(run)}
         for trial in trials:
             named = trial.user_attrs.get("mlflow_run_id")
             run = by_id.get(named)
-            if run is None and trial.number in by_number:
-                run = by_number[trial.number]
+            if run is None and _key(trial) in by_key:
+                run = by_key[_key(trial)]
             elif run is None and named is not None:
                 run = self.tracking.find(named)  # under another parent?
             if run is not None and (
                 run.info.lifecycle_stage == "deleted"
                 or _is_orphan(run)
-                or _number(run) not in (trial.number, None)
+                or _key_of(run) not in (_key(trial), (None, None))
             ):
                 run = None
             yield trial, run
@@ -134,16 +147,16 @@ class Ledgers:
                 partial(self.tracking.close, self.parent, "KILLED"),
             )
         kept = {run.info.run_id for _, run in pairs if run is not None}
-        unfinished = {trial.number for trial, _ in pairs if not trial.state.is_finished()}
+        unfinished = {_key(trial) for trial, _ in pairs if not trial.state.is_finished()}
         for run in runs:
             label = f"run {run.info.run_name} ({run.info.run_id})"
-            if not _is_trial(run) or _is_orphan(run):
+            if not _is_mirror(run) or _is_orphan(run):
                 if run.info.status == "RUNNING":
                     yield Disagreement(
                         f"{label}: left RUNNING",
                         partial(self.tracking.close, run.info.run_id, "KILLED"),
                     )
-            elif run.info.run_id not in kept and _number(run) not in unfinished:
+            elif run.info.run_id not in kept and _key_of(run) not in unfinished:
                 yield Disagreement(
                     f"{label}: belongs to no trial", partial(self.tracking.orphan, run)
                 )
@@ -157,8 +170,10 @@ class Ledgers:
             if not trial.state.is_finished():
                 continue
             label = f"trial {trial.number}"
+            if "repeat" in trial.user_attrs:
+                label += f", repeat {trial.user_attrs['repeat']}"
             if run is None:
-                yield Disagreement(f"{label}: no run", partial(self._write, trial))
+                yield Disagreement(f"{label}: no run", partial(self.write, trial))
                 continue
             run_id = run.info.run_id
             if run_id not in nested:
@@ -210,35 +225,42 @@ class Ledgers:
 
     # ---- what mends --------------------------------------------------------------------------
 
-    def _write(self, trial: FrozenTrial) -> None:
+    def write(self, trial: FrozenTrial) -> None:
+        """Write a new run for a finished trial, or for a repeat."""
         began = trial.datetime_start
         run_id = self.tracking.create_run(
             self.parent,
-            f"trial-{trial.number:04d}",
+            run_name(trial),
             trial.number,
+            {key: value for key, value in tags_of(trial).items() if key == FINALIST},
             began=None if began is None else int(began.timestamp() * 1000),
         )
         self._link(trial, run_id)
         self.tracking.mend(run_id, trial, self._facts)
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
-        self._amend(trial, "mlflow_run_id", run_id)
+        if "repeat" not in trial.user_attrs:
+            self._amend(trial, "mlflow_run_id", run_id)
+            return
+        own = self.study.get_trials(deepcopy=False)[trial.number]
+        name = repeat_attr(trial.user_attrs["repeat"])
+        self._amend(own, name, {**own.user_attrs[name], "mlflow_run_id": run_id})
 
-    def _amend(self, trial: FrozenTrial, name: str, value: str) -> None:
+    def _amend(self, trial: FrozenTrial, name: str, value: Any) -> None:
         storage.amend(self.study, trial, name, value, self.config.storage)
 
     def _mend(self, trial: FrozenTrial, run: Run) -> None:
         """Write what is missing; where something wrong can't be changed, write a new run."""
-        if trial.number in self._mended:  # and it still disagrees
+        if _key(trial) in self._mended:  # and it still disagrees
             self.tracking.orphan(run)
-            self._write(trial)
+            self.write(trial)
             return
         try:
             self.tracking.mend(run.info.run_id, trial, self._facts)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":  # MLflow lets no param be changed
                 raise
-        self._mended.add(trial.number)
+        self._mended.add(_key(trial))
 
 
 def _number(run: Run) -> int | None:
@@ -250,5 +272,15 @@ def _is_orphan(run: Run) -> bool:
     return ORPHAN in run.data.tags
 
 
-def _is_trial(run: Run) -> bool:
-    return (run.info.run_name or "").startswith("trial-")
+def _key(trial: FrozenTrial) -> Key:
+    return trial.number, trial.user_attrs.get("repeat")
+
+
+def _key_of(run: Run) -> Key:
+    text = run.data.tags.get(FINALIST, "")
+    return _number(run), int(text) if text.isdigit() else None
+
+
+def _is_mirror(run: Run) -> bool:
+    """Whether a run is of a trial or a finalist's repeat, and not a retraining."""
+    return (run.info.run_name or "").startswith(("trial-", "finalist-"))

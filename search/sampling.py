@@ -33,6 +33,12 @@ def seeds(seed: int, place: int) -> tuple[int, int]:
     return int(first) % 2**31, int(second) % 2**31
 
 
+def repeat_seed(seed: int, place: int, repeat: int) -> int:
+    """The seed on which the trial at `place` is trained again for the time `repeat`, from 0."""
+    (state,) = np.random.SeedSequence([seed, place, repeat + 1]).generate_state(1)
+    return int(state) % 2**31
+
+
 def budget(config: StudyConfig) -> int:
     """How many finished trials the study shall have: at most the whole grid, for a grid."""
     if config.sampler == "grid":

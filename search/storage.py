@@ -347,7 +347,7 @@ class _AfterTheEnd(RDBStorage):
     def check_trial_is_updatable(self, trial_id: int, trial_state: TrialState) -> None: ...
 
 
-def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: str, url: str) -> None:
+def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, url: str) -> None:
     """Write a user attribute of `trial`, finished or not."""
     if not trial.state.is_finished():
         study._storage.set_trial_user_attr(trial._trial_id, name, value)

@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import TrialState
 from optuna_integration import KerasPruningCallback
 
-from search import data, model, registry, sampling, storage, training
+from search import data, environment, model, registry, sampling, storage, training
 from search.config import StudyConfig, one_line
 from search.contract import METRICS, STATE
 from search.outcome import Outcome
@@ -41,6 +41,7 @@ class Worker:
         self.tracking = Tracking(config).open()
         self.facts = self.study.user_attrs["facts"]
         self.owner = storage.owner()
+        self.environment = environment.here()
         self.rest_until = 0.0  # by the monotonic clock: MLflow failed, and is left alone
 
     def run_trial(self, place: int) -> Outcome:
@@ -51,7 +52,12 @@ class Worker:
         if place > 0:
             self._let_the_first_begin()
         _, seed = sampling.seeds(self.config.seed, place)
-        self.study.marks = {"place": place, "seed": seed, "owner": self.owner}
+        self.study.marks = {
+            "place": place,
+            "seed": seed,
+            "owner": self.owner,
+            "environment": self.environment,
+        }
         self.study.sampler = sampling.sampler(self.config, place)
         attempt = _Attempt(self, place)
         try:
@@ -69,6 +75,21 @@ class Worker:
         while not self.study.get_trials(deepcopy=False) and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def repeat(self, number: int, repeat: int) -> dict[str, Any]:
+        """Train the configuration of trial `number` on a fresh seed; writes to neither ledger.
+
+        Returns what the trial keeps of it: seed, history, when it began and ended (ms), and the
+        failure, where the training diverged.
+        """
+        trial = self.study.get_trials(deepcopy=False)[number]
+        seed = sampling.repeat_seed(self.config.seed, trial.user_attrs["place"], repeat)
+        kept: dict[str, Any] = {"seed": seed, "history": [], "began": _now()}
+        try:
+            train_again(self.config, self.dataset, trial, seed, kept["history"])
+        except training.TrainingDiverged as error:
+            kept["failure"] = _reason(error)
+        return {**kept, "ended": _now()}
+
     def retrain(self, number: int) -> str:
         """Train the configuration of trial `number` anew, log it and return its run."""
         trial = self.study.get_trials(deepcopy=False)[number]
@@ -80,6 +101,48 @@ class Worker:
             trial,
             self.facts,
         )
+
+
+def train_again(
+    config: StudyConfig,
+    dataset: data.Dataset,
+    trial: optuna.trial.FrozenTrial,
+    seed: int,
+    history: list[dict[str, float]],
+    epochs: int | None = None,
+) -> None:
+    """Train what `trial` tried as a trial is trained, unpruned; `history` gets an entry an epoch.
+
+    epochs: how many, where not as many as `config` says.
+    """
+    network = model.build(Hyperparameters(**trial.params), dataset.features, dataset.classes, seed)
+    training.train(
+        network,
+        dataset.train,
+        validation=dataset.validation,
+        epochs=epochs or config.epochs,
+        batch_size=config.batch_size,
+        seed=seed,
+        callbacks=[
+            keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, logs: history.append(_entry(epoch, logs))
+            )
+        ],
+    )
+
+
+def _entry(epoch: int, logs: dict[str, float]) -> dict[str, float]:
+    """An epoch of a trial's history."""
+    measured = {ours: float(logs[keras_name]) for keras_name, ours in METRICS.items()}
+    return {"epoch": epoch, "time_ms": _now(), **measured}
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 class _Pruning(KerasPruningCallback):  # type: ignore[misc]
@@ -120,7 +183,7 @@ class _Attempt:
             trial.set_user_attr("failure", str(interruption) or "interrupted")
             raise
         except Exception as error:
-            trial.set_user_attr("failure", f"{type(error).__name__}: {one_line(error)}")
+            trial.set_user_attr("failure", _reason(error))
             raise
 
     def _train(self, trial: optuna.Trial) -> float:
@@ -151,8 +214,7 @@ class _Attempt:
         return self._history[-1]["val_accuracy"]
 
     def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
-        entry: dict[str, float] = {"epoch": epoch, "time_ms": int(time.time() * 1000)}
-        entry.update({ours: float(logs[keras_name]) for keras_name, ours in METRICS.items()})
+        entry = _entry(epoch, logs)
         self._history.append(entry)
         trial.set_user_attr("history", self._history)
         self._mirror(lambda: self._worker.tracking.log_epoch(str(self._run_id), entry))

@@ -1,0 +1,41 @@
+"""What the digits of a training depend on beside its seed: the machine's kind and the packages."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+from search import __version__
+
+PACKAGES = ("tensorflow", "keras", "numpy", "optuna", "optuna-integration", "mlflow")
+
+
+@functools.cache
+def here() -> dict[str, str]:
+    """This process's: the versions of Python and the packages, and the machine's kind."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "search": __version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package's source lies in, if it is one."""
+    from mlflow.utils.git_utils import get_git_commit
+
+    found: str | None = get_git_commit(str(Path(__file__).parent))
+    return found
