@@ -9,6 +9,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
 ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_version"
+MODEL_URI = "model_uri"  # of a retraining's run: it was carried through
+COMMIT = "mlflow.source.git.commit"
+LINEAGE = (  # whence a model is: tags of its run and its version, and metadata of the model itself
+    *(STUDY, STUDY_UID, NUMBER),
+    *("lineage.hyperparameters", "lineage.val_accuracy", "lineage.seed", "lineage.settings"),
+    *("lineage.dataset", "lineage.environment", COMMIT),
+)
 NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
 STATUS = {
     TrialState.RUNNING: "RUNNING",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from search.data import Dataset
     from search.overview import Overview
-    from search.pipeline import Result
+    from search.pipeline import Result, Winner
 
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 _BAR = 24  # characters
@@ -143,12 +143,16 @@ def summary(result: "Result") -> str:
         lines += [f"  {finalist}" for finalist in result.finalists]
     if winner is None:
         return "\n".join([*lines, "", "Run the same command again to go on."])
+    promoted = winner.verdict.promoted
+    where = "alias production, stage Production" if promoted else "not in production"
     verb = "Registered as" if winner.new else "Already registered as"
     lines += [
         "",
+        _chosen(result, winner),
         f"Trained anew on all training data: test accuracy {winner.test_accuracy:.4f}, "
-        f"test loss {winner.test_loss:.4f} (the test images were used this once).",
-        f"{verb} {config.model_name} version {winner.version}: alias production, stage Production.",
+        f"test loss {winner.test_loss:.4f} (the test images were used this once, and by the gate).",
+        f"{verb} {config.model_name} version {winner.version}: {where}.",
+        f"Gate: {winner.verdict}.",
         "",
         "Look further:",
         *([f"  {config.report}"] if config.report != "none" else []),
@@ -156,6 +160,16 @@ def summary(result: "Result") -> str:
         f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
     ]
     return "\n".join(lines)
+
+
+def _chosen(result: "Result", winner: "Winner") -> str:
+    """The winner and the validation accuracy that chose it, which is the more flattering figure."""
+    if result.finalists:
+        return f"winner: {result.finalists[0]}, by which it was chosen"
+    return (
+        f"winner: trial {winner.trial}: val_accuracy {winner.val_accuracy:.4f}, by which it was "
+        "chosen, so it flatters"
+    )
 
 
 def _row(title: str, trial: "FrozenTrial") -> str:

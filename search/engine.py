@@ -23,6 +23,7 @@ from search.config import RunError, StudyConfig
 from search.outcome import Outcome
 
 if TYPE_CHECKING:
+    from search.promotion import Comparison
     from search.trial import Worker
 
 INTERRUPTED = "interrupted"
@@ -75,6 +76,10 @@ def _repeat(number: int, repeat: int) -> dict[str, Any]:
 
 def _retrain(number: int) -> str:
     return _ready().retrain(number)
+
+
+def _compare(challenger: int, champion: int) -> "Comparison | str":
+    return _ready().compare(challenger, champion)
 
 
 def _die_with_parent() -> None:
@@ -185,9 +190,21 @@ class Engine:
 
         Raises RunError after three deaths in a row.
         """
+        return str(self._call(_retrain, number, on_death=on_death))
+
+    def compare(
+        self, challenger: int, champion: int, on_death: Callable[[], object]
+    ) -> "Comparison | str":
+        """Compare two versions of the model on a worker, as `promotion.compare` does."""
+        found: Comparison | str = self._call(_compare, challenger, champion, on_death=on_death)
+        return found
+
+    def _call(
+        self, task: Callable[..., Any], *arguments: int, on_death: Callable[[], object]
+    ) -> Any:
         for _ in range(_DEATHS):
             try:
-                return str(self._submit(_retrain, number).result())
+                return self._submit(task, *arguments).result()
             except BrokenProcessPool:
                 self._bury()
                 on_death()

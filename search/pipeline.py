@@ -16,6 +16,7 @@ from search import (
     finalists,
     overview,
     presentation,
+    promotion,
     registry,
     sampling,
     storage,
@@ -27,9 +28,26 @@ from search.finalists import Finalist
 from search.listener import Listener
 from search.outcome import Outcome
 from search.reconcile import Ledgers
-from search.registry import Winner
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The trial that won, trained anew, and its version of the registered model.
+
+    val_accuracy: of the trial, by which it was chosen. verdict: whether it went to production.
+    new: whether it was trained anew in this run.
+    """
+
+    trial: int
+    run_id: str
+    version: int
+    val_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    verdict: promotion.Verdict
+    new: bool
 
 
 @dataclass(frozen=True)
@@ -232,7 +250,6 @@ class _Job:
 
     def _register(self) -> Winner:
         best = self.winner()
-        uid = self.study.user_attrs["study_uid"]
         runs = self.ledger.runs_of(self.parent)
         run = registry.find_retrained(self.ledger, runs, best.number)
         new = run is None
@@ -240,7 +257,21 @@ class _Job:
             self.ledger.reopen(self.parent)
             self.listener.retraining(best)
             run = self.ledger.client.get_run(self.workers.retrain(best.number, self._after_death))
-        return registry.register(self.ledger, self.config, run, uid, new=new)
+
+        def compare(challenger: int, champion: int) -> promotion.Comparison | str:
+            return self.workers.compare(challenger, champion, self._after_death)
+
+        version, verdict = promotion.promote(self.ledgers, run, compare)
+        return Winner(
+            trial=best.number,
+            run_id=run.info.run_id,
+            version=version,
+            val_accuracy=best.value or 0.0,
+            test_loss=run.data.metrics["test_loss"],
+            test_accuracy=run.data.metrics["test_accuracy"],
+            verdict=verdict,
+            new=new,
+        )
 
     def _after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the places that are missing now."""

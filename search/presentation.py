@@ -9,10 +9,10 @@ import optuna
 from search import evaluation, finalists, overview, registry, storage, tracking
 from search.config import InputError, StudyConfig
 from search.reconcile import Ledgers, existing
-from search.registry import Winner
 from search.tracking import Tracking
 
 if TYPE_CHECKING:
+    from search.pipeline import Winner
     from search.report import Tested
 
 
@@ -25,13 +25,14 @@ def check(path: Path) -> None:
         )
 
 
-def present(ledgers: Ledgers, winner: Winner) -> None:
+def present(ledgers: Ledgers, winner: "Winner") -> None:
     """Describe the study in both ledgers and write its report, where that is not yet done."""
     study, config, mirror = ledgers.study, ledgers.config, ledgers.tracking
     found = overview.of(study, config, importances=False)
     won = (
         f"Its winner, trial {winner.trial}, trained anew, is version {winner.version} of "
-        f"{config.model_name}: test accuracy {winner.test_accuracy:.4f} (run {winner.run_id})."
+        f"{config.model_name}: test accuracy {winner.test_accuracy:.4f} (run {winner.run_id}); "
+        f"{winner.verdict}."
     )
     described = overview.markdown(
         found, [won, f"Trials and their curves: study {study.study_name} in {found.storage}."]

@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from optuna.trial import FrozenTrial, TrialState
 
-from search import registry, storage, tracking
+from search import promotion, storage, tracking
 from search.config import StudyConfig
 from search.contract import (
     FINALIST,
@@ -128,7 +128,7 @@ class Ledgers:
             if trial.state is TrialState.FAIL and "failure" not in trial.user_attrs:
                 yield Disagreement(
                     f"trial {trial.number}: failed without a reason",
-                    partial(self._amend, trial, "failure", UNKNOWN),
+                    partial(self.amend, trial, "failure", UNKNOWN),
                 )
             if trial.state is not TrialState.RUNNING:
                 continue
@@ -195,11 +195,11 @@ class Ledgers:
     def _stages(self) -> Iterator[Disagreement]:
         """Versions of the model whose stage does not follow the alias."""
         name = self.config.model_name
-        for version, stage in registry.wrong_stages(self.tracking, name):
+        for version, stage in promotion.wrong_stages(self.tracking, name):
             yield Disagreement(
                 f"version {version.version} of {name}: stage {version.current_stage} "
                 f"in place of {stage}",
-                partial(registry.follow_alias, self.tracking, self.config),
+                partial(promotion.follow_alias, self.tracking, self.config),
             )
 
     def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
@@ -240,13 +240,14 @@ class Ledgers:
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
         if "repeat" not in trial.user_attrs:
-            self._amend(trial, "mlflow_run_id", run_id)
+            self.amend(trial, "mlflow_run_id", run_id)
             return
         own = self.study.get_trials(deepcopy=False)[trial.number]
         name = repeat_attr(trial.user_attrs["repeat"])
-        self._amend(own, name, {**own.user_attrs[name], "mlflow_run_id": run_id})
+        self.amend(own, name, {**own.user_attrs[name], "mlflow_run_id": run_id})
 
-    def _amend(self, trial: FrozenTrial, name: str, value: Any) -> None:
+    def amend(self, trial: FrozenTrial, name: str, value: Any) -> None:
+        """Write a user attribute of a trial, finished or not."""
         storage.amend(self.study, trial, name, value, self.config.storage)
 
     def _mend(self, trial: FrozenTrial, run: Run) -> None:

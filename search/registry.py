@@ -1,55 +1,54 @@
-"""The winner: train it anew on all training data, test it once, register it, promote it.
-
-Every step leaves a mark that the next start finds, so a run killed between any two of them is
-continued there, and a finished one is left alone.
-"""
+"""The winner: train it anew on all training data, test it once, log its model with its lineage."""
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-from filelock import FileLock
 from mlflow.entities import Run
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 
-from search import evaluation
-from search.config import StudyConfig, sqlite_path
-from search.contract import METRICS, NUMBER, STUDY, STUDY_UID, Facts
+from search import environment, evaluation
+from search.config import StudyConfig
+from search.contract import COMMIT, METRICS, MODEL_URI, NUMBER, STUDY, STUDY_UID
 from search.data import Dataset, scaled
-from search.database import lock_file
-from search.production import ALIAS, aliased
 from search.space import Hyperparameters
 from search.tracking import Tracking
 
 if TYPE_CHECKING:
+    import optuna
     from optuna.trial import FrozenTrial
 
-STAGE = "Production"
-_MODEL_URI, _PROMOTED = "model_uri", "promoted"
 _PINNED = ("tensorflow", "keras", "numpy")
 
 
-@dataclass(frozen=True)
-class Winner:
-    """The retrained best trial and where it is registered."""
+def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> dict[str, str]:
+    """Whence a model of `trial` is: `contract.LINEAGE`, the commit only where there is one.
 
-    trial: int
-    run_id: str
-    version: int
-    test_loss: float
-    test_accuracy: float
-    new: bool
+    lineage.settings is the fingerprint of the study's settings, a SHA-256 of their JSON.
+    """
+    settings = json.dumps(study.user_attrs["settings"], sort_keys=True)
+    commit = environment.commit()
+    return {
+        STUDY: study.study_name,
+        STUDY_UID: study.user_attrs["study_uid"],
+        NUMBER: str(trial.number),
+        "lineage.hyperparameters": json.dumps(trial.params),
+        "lineage.val_accuracy": repr(trial.value),
+        "lineage.seed": str(trial.user_attrs["seed"]),
+        "lineage.settings": sha256(settings.encode()).hexdigest(),
+        "lineage.dataset": dataset.digest,
+        "lineage.environment": json.dumps(environment.here()),
+        **({} if commit is None else {COMMIT: commit}),
+    }
 
 
 def retrain(
@@ -57,18 +56,20 @@ def retrain(
     dataset: Dataset,
     tracking: Tracking,
     parent: str,
-    trial: "FrozenTrial",
-    facts: Facts,
+    study: "optuna.Study",
+    number: int,
 ) -> str:
-    """Train `trial`'s configuration on training and validation data and log it; returns the run.
+    """Train trial `number` anew on training and validation data and log it; returns the run.
 
     The test images are evaluated here and nowhere else. The run ends FINISHED, and names the
     logged model in its tag `model_uri`, or it does not count.
     """
     from search import model, training  # not at the top: the main process only registers
 
-    run_id = tracking.create_run(parent, f"retrain-trial-{trial.number:04d}", trial.number)
-    tracking.log_start(run_id, trial, facts)
+    trial = study.get_trials(deepcopy=False)[number]
+    whence = lineage(study, trial, dataset)
+    run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
+    tracking.log_start(run_id, trial, study.user_attrs["facts"])
     hyperparameters = Hyperparameters(**trial.params)
     seed = trial.user_attrs["seed"]
     network = model.build(hyperparameters, dataset.features, dataset.classes, seed)
@@ -99,6 +100,7 @@ def retrain(
             model=network,
             signature=infer_signature(example, network.predict(example, verbose=0)),
             input_example=example,
+            metadata=whence,
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in _PINNED],
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +110,7 @@ def retrain(
             network.save(legacy)
             evaluation.save(judged, dataset, Path(folder))
             tracking.client.log_artifacts(run_id, folder)
-        tracking.client.set_tag(run_id, _MODEL_URI, info.model_uri)
+        tracking.client.set_tag(run_id, MODEL_URI, info.model_uri)
     return run_id
 
 
@@ -147,7 +149,7 @@ def find_retrained(tracking: Tracking, runs: list[Run], number: int) -> Run | No
     for run in runs:
         tags = run.data.tags
         named = (run.info.run_name or "").startswith("retrain-")
-        complete = run.info.status == "FINISHED" and _MODEL_URI in tags
+        complete = run.info.status == "FINISHED" and MODEL_URI in tags
         if named and complete and tags.get(NUMBER) == str(number):
             return run
     return None
@@ -165,89 +167,3 @@ def test_pictures(tracking: Tracking, run: Run) -> tuple[str | None, bytes | Non
     with tempfile.TemporaryDirectory() as folder:
         data, mistakes = read(evaluation.DATA, folder), read(evaluation.MISTAKES, folder)
     return None if data is None else data.decode(), mistakes
-
-
-def find_version(tracking: Tracking, config: StudyConfig, run_id: str) -> ModelVersion | None:
-    """The model version that was registered from `run_id`."""
-    found = tracking.client.search_model_versions(f"run_id = '{run_id}'")
-    versions = [version for version in found if version.name == config.model_name]
-    return versions[0] if versions else None
-
-
-def is_promoted(version: ModelVersion | None) -> bool:
-    """Whether registering and promoting `version` was carried through to the end."""
-    return version is not None and _PROMOTED in version.tags
-
-
-def register(tracking: Tracking, config: StudyConfig, run: Run, uid: str, *, new: bool) -> Winner:
-    """Register the model of `run` and make it the one in production, as far as it is not yet."""
-    client = tracking.client
-    number = int(run.data.tags[NUMBER])
-    version = find_version(tracking, config, run.info.run_id)
-    if not is_promoted(version):
-        with _promoting(config):
-            if version is None:
-                with contextlib.suppress(MlflowException):  # it exists
-                    client.create_registered_model(config.model_name)
-                model_uri = run.data.tags[_MODEL_URI]
-                model_id = model_uri.removeprefix("models:/")
-                version = client.create_model_version(
-                    config.model_name,
-                    source=client.get_logged_model(model_id).artifact_location,
-                    run_id=run.info.run_id,
-                    model_id=model_id,
-                    tags={STUDY: config.study_name, STUDY_UID: uid, NUMBER: str(number)},
-                )
-            client.set_registered_model_alias(config.model_name, ALIAS, version.version)
-            _follow_alias(tracking, config.model_name)
-            client.set_model_version_tag(config.model_name, version.version, _PROMOTED, "true")
-    assert version is not None
-    return Winner(
-        trial=number,
-        run_id=run.info.run_id,
-        version=int(version.version),
-        test_loss=run.data.metrics["test_loss"],
-        test_accuracy=run.data.metrics["test_accuracy"],
-        new=new,
-    )
-
-
-def wrong_stages(tracking: Tracking, name: str) -> list[tuple[ModelVersion, str]]:
-    """The versions whose stage does not follow the alias, each with the stage it should have.
-
-    The alias is one row, so one version by construction. Stages are one column a version, and two
-    processes that promote at once leave two.
-    """
-    production = aliased(tracking.client, name)
-    if production is None:
-        return []  # nothing to follow
-    versions = tracking.client.search_model_versions(f"name = '{name}'")
-    wanted = [(v, STAGE if v.version == production.version else "Archived") for v in versions]
-    wrong = [
-        (version, stage)
-        for version, stage in wanted
-        if version.current_stage != stage and STAGE in (stage, version.current_stage)
-    ]
-    return sorted(wrong, key=lambda pair: pair[1] != STAGE)
-
-
-def follow_alias(tracking: Tracking, config: StudyConfig) -> None:
-    """Give the stage Production to the version with the alias, and to no other."""
-    with _promoting(config):
-        _follow_alias(tracking, config.model_name)
-
-
-def _follow_alias(tracking: Tracking, name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated, and asked for
-        for version, stage in wrong_stages(tracking, name):
-            tracking.client.transition_model_version_stage(name, version.version, stage)
-
-
-def _promoting(config: StudyConfig) -> FileLock:
-    """One process of this host promotes at a time."""
-    path = sqlite_path(config.tracking_uri)
-    if path is None:
-        key = sha256(config.tracking_uri.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"registry-{key}"
-    return FileLock(lock_file(path, config.model_name), timeout=120)

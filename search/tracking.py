@@ -322,6 +322,12 @@ class Tracking:
     @contextlib.contextmanager
     def active(self, run_id: str) -> Iterator[None]:
         """Make `run_id` MLflow's active run, which only `log_model` needs; end it FINISHED."""
+        with self.addressed(), mlflow.start_run(run_id=run_id, nested=True):
+            yield
+
+    @contextlib.contextmanager
+    def addressed(self) -> Iterator[None]:
+        """Let MLflow's functions that take no address work here."""
         uris: Any = None, None
         if mlflow.is_tracking_uri_set():  # type: ignore[no-untyped-call]
             uris = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
@@ -329,8 +335,7 @@ class Tracking:
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
         try:
-            with mlflow.start_run(run_id=run_id, nested=True):
-                yield
+            yield
         finally:
             mlflow.set_tracking_uri(uris[0])
             mlflow.set_registry_uri(uris[1])

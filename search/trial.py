@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import TrialState
 from optuna_integration import KerasPruningCallback
 
-from search import data, environment, model, registry, sampling, storage, training
+from search import data, environment, model, promotion, registry, sampling, storage, training
 from search.config import StudyConfig, one_line
 from search.contract import METRICS, STATE
 from search.outcome import Outcome
@@ -92,15 +92,13 @@ class Worker:
 
     def retrain(self, number: int) -> str:
         """Train the configuration of trial `number` anew, log it and return its run."""
-        trial = self.study.get_trials(deepcopy=False)[number]
         return registry.retrain(
-            self.config,
-            self.dataset,
-            self.tracking,
-            self.parent_run,
-            trial,
-            self.facts,
+            self.config, self.dataset, self.tracking, self.parent_run, self.study, number
         )
+
+    def compare(self, challenger: int, champion: int) -> promotion.Comparison | str:
+        """Compare two versions of the registered model on the test examples."""
+        return promotion.compare(self.config, self.dataset, self.tracking, challenger, champion)
 
 
 def train_again(

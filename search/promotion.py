@@ -1,0 +1,312 @@
+"""The registry's side of the winner: register it, and let it into production if it is better.
+
+The gate compares challenger and champion on the same test images. Every step leaves a mark that the
+next start finds, so a run killed between any two of them is continued there.
+"""
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from search.config import StudyConfig, one_line, sqlite_path
+from search.contract import LINEAGE, MODEL, MODEL_URI, NUMBER
+from search.data import Dataset, scaled
+from search.database import lock_file
+from search.production import ALIAS, aliased
+from search.tracking import Tracking
+
+if TYPE_CHECKING:
+    from search.reconcile import Ledgers
+
+STAGE = "Production"
+_PROMOTED, _GATE = "promoted", "gate."
+_SIGNIFICANT = 0.05
+
+
+# ---- the comparison, in a worker -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same test examples.
+
+    challenger, champion: their accuracies. only_challenger, only_champion: how many examples one
+    of them alone gets right.
+    """
+
+    challenger: float
+    champion: float
+    only_challenger: int
+    only_champion: int
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided exact McNemar test (McNemar 1947): whether the difference may be chance.
+
+        Under chance each of the examples that one of them alone gets right is a fair coin's throw.
+        """
+        from scipy.stats import binomtest
+
+        throws = self.only_challenger + self.only_champion
+        return float(binomtest(self.only_challenger, throws).pvalue) if throws else 1.0
+
+
+def compare(
+    config: StudyConfig, dataset: Dataset, tracking: Tracking, challenger: int, champion: int
+) -> Comparison | str:
+    """Compare two versions on the test examples; or say why the champion can't be compared."""
+    right = []
+    for version in (challenger, champion):
+        try:
+            with tracking.addressed():
+                import mlflow.keras
+
+                model: Any = mlflow.keras.load_model(f"models:/{config.model_name}/{version}")
+            shapes = model.input_shape, model.output_shape
+            if shapes != ((None, dataset.features), (None, dataset.classes)):
+                return (
+                    f"it takes {shapes[0]} and gives {shapes[1]}, where this study's data have "
+                    f"{dataset.features} features and {dataset.classes} classes"
+                )
+            predicted = model.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
+        except Exception as error:  # a damaged file makes Keras, zipfile and json raise anything
+            if version == challenger:
+                raise
+            return f"it can't be loaded ({type(error).__name__}: {one_line(error)})"
+        right.append(predicted.argmax(axis=1) == dataset.y_test)
+    mine, theirs = right
+    return Comparison(
+        challenger=float(mine.mean()),
+        champion=float(theirs.mean()),
+        only_challenger=int((mine & ~theirs).sum()),
+        only_champion=int((theirs & ~mine).sum()),
+    )
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a version went to production, and why.
+
+    policy: the `--promote` that decided. champion: the version that was in production before, None
+    where nothing was. accuracy, champion_accuracy: on the test examples. p_value: of the exact
+    McNemar test. problem: why the champion could not be compared.
+    """
+
+    promoted: bool
+    policy: str
+    accuracy: float
+    champion: int | None = None
+    champion_accuracy: float | None = None
+    p_value: float | None = None
+    problem: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the next start leaves it as it is: a problem may be gone by then."""
+        return self.promoted or self.problem is None
+
+    def as_tags(self, version: int) -> dict[str, str]:
+        """What `version` keeps of it; `read` reads it."""
+        loser = (self.champion if self.promoted else version) if self.champion else None
+        kept = {
+            "policy": self.policy,
+            "test_accuracy": self.accuracy,
+            "champion_version": self.champion,
+            "champion_test_accuracy": self.champion_accuracy,
+            "mcnemar_p_value": self.p_value,
+            "losing_version": loser,
+            "problem": self.problem,
+            "decision": str(self),
+        }
+        return {f"{_GATE}{key}": str(value) for key, value in kept.items() if value is not None}
+
+    @staticmethod
+    def read(tags: Mapping[str, str], accuracy: float) -> "Verdict":
+        """The verdict in a version's tags."""
+
+        def number(name: str) -> float | None:
+            text = tags.get(_GATE + name)
+            return None if text is None else float(text)
+
+        champion = number("champion_version")
+        return Verdict(
+            promoted=tags.get(_PROMOTED) == "true",
+            policy=tags.get(f"{_GATE}policy", ""),
+            accuracy=accuracy,
+            champion=None if champion is None else int(champion),
+            champion_accuracy=number("champion_test_accuracy"),
+            p_value=number("mcnemar_p_value"),
+            problem=tags.get(f"{_GATE}problem"),
+        )
+
+    def __str__(self) -> str:
+        decision = "promoted" if self.promoted else "not promoted"
+        if self.champion is None:
+            return f"{decision}: nothing was in production" + (
+                "" if self.promoted else f", --promote {self.policy}"
+            )
+        if self.problem is not None:
+            remedy = "" if self.promoted else "; to replace it run again with --promote always"
+            return (
+                f"{decision}: version {self.champion}, in production, could not be compared: "
+                f"{self.problem}{remedy}"
+            )
+        assert self.champion_accuracy is not None
+        assert self.p_value is not None
+        chance = "more than chance" if self.p_value < _SIGNIFICANT else "may be chance"
+        policy = "" if self.policy == "if-better" else f", --promote {self.policy}"
+        return (
+            f"{decision}: test accuracy {self.accuracy:.4f} against {self.champion_accuracy:.4f} "
+            f"of version {self.champion}, exact McNemar p = {self.p_value:.2g} ({chance}){policy}"
+        )
+
+
+Compare = Callable[[int, int], Comparison | str]
+
+
+def judge(policy: str, accuracy: float, found: Comparison | str | None, champion: int) -> Verdict:
+    """The verdict over a challenger with this test accuracy, against version `champion`."""
+    if isinstance(found, Comparison):
+        better = found.challenger >= found.champion
+        return Verdict(
+            promoted=policy == "always" or (policy == "if-better" and better),
+            policy=policy,
+            accuracy=found.challenger,
+            champion=champion,
+            champion_accuracy=found.champion,
+            p_value=found.p_value,
+        )
+    return Verdict(policy == "always", policy, accuracy, champion, problem=found)
+
+
+# ---- the registry --------------------------------------------------------------------------------
+
+
+def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdict]:
+    """Register the model of the retraining `run`, and let it into production if the gate says so.
+
+    Returns its version and the verdict. What was carried through before is left alone.
+    """
+    tracking, config = ledgers.tracking, ledgers.config
+    client, name = tracking.client, config.model_name
+    accuracy = run.data.metrics["test_accuracy"]
+    version = find_version(tracking, config, run.info.run_id)
+    if version is None or not _is_decided(version, config):
+        with _promoting(config):
+            if version is None:
+                version = _register(tracking, config, run)
+            number = int(version.version)
+            _link(ledgers, int(run.data.tags[NUMBER]), f"{name}/{number}")
+            champion = aliased(client, name)
+            if champion is not None and int(champion.version) == number:  # killed after the alias
+                verdict = Verdict.read({**version.tags, _PROMOTED: "true"}, accuracy)
+            elif champion is None:
+                verdict = Verdict(config.promote != "never", config.promote, accuracy)
+            else:
+                against = int(champion.version)
+                verdict = judge(config.promote, accuracy, compare(number, against), against)
+            tags = verdict.as_tags(number)
+            for gone in [key for key in version.tags if key.startswith(_GATE) and key not in tags]:
+                client.delete_model_version_tag(name, version.version, gone)
+            for key, value in tags.items():
+                if version.tags.get(key) != value:
+                    client.set_model_version_tag(name, version.version, key, value)
+            if verdict.promoted:
+                client.set_registered_model_alias(name, ALIAS, version.version)
+                _follow_alias(tracking, name)
+            if verdict.is_final:  # last: it says that the rest is done
+                mark = str(verdict.promoted).lower()
+                client.set_model_version_tag(name, version.version, _PROMOTED, mark)
+        return number, verdict
+    return int(version.version), Verdict.read(version.tags, accuracy)
+
+
+def find_version(tracking: Tracking, config: StudyConfig, run_id: str) -> ModelVersion | None:
+    """The model version that was registered from `run_id`."""
+    found = tracking.client.search_model_versions(f"run_id = '{run_id}'")
+    versions = [version for version in found if version.name == config.model_name]
+    return versions[0] if versions else None
+
+
+def _is_decided(version: ModelVersion, config: StudyConfig) -> bool:
+    """Whether the gate's verdict was carried out, and is not asked for by another policy."""
+    promoted = version.tags.get(_PROMOTED)
+    return promoted == "true" or (
+        promoted == "false" and version.tags.get(f"{_GATE}policy") == config.promote
+    )
+
+
+def _register(tracking: Tracking, config: StudyConfig, run: Run) -> ModelVersion:
+    client = tracking.client
+    with contextlib.suppress(MlflowException):  # it exists
+        client.create_registered_model(config.model_name)
+    model_id = run.data.tags[MODEL_URI].removeprefix("models:/")
+    return client.create_model_version(
+        config.model_name,
+        source=client.get_logged_model(model_id).artifact_location,
+        run_id=run.info.run_id,
+        model_id=model_id,
+        tags={key: value for key, value in run.data.tags.items() if key in LINEAGE},
+    )
+
+
+def _link(ledgers: "Ledgers", number: int, version: str) -> None:
+    """Let the trial, and its run, name the version that was made of it."""
+    trial = ledgers.study.get_trials(deepcopy=False)[number]
+    if trial.user_attrs.get("model_version") != version:
+        ledgers.amend(trial, "model_version", version)
+        ledgers.tracking.client.set_tag(trial.user_attrs["mlflow_run_id"], MODEL, version)
+
+
+def wrong_stages(tracking: Tracking, name: str) -> list[tuple[ModelVersion, str]]:
+    """The versions whose stage does not follow the alias, each with the stage it should have.
+
+    The alias is one row, so one version by construction. Stages are one column a version, and two
+    processes that promote at once leave two.
+    """
+    production = aliased(tracking.client, name)
+    if production is None:
+        return []  # nothing to follow
+    versions = tracking.client.search_model_versions(f"name = '{name}'")
+    wanted = [(v, STAGE if v.version == production.version else "Archived") for v in versions]
+    wrong = [
+        (version, stage)
+        for version, stage in wanted
+        if version.current_stage != stage and STAGE in (stage, version.current_stage)
+    ]
+    return sorted(wrong, key=lambda pair: pair[1] != STAGE)
+
+
+def follow_alias(tracking: Tracking, config: StudyConfig) -> None:
+    """Give the stage Production to the version with the alias, and to no other."""
+    with _promoting(config):
+        _follow_alias(tracking, config.model_name)
+
+
+def _follow_alias(tracking: Tracking, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated, and asked for
+        for version, stage in wrong_stages(tracking, name):
+            tracking.client.transition_model_version_stage(name, version.version, stage)
+
+
+def _promoting(config: StudyConfig) -> FileLock:
+    """One process of this host compares and promotes at a time."""
+    path = sqlite_path(config.tracking_uri)
+    if path is None:
+        key = sha256(config.tracking_uri.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"registry-{key}"
+    return FileLock(lock_file(path, config.model_name), timeout=600)

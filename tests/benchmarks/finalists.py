@@ -1,0 +1,164 @@
+"""Do finalists pay? python tests/benchmarks/finalists.py --studies 10, then with --table
+
+Runs whole studies of 50 trials on MNIST with the command's defaults, trains their three best trials
+and the reference again on four fresh seeds, and then every one of these configurations on all
+training data, on three seeds, with the test images, so that a choice is judged by its expected test
+accuracy and not by one more noisy result. Rows are appended to finalists.csv; --table prints what
+fewer finalists or repeats would have chosen.
+"""
+
+import argparse
+import csv
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from search.config import StudyConfig
+from search.listener import Listener
+
+TABLE = Path(__file__).with_name("finalists.csv")
+FINALISTS, REPEATS, JUDGES = 3, 4, 3
+COLUMNS = (
+    *("study", "trial", "is_reference", "search_seconds", "finalist_seconds"),
+    *("hidden_units", "dropout_rate", "learning_rate", "val_accuracy", "repeats", "tests"),
+)
+
+
+class Clock(Listener):
+    """When each stage of a run began."""
+
+    def start(self, *_: Any) -> None:
+        self.began = time.monotonic()
+
+    def finalists(self, *_: Any) -> None:
+        self.searched = time.monotonic()
+
+    def retraining(self, *_: Any) -> None:
+        self.compared = time.monotonic()
+
+
+def judge(params: dict[str, Any], seed: int) -> float:
+    """The test accuracy of a configuration, trained on all training data."""
+    from search import data, model, training
+    from search.space import Hyperparameters
+
+    training.limit_threads(1)
+    dataset = data.load("mnist", 0.1)
+    network = model.build(Hyperparameters(**params), dataset.features, dataset.classes, seed)
+    training.train(network, (dataset.x_all, dataset.y_all), epochs=5, batch_size=128, seed=seed)
+    return training.evaluate(network, (dataset.x_test, dataset.y_test))["accuracy"]
+
+
+def study(seed: int) -> list[dict[str, Any]]:
+    """One whole study; a row for each of its finalists."""
+    from search.pipeline import run
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        config = StudyConfig(seed=seed, finalists=FINALISTS, repeats=REPEATS, report="none")
+        result = run(config, clock)
+        os.chdir("/")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        judged = [
+            [pool.submit(judge, f.trial.params, 10_000 + 100 * seed + i) for i in range(JUDGES)]
+            for f in result.finalists
+        ]
+        tests = [[future.result() for future in futures] for futures in judged]
+    reference = result.reference
+    return [
+        {
+            "study": seed,
+            "trial": finalist.trial.number,
+            "is_reference": int(
+                reference is not None and finalist.trial.number == reference.number
+            ),
+            "search_seconds": round(clock.searched - clock.began, 1),
+            "finalist_seconds": round(clock.compared - clock.searched, 1),
+            **finalist.trial.params,
+            "val_accuracy": finalist.trial.value,
+            "repeats": json.dumps(finalist.accuracies),
+            "tests": json.dumps(accuracies),
+        }
+        for finalist, accuracies in zip(result.finalists, tests, strict=True)
+    ]
+
+
+def chosen(rows: list[dict[str, Any]], count: int, repeats: int) -> dict[str, Any]:
+    """What `count` finalists on so many fresh seeds would have chosen."""
+    ranked = sorted(rows, key=lambda row: (-row["val_accuracy"], row["trial"]))
+    best = ranked[: max(count, 1)]
+    if count == 0:
+        return best[0]
+    candidates = best + [row for row in ranked if row["is_reference"] and row not in best]
+    return max(candidates, key=lambda row: mean(row["repeats"][:repeats]))
+
+
+def table() -> None:
+    """Print what every number of finalists and repeats would have chosen."""
+    studies: dict[int, list[dict[str, Any]]] = {}
+    with TABLE.open() as file:
+        for row in csv.DictReader(file):
+            read: dict[str, Any] = {key: json.loads(value) for key, value in row.items()}
+            studies.setdefault(read["study"], []).append(read)
+    # The reference is the same configuration in every study, so all of its tests tell of it.
+    everywhere = [
+        t for rows in studies.values() for r in rows if r["is_reference"] for t in r["tests"]
+    ]
+    print(f"{len(studies)} studies; the reference: test {mean(everywhere):.4f} ", end="")
+    print(f"on {len(everywhere)} seeds\n")
+    print("| finalists | repeats | test | gain over none | standard error | extra time |")
+    print("|---|---|---|---|---|---|")
+
+    def expected(row: dict[str, Any]) -> float:
+        return mean(everywhere if row["is_reference"] else row["tests"])
+
+    without = [expected(chosen(rows, 0, 0)) for rows in studies.values()]
+    print(f"| 0 | | {mean(without):.4f} | | | |")
+    for count in range(1, FINALISTS + 1):
+        for repeats in range(1, REPEATS + 1):
+            with_them = [expected(chosen(rows, count, repeats)) for rows in studies.values()]
+            gains = [a - b for a, b in zip(with_them, without, strict=True)]
+            share = [
+                rows[0]["finalist_seconds"]
+                / rows[0]["search_seconds"]
+                * (count + 1)
+                * repeats
+                / ((FINALISTS + 1) * REPEATS)
+                for rows in studies.values()
+            ]
+            error = stdev(gains) / len(gains) ** 0.5
+            print(
+                f"| {count} | {repeats} | {mean(with_them):.4f} | {mean(gains):+.5f} | {error:.5f} "
+                f"| {mean(share):+.0%} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--studies", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first one")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        return table()
+    new = not TABLE.exists()
+    for seed in range(arguments.first, arguments.first + arguments.studies):
+        rows = study(seed)
+        with TABLE.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+        new = False
+        print(rows, flush=True)
+
+
+if __name__ == "__main__":
+    main()
