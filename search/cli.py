@@ -84,6 +84,18 @@ def _report(
     return functools.partial(run_report, build_config(config, given), output)
 
 
+def _reproduce(
+    *, trial: str | None = None, config: str | None = None, **given: str | None
+) -> Callable[[], int]:
+    """Train a trial again and say whether every epoch is the same to the last digit."""
+    if trial is not None and not trial.isdecimal():
+        raise InputError(
+            f"--trial must be a whole number, 0 or more, but got {trial!r}; for example --trial 0"
+        )
+    number = None if trial is None else int(trial)
+    return functools.partial(run_reproduce, build_config(config, given), number)
+
+
 def _ui(config: str | None = None, **given: str | None) -> Callable[[], int]:
     """Open the study in MLflow's and Optuna's own user interfaces, until Ctrl-C."""
     return functools.partial(run_ui, build_config(config, given))
@@ -165,10 +177,23 @@ for _name, _verb, *_parameters in (
             "report.html",
         ),
     ),
+    (
+        "reproduce",
+        _reproduce,
+        _own(
+            "trial",
+            Annotated[
+                str | None,
+                typer.Option("--trial", metavar="N", help="Which one; by default the winner."),
+            ],
+            None,
+        ),
+    ),
     ("ui", _ui),
     ("doctor", _doctor, _flag("fix", "Mend it: MLflow follows Optuna.")),
 ):
-    app.command(_name)(_with_options(_verb, _PLACES, *_parameters))
+    _names = (*_PLACES, "dataset") if _name == "reproduce" else _PLACES
+    app.command(_name)(_with_options(_verb, _names, *_parameters))
 
 
 def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
@@ -237,6 +262,22 @@ def run_report(config: StudyConfig, output: str) -> int:
     presentation.report(config, Path(output))
     print(f"wrote {output}")
     return 0
+
+
+def run_reproduce(config: StudyConfig, number: int | None) -> int:
+    """Train a trial again and print whether it is the same; returns the exit code."""
+    from search import reproduce
+
+    done = reproduce.reproduce(config, number, functools.partial(print, flush=True))
+    if not done.differences:
+        print(f"the same to the last digit: val_accuracy {done.values[-1]!r}, every epoch")
+    else:
+        print(f"not the same: {'; '.join(done.differences)}")
+    if done.changed:
+        print(f"changed since then: {'; '.join(done.changed)}")
+    elif done.differences:
+        print("nothing that is recorded of the machine's kind and the packages has changed")
+    return 1 if done.differences else 0
 
 
 def run_ui(config: StudyConfig) -> int:

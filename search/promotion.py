@@ -135,17 +135,17 @@ class Verdict:
 
     @staticmethod
     def read(tags: Mapping[str, str], accuracy: float) -> "Verdict":
-        """The verdict in a version's tags."""
+        """The verdict in a version's tags; `accuracy` where they hold none."""
 
         def number(name: str) -> float | None:
             text = tags.get(_GATE + name)
             return None if text is None else float(text)
 
-        champion = number("champion_version")
+        champion, measured = number("champion_version"), number("test_accuracy")
         return Verdict(
             promoted=tags.get(_PROMOTED) == "true",
             policy=tags.get(f"{_GATE}policy", ""),
-            accuracy=accuracy,
+            accuracy=accuracy if measured is None else measured,
             champion=None if champion is None else int(champion),
             champion_accuracy=number("champion_test_accuracy"),
             p_value=number("mcnemar_p_value"),

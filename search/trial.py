@@ -107,18 +107,14 @@ def train_again(
     trial: optuna.trial.FrozenTrial,
     seed: int,
     history: list[dict[str, float]],
-    epochs: int | None = None,
 ) -> None:
-    """Train what `trial` tried as a trial is trained, unpruned; `history` gets an entry an epoch.
-
-    epochs: how many, where not as many as `config` says.
-    """
+    """Train what `trial` tried as a trial is trained; `history` gets an entry an epoch."""
     network = model.build(Hyperparameters(**trial.params), dataset.features, dataset.classes, seed)
     training.train(
         network,
         dataset.train,
         validation=dataset.validation,
-        epochs=epochs or config.epochs,
+        epochs=config.epochs,
         batch_size=config.batch_size,
         seed=seed,
         callbacks=[

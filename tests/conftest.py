@@ -1,8 +1,10 @@
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,16 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A fresh folder, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
+
+
+def copy_databases(source: Path, target: Path) -> None:
+    """Copy both databases; the artifacts stay where they are."""
+    for name in ("study.db", "mlflow.db"):
+        with (
+            closing(sqlite3.connect(source / name)) as database,
+            closing(sqlite3.connect(target / name)) as copy,
+        ):
+            database.backup(copy)
 
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[str]":

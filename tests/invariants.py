@@ -54,11 +54,16 @@ def check(
     children = [
         run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
     ]
-    by_trial = defaultdict(list)
+    by_trial, by_repeat = defaultdict(list), defaultdict(list)
     for run in children:
         assert run.info.status != "RUNNING"
-        if run.info.run_name.startswith("trial-") and "optuna.orphan" not in run.data.tags:
-            by_trial[int(run.data.tags["optuna.trial_number"])].append(run)
+        if "optuna.orphan" in run.data.tags:
+            continue
+        number = int(run.data.tags["optuna.trial_number"])
+        if run.info.run_name.startswith("trial-"):
+            by_trial[number].append(run)
+        elif "optuna.finalist" in run.data.tags:
+            by_repeat[number, int(run.data.tags["optuna.finalist"])].append(run)
 
     trials = study.get_trials()
     assert sorted(by_trial) == [trial.number for trial in trials]
@@ -66,6 +71,7 @@ def check(
         assert trial.state.is_finished(), f"trial {trial.number} is {trial.state.name}"
         (run,) = by_trial[trial.number]
         check_pair(client, trial, run)
+    check_repeats(client, trials, by_repeat)
     places = sorted(t.user_attrs["place"] for t in trials if t.state is not TrialState.FAIL)
     assert len(set(places)) == len(places)
     if finished is not None:
@@ -112,22 +118,66 @@ def check_pair(client: MlflowClient, trial: optuna.trial.FrozenTrial, run: Any) 
         assert trial.value == history[-1]["val_accuracy"] == run.data.metrics["val_accuracy"]
 
 
+def check_repeats(client: MlflowClient, trials: list[Any], by_repeat: dict[Any, Any]) -> None:
+    """Assert that every repeat of a finalist has its one run, with its curves."""
+    kept = {
+        (trial.number, int(name.removeprefix("finalist_"))): (trial, value)
+        for trial in trials
+        for name, value in trial.user_attrs.items()
+        if name.startswith("finalist_")
+    }
+    assert sorted(by_repeat) == sorted(kept)
+    for key, (trial, repeat) in kept.items():
+        (run,) = by_repeat[key]
+        assert run.info.run_id == repeat["mlflow_run_id"]
+        assert run.info.run_name == f"finalist-{key[0]:04d}-{key[1]}"
+        assert run.info.status == ("FAILED" if "failure" in repeat else "FINISHED")
+        assert run.data.tags.get("optuna.failure") == repeat.get("failure")
+        assert run.data.params["seed"] == str(repeat["seed"]) != str(trial.user_attrs["seed"])
+        for name, value in trial.params.items():
+            assert run.data.params[name] == str(value)
+        for name in METRICS.values():
+            logged = client.get_metric_history(run.info.run_id, name)
+            assert [m.value for m in logged] == [entry[name] for entry in repeat["history"]]
+
+
+def winner_of(study: Any) -> Any:
+    """The finalist with the best mean, or else the best trial; the earlier of equals."""
+    choice = study.user_attrs.get("finalists") or {"trials": [], "repeats": 0}
+    trials = study.get_trials()
+    means = []
+    for number in choice["trials"]:
+        repeats = [trials[number].user_attrs[f"finalist_{i}"] for i in range(choice["repeats"])]
+        values = [r["history"][-1]["val_accuracy"] for r in repeats if "failure" not in r]
+        mean = sum(values) / len(values) if len(values) == len(repeats) else 0.0
+        means.append((mean, trials[number].value, -number))
+    if means:
+        return trials[-max(means)[2]]
+    complete = (trial for trial in trials if trial.state is TrialState.COMPLETE)
+    return max(complete, key=lambda trial: (trial.value, -trial.number))
+
+
 def check_registered(client: MlflowClient, study: Any, children: list[Any], name: str) -> Any:
-    """Assert that exactly one version is in production, the retrained best; returns its run."""
+    """Assert that one version is in production and that the winner is registered, with a verdict
+    that fits; returns the winner's run."""
     versions = client.search_model_versions(f"name = '{name}'")
     production = [v for v in versions if v.current_stage == "Production"]
     assert len(production) == 1
     assert client.get_model_version_by_alias(name, "production").version == production[0].version
-    run = next((r for r in children if r.info.run_id == production[0].run_id), None)
-    if run is None:
-        return None  # another study's model is in production
-    best = max(
-        (t for t in study.get_trials() if t.state is TrialState.COMPLETE),
-        key=lambda t: (t.value, -t.number),
-    )
-    assert run.data.tags["optuna.trial_number"] == str(best.number)
-    assert run.info.run_name == f"retrain-trial-{best.number:04d}"
+    best = winner_of(study)
+    registered = {version.run_id: version for version in versions}
+    assert len(registered) == len(versions)
+    (run,) = [
+        run
+        for run in children
+        if run.info.run_name == f"retrain-trial-{best.number:04d}" and run.info.run_id in registered
+    ]
+    version = registered[run.info.run_id]
     assert run.info.status == "FINISHED"
     assert 0 <= run.data.metrics["test_accuracy"] <= 1
-    assert sum(v.run_id == run.info.run_id for v in versions) == 1
+    assert best.user_attrs["model_version"] == f"{name}/{version.version}"
+    assert version.tags["optuna.trial_number"] == str(best.number)
+    if version.tags.get("promoted") != "true":  # another one is in production, and is better
+        assert version.run_id != production[0].run_id
+        assert version.tags["gate.decision"].startswith("not promoted: ")
     return run

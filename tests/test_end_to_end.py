@@ -3,9 +3,7 @@
 import os
 import shutil
 import signal
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import mlflow
 import numpy as np
 import optuna
 import pytest
-from conftest import EPOCHS, TRIALS, command, start
+from conftest import EPOCHS, TRIALS, command, copy_databases, start
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
@@ -127,9 +125,7 @@ def test_rerun_after_the_end_changes_nothing(finished: dict[str, Any]) -> None:
 
 def test_a_larger_budget_adds_the_difference(finished: dict[str, Any], tmp_path: Path) -> None:
     shutil.copy(finished["folder"] / "digits.npz", tmp_path)
-    for name in ("study.db", "mlflow.db"):  # others look at the study itself
-        with closing(sqlite3.connect(finished["folder"] / name)) as database:
-            database.execute("VACUUM INTO ?", (str(tmp_path / name),))
+    copy_databases(finished["folder"], tmp_path)  # others look at the study itself
     more = (*finished["options"][:-1], str(TRIALS + 2))
     code, _, err = command(tmp_path, *more)
     assert (code, err) == (0, "")

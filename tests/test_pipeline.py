@@ -54,9 +54,7 @@ def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path
     invariants.check(in_folder, 0, registered=False)
 
 
-def test_two_studies_share_the_databases_and_the_newer_is_in_production(
-    in_folder: Path, clouds: Path
-) -> None:
+def test_two_studies_share_the_databases(in_folder: Path, clouds: Path) -> None:
     run(config(clouds))
     run(config(clouds, study_name="second", seed=1))
     invariants.check(in_folder, 3)

@@ -1,0 +1,98 @@
+"""Train a trial again from what its study holds, and compare every epoch to the last digit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from optuna.trial import FrozenTrial
+
+from search import data, environment, finalists, storage
+from search.config import InputError, StudyConfig, defaults, differences
+from search.space import Hyperparameters
+
+_COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A trial trained again.
+
+    values: val_accuracy of every epoch. differences: what of which epoch differs, empty where all
+    is the same to the last digit. changed: what of the environment is another one than then.
+    """
+
+    trial: int
+    values: list[float]
+    differences: list[str]
+    changed: list[str]
+
+
+def reproduce(config: StudyConfig, number: int | None, say: Callable[[str], None]) -> Reproduction:
+    """Train trial `number` again, or the winner, as many epochs as it had; changes nothing.
+
+    The study decides everything; only a dataset that has moved may be named anew. Raises InputError
+    where there is no such study or trial, or the dataset is another one.
+    """
+    try:
+        storage.check(config)
+        study = storage.load_study(config)
+        trials = study.get_trials(deepcopy=False)
+        trial = finalists.winner(study) if number is None else _find(trials, number)
+    except storage.ERRORS as error:
+        raise storage.failure(error) from error
+    if trial is None:
+        raise InputError(
+            f"reproduce needs a trial that completed, but study {config.study_name} has none; "
+            "name another one with --trial"
+        )
+    settings, seed = study.user_attrs["settings"], trial.user_attrs["seed"]
+    if config.dataset == defaults()["dataset"]:
+        config = replace(config, dataset=study.user_attrs["facts"]["params"]["dataset"])
+    dataset = data.load(config.dataset, settings["validation_split"])
+    if dataset.digest[:12] not in settings["dataset"]:
+        raise InputError(
+            f"--dataset must be the data of the study, {settings['dataset']}, but "
+            f"{config.dataset} has the digest {dataset.digest[:12]}; name the right file"
+        )
+    then = trial.user_attrs["history"]
+    say(f"{dataset}")
+    say(
+        f"trial {trial.number} of study {study.study_name}: {Hyperparameters(**trial.params)}  "
+        f"seed {seed}  {len(then)} epochs"
+    )
+
+    from search.engine import load_trial
+
+    load_trial()
+    from search import training
+    from search.trial import train_again
+
+    training.limit_threads(1)  # as a worker does
+    config = replace(config, epochs=len(then), batch_size=settings["batch_size"])
+    now: list[dict[str, float]] = []
+    train_again(config, dataset, trial, seed, now)
+    return Reproduction(
+        trial=trial.number,
+        values=[entry["val_accuracy"] for entry in now],
+        differences=[
+            f"epoch {int(old['epoch'])}: {name} {new[name]!r} in place of {old[name]!r}"
+            for old, new in zip(then, now, strict=True)
+            for name in _COMPARED
+            if old[name] != new[name]
+        ],
+        changed=differences(trial.user_attrs.get("environment", {}), environment.here()),
+    )
+
+
+def _find(trials: list[FrozenTrial], number: int) -> FrozenTrial:
+    if not 0 <= number < len(trials):
+        raise InputError(
+            f"--trial must be a trial of the study, 0 to {len(trials) - 1}, but got {number}; "
+            "look with python study.py show"
+        )
+    trial = trials[number]
+    if not trial.state.is_finished() or not trial.user_attrs.get("history"):
+        raise InputError(
+            f"--trial must have ended after at least one epoch, but trial {number} is "
+            f"{trial.state.name} without one; name another"
+        )
+    return trial

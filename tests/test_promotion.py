@@ -1,0 +1,320 @@
+"""The gate: what is better goes to production, what is worse is registered and stays out."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import invariants
+import mlflow
+import numpy as np
+import optuna
+import pytest
+from conftest import copy_databases, start
+from mlflow.tracking import MlflowClient
+
+from search import environment, pipeline, production
+from search.config import StudyConfig
+from search.pipeline import Result
+from search.promotion import Comparison, Verdict, judge
+
+NAME = "MNIST_DNN_Model"
+GOOD = {"epochs": 12, "learning_rate": "0.01"}
+BAD = {"epochs": 1, "learning_rate": "0.0001"}
+
+
+def config(dataset: Path, **changed: Any) -> StudyConfig:
+    settings = {"epochs": 1, "n_trials": 1, "workers": 1, "hidden_units": "16", "report": "none"}
+    return StudyConfig(dataset=str(dataset), **{**settings, **changed})
+
+
+@pytest.fixture
+def client(in_folder: Path) -> Iterator[MlflowClient]:
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    uri = f"sqlite:///{in_folder / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    yield MlflowClient(uri, registry_uri=uri)
+    mlflow.set_tracking_uri(before[0])
+    mlflow.set_registry_uri(before[1])
+
+
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
+    """A folder in which a good model is version 1, in production."""
+    folder = tmp_path_factory.mktemp("champion")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = pipeline.run(config(clouds, study_name="champion", **GOOD))
+    assert result.winner is not None
+    assert result.winner.test_accuracy > 0.9
+    return folder
+
+
+@pytest.fixture
+def held(champion: Path, client: MlflowClient) -> MlflowClient:
+    """The same, in this test's own folder; the artifacts stay where they are."""
+    copy_databases(champion, Path.cwd())
+    return client
+
+
+def versions(client: MlflowClient) -> dict[int, Any]:
+    found = client.search_model_versions(f"name = '{NAME}'")
+    return {int(v.version): client.get_model_version(NAME, v.version) for v in found}
+
+
+def in_production(client: MlflowClient) -> int:
+    """The one version in production, by alias and by stage."""
+    number = int(client.get_model_version_by_alias(NAME, "production").version)
+    stages = [n for n, v in versions(client).items() if v.current_stage == "Production"]
+    assert stages == [number]
+    return number
+
+
+def verdict(result: Result) -> Verdict:
+    assert result.winner is not None
+    return result.winner.verdict
+
+
+# ---- the test and the verdict --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "p"),
+    # Binomial tails by hand: 2 * (1 + 10) / 2**10, 2 * (1 + 5) / 2**5 capped at 1, 2 / 2**8.
+    [(1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 5, 1.0), (0, 0, 1.0), (0, 8, 2 / 256), (1, 0, 1.0)],
+)
+def test_the_exact_mcnemar_test(one: int, other: int, p: float) -> None:
+    assert Comparison(0.9, 0.9, one, other).p_value == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "promoted"),
+    [
+        (0.9, 0.8, {"if-better": True, "always": True, "never": False}),
+        (0.9, 0.9, {"if-better": True, "always": True, "never": False}),
+        (0.8, 0.9, {"if-better": False, "always": True, "never": False}),
+        (None, None, {"if-better": False, "always": True, "never": False}),
+    ],
+)
+def test_every_policy_decides(
+    challenger: float | None, champion: float | None, promoted: dict[str, bool]
+) -> None:
+    found: Comparison | str = "it can't be loaded"
+    if challenger is not None and champion is not None:
+        found = Comparison(challenger, champion, 3, 2)
+    for policy, expected in promoted.items():
+        decided = judge(policy, challenger or 0.5, found, 7)
+        assert decided.promoted == expected
+        assert decided.champion == 7
+        tags = {**decided.as_tags(8), "promoted": str(expected).lower()}
+        assert Verdict.read(tags, decided.accuracy) == decided
+        assert tags["gate.losing_version"] == ("7" if expected else "8")
+        assert "\n" not in tags["gate.decision"]
+
+
+# ---- real registries -----------------------------------------------------------------------------
+
+
+def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clouds: Path) -> None:
+    result = pipeline.run(config(clouds, **BAD))
+    found = verdict(result)
+    assert result.winner is not None
+    assert (result.winner.version, found.promoted, found.champion) == (2, False, 1)
+    assert found.accuracy == pytest.approx(result.winner.test_accuracy)
+    assert found.accuracy < (found.champion_accuracy or 0)
+    assert in_production(held) == 1
+    tags = versions(held)[2].tags
+    assert tags["promoted"] == "false"
+    assert float(tags["gate.test_accuracy"]) == found.accuracy
+    assert float(tags["gate.champion_test_accuracy"]) == found.champion_accuracy
+    assert 0 < float(tags["gate.mcnemar_p_value"]) < 0.05
+    assert (tags["gate.champion_version"], tags["gate.losing_version"]) == ("1", "2")
+    assert tags["gate.decision"] == str(found)
+    assert "more than chance" in str(found)
+    invariants.check(Path.cwd(), 1)
+
+    before = invariants.dump(Path.cwd())
+    again = pipeline.run(config(clouds, **BAD))
+    assert verdict(again) == found
+    assert invariants.dump(Path.cwd()) == before
+
+    forced = pipeline.run(config(clouds, **BAD, promote="always"))
+    assert verdict(forced).promoted
+    assert in_production(held) == 2
+    assert sorted(versions(held)) == [1, 2]
+    assert versions(held)[2].tags["gate.losing_version"] == "1"
+
+
+def test_an_equal_challenger_takes_over(held: MlflowClient, clouds: Path) -> None:
+    found = verdict(pipeline.run(config(clouds, **GOOD)))
+    assert (found.promoted, found.p_value) == (True, 1.0)
+    assert found.accuracy == found.champion_accuracy
+    assert in_production(held) == 2
+
+
+def test_a_better_challenger_takes_over(client: MlflowClient, clouds: Path) -> None:
+    first = verdict(pipeline.run(config(clouds, **BAD)))
+    assert (first.promoted, first.champion, str(first)) == (
+        *(True, None),
+        "promoted: nothing was in production",
+    )
+    found = verdict(pipeline.run(config(clouds, **GOOD, study_name="better")))
+    assert (found.promoted, found.champion) == (True, 1)
+    assert found.accuracy > (found.champion_accuracy or 1)
+    assert in_production(client) == 2
+    assert {n: v.current_stage for n, v in versions(client).items()} == {
+        1: "Archived",
+        2: "Production",
+    }
+
+
+def test_the_accuracies_are_those_of_the_models(held: MlflowClient, clouds: Path) -> None:
+    found = verdict(pipeline.run(config(clouds, **BAD)))
+    with np.load(clouds) as data:
+        x, y = data["x_test"], data["y_test"]
+    right = []
+    for version, accuracy in ((2, found.accuracy), (1, found.champion_accuracy)):
+        model = mlflow.keras.load_model(f"models:/{NAME}/{version}")
+        right.append(model.predict(x, verbose=0).argmax(axis=1) == y)
+        assert right[-1].mean() == pytest.approx(accuracy)
+    alone = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    assert Comparison(0, 0, *alone).p_value == found.p_value
+
+
+def test_never_registers_and_a_later_if_better_decides(client: MlflowClient, clouds: Path) -> None:
+    result = pipeline.run(config(clouds, promote="never"))
+    assert result.winner is not None
+    assert result.winner.version == 1
+    assert not verdict(result).promoted
+    assert versions(client)[1].current_stage == "None"
+    assert production.find(config(clouds)) is None
+    assert verdict(pipeline.run(config(clouds))).promoted
+    assert in_production(client) == 1
+
+
+@pytest.fixture
+def damaged(in_folder: Path, client: MlflowClient, clouds: Path) -> Path:
+    """The file of the model in production, which was version 1, cut in half."""
+    pipeline.run(config(clouds, study_name="champion", **GOOD))
+    (file,) = in_folder.rglob("model.keras")
+    (in_folder / "whole").write_bytes(file.read_bytes())
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return file
+
+
+def test_a_damaged_production_model_is_named_and_nothing_is_promoted(
+    damaged: Path, client: MlflowClient, clouds: Path
+) -> None:
+    result = pipeline.run(config(clouds, **BAD))
+    found = verdict(result)
+    assert result.winner is not None
+    assert (result.winner.version, found.promoted) == (2, False)
+    assert "version 1, in production, could not be compared: it can't be loaded" in str(found)
+    assert "--promote always" in str(found)
+    assert "\n" not in str(found)
+    assert in_production(client) == 1
+    assert "gate.problem" in versions(client)[2].tags
+    before = invariants.dump(Path.cwd())
+    assert verdict(pipeline.run(config(clouds, **BAD))) == found
+    assert invariants.dump(Path.cwd()) == before
+
+    damaged.write_bytes(Path("whole").read_bytes())
+    mended = verdict(pipeline.run(config(clouds, **BAD)))
+    assert (mended.promoted, mended.problem) == (False, None)
+    assert "gate.problem" not in versions(client)[2].tags
+
+
+def test_a_damaged_production_model_can_be_replaced(
+    damaged: Path, client: MlflowClient, clouds: Path
+) -> None:
+    found = verdict(pipeline.run(config(clouds, **BAD, promote="always")))
+    assert found.promoted
+    assert found.problem is not None
+    assert in_production(client) == 2
+
+
+def test_a_production_model_for_other_data_is_named(
+    held: MlflowClient, clouds: Path, tmp_path: Path
+) -> None:
+    with np.load(clouds) as data:
+        wide = {name: np.hstack([data[name]] * 2) for name in ("x_train", "x_test")}
+        np.savez("wide.npz", **{**data, **wide})
+    found = verdict(pipeline.run(config(tmp_path / "wide.npz")))
+    assert not found.promoted
+    assert "takes (None, 4)" in str(found)
+    assert "8 features" in str(found)
+    assert in_production(held) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["set_registered_model_alias", "set_model_version_tag"])
+def test_a_promotion_over_another_that_was_stopped_is_completed(
+    held: MlflowClient, clouds: Path, monkeypatch: pytest.MonkeyPatch, step: str, when: str
+) -> None:
+    class Stopped(BaseException):
+        pass
+
+    original = getattr(MlflowClient, step)
+
+    def stop(self: MlflowClient, *arguments: Any) -> None:
+        if when == "after":
+            original(self, *arguments)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, step, stop)
+        with pytest.raises(Stopped):
+            pipeline.run(config(clouds, **GOOD))
+    found = verdict(pipeline.run(config(clouds, **GOOD)))
+    assert (found.promoted, found.champion, found.p_value) == (True, 1, 1.0)
+    assert sorted(versions(held)) == [1, 2]
+    assert in_production(held) == 2
+    assert versions(held)[2].tags["gate.losing_version"] == "1"
+
+
+def test_two_studies_that_end_together_leave_one_in_production(
+    client: MlflowClient, clouds: Path
+) -> None:
+    options = ("--dataset", str(clouds), "--n-trials", "1", "--epochs", "2", "--workers", "1")
+    options += ("--hidden-units", "8", "--report", "none", "--study-name")
+    processes = [start(Path.cwd(), *options, name) for name in ("one", "other")]
+    for process in processes:
+        out, err = process.communicate(timeout=200)
+        assert (process.returncode, err) == (0, ""), out
+    kept = in_production(client)
+    tags = {number: version.tags for number, version in versions(client).items()}
+    assert sorted(tags) == [1, 2]
+    # Both were the same training, so whoever came second was equal, and took over.
+    first, second = tags[3 - kept], tags[kept]
+    assert first["gate.decision"] == "promoted: nothing was in production"
+    assert second["gate.champion_version"] == str(3 - kept)
+    assert second["gate.mcnemar_p_value"] == "1.0"
+    for name in ("one", "other"):
+        invariants.check(Path.cwd(), 1, study_name=name)
+
+
+# ---- lineage -------------------------------------------------------------------------------------
+
+
+def test_from_a_model_to_its_trial_and_back(held: MlflowClient) -> None:
+    version = held.get_model_version_by_alias(NAME, "production")
+    of_model = mlflow.models.get_model_info(f"models:/{NAME}@production").metadata
+    of_run = held.get_run(version.run_id).data.tags
+    storage = optuna.storages.RDBStorage("sqlite:///study.db")
+    study = optuna.load_study(study_name=of_model["optuna.study_name"], storage=storage)
+    trial = study.trials[int(of_model["optuna.trial_number"])]
+    for tags in (of_model, of_run, version.tags):
+        assert tags["optuna.study_uid"] == study.user_attrs["study_uid"]
+        assert json.loads(tags["lineage.hyperparameters"]) == trial.params
+        assert float(tags["lineage.val_accuracy"]) == trial.value
+        assert int(tags["lineage.seed"]) == trial.user_attrs["seed"]
+        assert len(tags["lineage.settings"]) == 64
+        assert study.user_attrs["settings"]["dataset"].endswith(f"({tags['lineage.dataset'][:12]})")
+        packages = json.loads(tags["lineage.environment"])
+        assert packages == trial.user_attrs["environment"]
+        assert packages["keras"].startswith("3.")
+        assert tags.get("mlflow.source.git.commit") == environment.commit()
+    assert trial.user_attrs["model_version"] == f"{NAME}/{version.version}"
+    run = held.get_run(trial.user_attrs["mlflow_run_id"])
+    assert run.data.tags["optuna.model_version"] == f"{NAME}/{version.version}"
