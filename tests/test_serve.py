@@ -1,0 +1,99 @@
+"""The README's commands serve the model in production, and what they answer is what it predicts."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import requests
+from conftest import ROOT
+from servers import free_port
+
+README = (ROOT / "README.md").read_text()
+# As in a shell in which the virtual environment is active.
+SHELL = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+SERVE, ASK = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def served(finished: dict[str, Any], tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """The first block of the README, on a copy of the finished study and a free port."""
+    folder = tmp_path / "study"
+    shutil.copytree(finished["folder"], folder)
+    port = str(free_port())
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", SERVE.replace("5001", port)],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=SHELL,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                requests.get(f"{address}/ping", timeout=5).raise_for_status()
+                break
+            except requests.RequestException:
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield folder, address
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(address: str, inputs: Any) -> tuple[int, Any]:
+    body = json.dumps({"inputs": inputs})
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(f"{address}/invocations", body, headers=headers, timeout=60)
+    return answer.status_code, answer.json()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_readmes_commands_get_what_the_model_predicts(
+    served: tuple[Path, str], finished: dict[str, Any]
+) -> None:
+    folder, address = served
+    done = subprocess.run(
+        ["bash", "-ec", ASK.replace("5001", address.rsplit(":", 1)[1])],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=SHELL,
+    )
+    assert done.returncode == 0, done.stderr
+    answered = np.array(json.loads(done.stdout)["predictions"], np.float32)
+    (file,) = finished["folder"].rglob("model.keras")
+    model = keras.saving.load_model(file)
+    digits = np.array(json.loads((folder / "digits.json").read_text())["inputs"], np.float32)
+    assert digits.shape == (2, 784)
+    np.testing.assert_allclose(answered, model.predict(digits, verbose=0), rtol=1e-5, atol=1e-7)
+    assert answered.argmax(axis=1).tolist() == [7, 2]
+
+    for inputs, message in (
+        ([[0.5, 0.5]], "does not match expected shape (-1, 784)"),
+        ([["seven"] * 784], "could not convert string to float"),
+    ):
+        code, answer = ask(address, inputs)
+        assert (code, message in answer["message"], message in README) == (400, True, True)
+    for value in (math.nan, None):
+        code, answer = ask(address, [[value] * 784])
+        assert code == 200
+        assert sum(answer["predictions"][0]) == pytest.approx(1, abs=1e-3)
