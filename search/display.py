@@ -138,7 +138,7 @@ def summary(result: "Result") -> str:
             first = overview.row(result.reference)
             lines.append(overview.gain(shown, first, result.complete))
     if result.finalists:
-        repeats = len(result.finalists[0].accuracies)
+        repeats = len(result.finalists[0].val_accuracies)
         lines += ["", f"finalists, the mean of {repeats} fresh seeds; the first is the winner:"]
         lines += [f"  {finalist}" for finalist in result.finalists]
     if winner is None:
@@ -167,7 +167,7 @@ def _chosen(result: "Result", winner: "Winner") -> str:
     if result.finalists:
         return f"winner: {result.finalists[0]}, by which it was chosen"
     return (
-        f"winner: trial {winner.trial}: val_accuracy {winner.val_accuracy:.4f}, by which it was "
+        f"winner: trial {winner.trial}, val_accuracy {winner.val_accuracy:.4f}, by which it was "
         "chosen, so it flatters"
     )
 
@@ -218,7 +218,10 @@ def show(console: Console, found: "Overview") -> None:
         line("\nFailed:")
         for failed in found.failures:
             line(f"  trial {failed.number}: {failed.failure or 'unknown'}", "red")
-    line(f"\n{overview.in_production(found)}")
+    line()
+    if found.registered is not None:
+        line(f"Its winner is registered as {found.registered}.")
+    line(overview.in_production(found))
     if found.unfinished and found.running is None:
         line("Its run was interrupted; run the same command again to go on.")
 

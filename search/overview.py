@@ -8,9 +8,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from requests import RequestException
 
-from search import production, storage
+from search import production, ranking, storage
 from search.config import StudyConfig, redact
 from search.production import Production
+from search.ranking import Finalist
 from search.space import REFERENCE
 
 SCHEMA = 1
@@ -60,8 +61,9 @@ class Overview:
     running: host and pid of another process that runs the study now, None where there is none.
     space: what each hyperparameter may be. best: the COMPLETE trial with the highest val_accuracy.
     reference: the trial of the reference configuration. top: the best COMPLETE trials, best first.
-    failures: the FAIL trials. production: the version of the model that is in production, made by
-    this study or another.
+    finalists: the trials that were trained again, the best mean first; it won. registered: the
+    winner's model and version. failures: the FAIL trials. production: the version of the model
+    that is in production, made by this study or another.
     """
 
     study: str
@@ -77,6 +79,8 @@ class Overview:
     best: Row | None
     reference: Row | None
     top: list[Row]
+    finalists: list[Finalist]
+    registered: str | None
     importances: Importances | None
     saved: Saved
     failures: list[Row]
@@ -107,10 +111,10 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
     """
     trials = study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
-    complete = ranked(trials)
+    complete = ranking.ranked(trials)
     settings = study.user_attrs["settings"]
     epochs = int(settings["epochs"])
-    first = reference(trials)
+    first, won = ranking.reference(trials), ranking.winner(study)
     return Overview(
         study=study.study_name,
         storage=redact(config.storage),
@@ -125,28 +129,13 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         best=row(complete[0]) if complete else None,
         reference=None if first is None else row(first),
         top=[row(trial) for trial in complete[:_TOP]],
+        finalists=ranking.standing(study),
+        registered=None if won is None else won.user_attrs.get("model_version"),
         importances=importances_of(study) if importances else None,
         saved=_saved(trials, epochs),
         failures=[row(trial) for trial in trials if trial.state is TrialState.FAIL],
         production=production.find(config),
     )
-
-
-def ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The COMPLETE trials, the best first and the earlier of equals before the later."""
-    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    return sorted(complete, key=lambda trial: (-(trial.value or 0), trial.number))
-
-
-def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The best COMPLETE trial, None where there is none."""
-    return next(iter(ranked(trials)), None)
-
-
-def reference(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The first COMPLETE trial of the reference configuration."""
-    wanted = REFERENCE.as_dict()
-    return next((t for t in trials if t.state is TrialState.COMPLETE and t.params == wanted), None)
 
 
 def row(trial: FrozenTrial) -> Row:
@@ -257,6 +246,10 @@ def sentences(found: Overview) -> list[str]:
                 f"{found.reference.val_accuracy:.4f}."
             )
         lines[-1] += " " + gain(found.best, found.reference, found.complete)
+    if found.finalists:
+        seeds = len(found.finalists[0].val_accuracies)
+        stood = "; ".join(map(str, found.finalists))
+        lines.append(f"Trained again on {seeds} fresh seeds, the best first, which won: {stood}.")
     return lines
 
 

@@ -60,10 +60,10 @@ class Panel(Lines):
         super().start(study, dataset, missing)
         if not missing:
             return
-        from search import overview
+        from search import ranking
 
         trials = study.get_trials(deepcopy=False)
-        best, reference = overview.best(trials), overview.reference(trials)
+        best, reference = ranking.best(trials), ranking.reference(trials)
         for title, trial in (("best", best), ("reference", reference)):
             if trial is not None and trial.value is not None:
                 tried = Hyperparameters(**trial.params)

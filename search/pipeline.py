@@ -13,10 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 from search import (
     data,
     engine,
-    finalists,
-    overview,
     presentation,
     promotion,
+    ranking,
     registry,
     sampling,
     storage,
@@ -24,9 +23,9 @@ from search import (
 )
 from search.config import RunError, StudyConfig, one_line
 from search.contract import repeat_attr, repeats_of
-from search.finalists import Finalist
 from search.listener import Listener
 from search.outcome import Outcome
+from search.ranking import Finalist
 from search.reconcile import Ledgers
 
 T = TypeVar("T")
@@ -198,7 +197,7 @@ class _Job:
             patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
         if not missing or patience.exhausted:
             return None
-        known = overview.best(self._finished())
+        known = ranking.best(self._finished())
         best = None if known is None else known.value
 
         def on_trial(outcome: Outcome) -> None:
@@ -222,8 +221,8 @@ class _Job:
     def compare_finalists(self) -> bool:
         """Train the finalists again, as far as that is not yet done; False where interrupted."""
         trials = self.study.get_trials(deepcopy=False)
-        chosen = finalists.candidates(trials, self.config)
-        left = finalists.missing(chosen, self.config)
+        chosen = ranking.candidates(trials, self.config)
+        left = ranking.missing(chosen, self.config)
         if left:
             self.ledger.reopen(self.parent)
             self.listener.finalists(chosen, self.config.repeats)
@@ -234,14 +233,14 @@ class _Job:
             storage.amend(self.study, trial, name, kept, self.config.storage)
             with contextlib.suppress(*tracking.ERRORS):  # reconcile writes it later
                 self.ledgers.write(repeats_of(trial)[repeat])
-            left = finalists.missing(chosen, self.config)
+            left = ranking.missing(chosen, self.config)
             history = kept["history"]
             value = history[-1]["val_accuracy"] if history and "failure" not in kept else None
             self.listener.repeat(number, repeat, value, len(left))
 
         done = self.workers.run_repeats(lambda: left, on_repeat, self.listener.stopping)
         if done:
-            finalists.settle(self.study, chosen, self.config)
+            ranking.settle(self.study, chosen, self.config)
         return done
 
     def register_winner(self) -> Winner:
@@ -280,7 +279,7 @@ class _Job:
 
     def winner(self) -> FrozenTrial:
         """The best finalist, or else the best trial. Raises RunError where there is none."""
-        best = finalists.winner(self.study)
+        best = ranking.winner(self.study)
         if best is None:
             raise RunError(
                 f"no trial of study {self.config.study_name} completed, so there is no best one "
@@ -296,9 +295,9 @@ class _Job:
         states = [trial.state for trial in trials]
         return Result(
             config=self.config,
-            best=overview.best(trials),
-            finalists=finalists.standing(self.study),
-            reference=overview.reference(trials),
+            best=ranking.best(trials),
+            finalists=ranking.standing(self.study),
+            reference=ranking.reference(trials),
             winner=winner,
             parent_run_id=self.parent,
             complete=states.count(TrialState.COMPLETE),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from search import evaluation, finalists, overview, registry, storage, tracking
+from search import evaluation, overview, ranking, registry, storage, tracking
 from search.config import InputError, StudyConfig
 from search.reconcile import Ledgers, existing
 from search.tracking import Tracking
@@ -74,7 +74,7 @@ def _tested(study: optuna.Study, mirror: Tracking) -> "Tested | None":
     """The retrained best trial, if it is there."""
     from search.report import Tested
 
-    best = finalists.winner(study)
+    best = ranking.winner(study)
     parent = study.user_attrs.get("mlflow_run_id")
     if best is None or parent is None:
         return None

@@ -101,6 +101,7 @@ def retrain(
             signature=infer_signature(example, network.predict(example, verbose=0)),
             input_example=example,
             metadata=whence,
+            validate_serving_input=False,  # by loading the model once more, which takes a second
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in _PINNED],
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +123,7 @@ class _KerasFlavor:
     @staticmethod
     def save_model(path: str, **arguments: Any) -> None:
         os.makedirs(path)
+        del arguments["validate_serving_input"]  # meant for `log`, which hands on all it gets
         mlflow.keras.save_model(path=path, **arguments)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from optuna.trial import FrozenTrial
 
-from search import data, environment, finalists, storage
+from search import data, environment, ranking, storage
 from search.config import InputError, StudyConfig, defaults, differences
 from search.space import Hyperparameters
 
@@ -36,7 +36,7 @@ def reproduce(config: StudyConfig, number: int | None, say: Callable[[str], None
         storage.check(config)
         study = storage.load_study(config)
         trials = study.get_trials(deepcopy=False)
-        trial = finalists.winner(study) if number is None else _find(trials, number)
+        trial = ranking.winner(study) if number is None else _find(trials, number)
     except storage.ERRORS as error:
         raise storage.failure(error) from error
     if trial is None:

@@ -100,7 +100,7 @@ def test_the_modules_that_train_know_neither_ledger(module: str) -> None:
 
 def test_only_the_modules_of_the_study_import_optuna() -> None:
     allowed = {"storage", "sampling", "pipeline", "trial", "reconcile", "tracking"}
-    allowed |= {"finalists", "reproduce"}
+    allowed |= {"ranking", "reproduce"}
     shown = {"overview", "presentation", "report", "display", "panel"}
     shown |= {"listener", "contract", "cli"}
     assert importers({"optuna", "optuna_integration"}) <= allowed | shown

@@ -137,6 +137,7 @@ def test_an_error_while_registering_is_one_line_and_the_next_run_completes_it(
         raise MlflowException("the server is down")
 
     with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_PATIENCE", 1)
         patch.setattr(MlflowClient, "set_registered_model_alias", refuse)
         with pytest.raises(RunError, match="the server is down") as caught:
             pipeline.run(config)

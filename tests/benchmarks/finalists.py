@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from search import storage
 from search.config import StudyConfig
 from search.listener import Listener
 
@@ -64,10 +65,14 @@ def study(seed: int) -> list[dict[str, Any]]:
         os.chdir(folder)
         config = StudyConfig(seed=seed, finalists=FINALISTS, repeats=REPEATS, report="none")
         result = run(config, clock)
+        trials = storage.load_study(config).trials
         os.chdir("/")
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         judged = [
-            [pool.submit(judge, f.trial.params, 10_000 + 100 * seed + i) for i in range(JUDGES)]
+            [
+                pool.submit(judge, trials[f.number].params, 10_000 + 100 * seed + i)
+                for i in range(JUDGES)
+            ]
             for f in result.finalists
         ]
         tests = [[future.result() for future in futures] for futures in judged]
@@ -75,15 +80,13 @@ def study(seed: int) -> list[dict[str, Any]]:
     return [
         {
             "study": seed,
-            "trial": finalist.trial.number,
-            "is_reference": int(
-                reference is not None and finalist.trial.number == reference.number
-            ),
+            "trial": finalist.number,
+            "is_reference": int(reference is not None and finalist.number == reference.number),
             "search_seconds": round(clock.searched - clock.began, 1),
             "finalist_seconds": round(clock.compared - clock.searched, 1),
-            **finalist.trial.params,
-            "val_accuracy": finalist.trial.value,
-            "repeats": json.dumps(finalist.accuracies),
+            **trials[finalist.number].params,
+            "val_accuracy": trials[finalist.number].value,
+            "repeats": json.dumps(finalist.val_accuracies),
             "tests": json.dumps(accuracies),
         }
         for finalist, accuracies in zip(result.finalists, tests, strict=True)

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search import finalists, pipeline, sampling, training
+from search import pipeline, ranking, sampling, training
 from search.config import StudyConfig
 from search.contract import repeat_attr
 from search.listener import Listener
@@ -59,7 +59,7 @@ def numbers(trials: list[FrozenTrial]) -> list[int]:
 
 
 def chosen(study: optuna.Study, **settings: int) -> list[FrozenTrial]:
-    return finalists.candidates(study.get_trials(deepcopy=False), StudyConfig(**settings))
+    return ranking.candidates(study.get_trials(deepcopy=False), StudyConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -78,38 +78,38 @@ def test_without_a_reference_the_best_alone() -> None:
 def test_what_is_missing_goes_round_by_round() -> None:
     study = study_of(0.9, 0.8, repeats={0: [0.7], 1: []})
     config = StudyConfig(finalists=2, repeats=2)
-    found = finalists.missing(study.get_trials(deepcopy=False), config)
+    found = ranking.missing(study.get_trials(deepcopy=False), config)
     assert found == [(1, 0), (0, 1), (1, 1)]
 
 
-def settled(study: optuna.Study, **settings: int) -> list[finalists.Finalist]:
+def settled(study: optuna.Study, **settings: int) -> list[ranking.Finalist]:
     config = StudyConfig(**settings)
-    finalists.settle(study, chosen(study, **settings), config)
-    return finalists.standing(study)
+    ranking.settle(study, chosen(study, **settings), config)
+    return ranking.standing(study)
 
 
 def test_the_best_mean_wins_and_a_failure_comes_last() -> None:
     study = study_of(0.9, 0.8, 0.7, repeats={0: [0.7, 0.6], 1: [0.8, 0.7], 2: [0.99, None]})
     stood = settled(study, finalists=3, repeats=2)
-    assert [f.trial.number for f in stood] == [1, 0, 2]
+    assert [f.number for f in stood] == [1, 0, 2]
     assert stood[0].mean == pytest.approx(0.75)
     assert stood[0].deviation == pytest.approx(0.0707, abs=1e-4)
     assert (stood[2].mean, stood[2].deviation) == (None, None)
-    assert finalists.winner(study) == stood[0].trial
+    assert ranking.winner(study) == study.get_trials(deepcopy=False)[1]
     assert "0.7500 ± 0.0707" in str(stood[0])
     assert "failed" in str(stood[2])
 
 
 def test_of_equal_means_the_better_trial_wins() -> None:
     study = study_of(0.7, 0.8, repeats={0: [0.6], 1: [0.6]})
-    assert [f.trial.number for f in settled(study, finalists=2, repeats=1)] == [1, 0]
+    assert [f.number for f in settled(study, finalists=2, repeats=1)] == [1, 0]
 
 
 def test_switched_off_the_best_trial_wins_again() -> None:
     study = study_of(0.7, 0.8, repeats={0: [0.9], 1: [0.6]})
-    assert settled(study, finalists=2, repeats=1)[0].trial.number == 0
+    assert settled(study, finalists=2, repeats=1)[0].number == 0
     assert settled(study, finalists=0) == []
-    assert finalists.winner(study).number == 1  # type: ignore[union-attr]
+    assert ranking.winner(study).number == 1  # type: ignore[union-attr]
 
 
 def test_fresh_seeds_are_fresh() -> None:
@@ -189,16 +189,16 @@ def test_the_finalists_are_runs_of_their_own_and_the_best_mean_is_registered(
     assert len(again) == len(whole["seen"]) == 2 * REPEATS
     assert all("optuna.trial_state" not in run.data.tags for run in again)
     ranked = sorted(whole["trials"], key=lambda t: (-t.value, t.number))[:2]
-    assert {f.trial.number for f in result.finalists} == {t.number for t in ranked}
+    assert {f.number for f in result.finalists} == {t.number for t in ranked}
     for finalist in result.finalists:
         logged = [
             run.data.metrics["val_accuracy"]
             for run in sorted(again, key=lambda run: run.info.run_name)
-            if run.data.tags["optuna.trial_number"] == str(finalist.trial.number)
+            if run.data.tags["optuna.trial_number"] == str(finalist.number)
         ]
-        assert logged == finalist.accuracies
+        assert logged == finalist.val_accuracies
     assert result.finalists[0].mean >= result.finalists[1].mean
-    assert result.winner.trial == result.finalists[0].trial.number
+    assert result.winner.trial == result.finalists[0].number
     assert whole["winner"].info.run_id == result.winner.run_id
 
 
@@ -259,7 +259,7 @@ def test_a_repeat_that_diverges_is_recorded_and_does_not_win(
     found = invariants.check(in_folder, TRIALS)
     failed = found["trials"][first.best.number].user_attrs[repeat_attr(1)]
     assert failed["failure"] == "TrainingDiverged: loss became nan in epoch 0"
-    assert result.finalists[-1].trial.number == first.best.number
+    assert result.finalists[-1].number == first.best.number
     assert result.winner is not None
     assert result.winner.trial != first.best.number
 

@@ -1,0 +1,111 @@
+"""Which trials are best: by their value, or as finalists, by the mean of fresh seeds.
+
+The best of many noisy results is partly luck, so the best trials can be trained again.
+"""
+
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config import StudyConfig
+from search.contract import repeats_of
+from search.space import REFERENCE
+
+_CHOICE = "finalists"  # the study's user attribute: which trials were compared, on how many seeds
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """Trial `number`, trained again: val_accuracy on each fresh seed, None where that failed.
+
+    mean: None where one failed. deviation: the sample's, None for one seed or where one failed.
+    """
+
+    number: int
+    val_accuracies: list[float | None]
+    mean: float | None
+    deviation: float | None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return f"trial {self.number}, failed on a fresh seed"
+        spread = "" if self.deviation is None else f" ± {self.deviation:.4f}"
+        return f"trial {self.number}, mean val_accuracy {self.mean:.4f}{spread}"
+
+
+def ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The COMPLETE trials, the best first and the earlier of equals before the later."""
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: (-(trial.value or 0), trial.number))
+
+
+def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The best COMPLETE trial, None where there is none."""
+    return next(iter(ranked(trials)), None)
+
+
+def reference(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The first COMPLETE trial of the reference configuration."""
+    wanted = REFERENCE.as_dict()
+    return next((t for t in trials if t.state is TrialState.COMPLETE and t.params == wanted), None)
+
+
+def candidates(trials: list[FrozenTrial], config: StudyConfig) -> list[FrozenTrial]:
+    """The best COMPLETE trials, as many as `config.finalists`, and the reference."""
+    if config.finalists == 0:
+        return []
+    chosen = ranked(trials)[: config.finalists]
+    first = reference(trials)
+    return chosen if first is None or first in chosen else [*chosen, first]
+
+
+def missing(chosen: list[FrozenTrial], config: StudyConfig) -> list[tuple[int, int]]:
+    """The repeats that were not run yet: trial and repeat, a round of all finalists first."""
+    return [
+        (trial.number, repeat)
+        for repeat in range(config.repeats)
+        for trial in chosen
+        if repeat not in repeats_of(trial)
+    ]
+
+
+def settle(study: optuna.Study, chosen: list[FrozenTrial], config: StudyConfig) -> None:
+    """Write into the study which trials its winner was chosen from."""
+    choice: dict[str, Any] = {
+        "trials": [trial.number for trial in chosen],
+        "repeats": config.repeats,
+    }
+    if not chosen:
+        choice = {}
+    if study.user_attrs.get(_CHOICE, {}) != choice:
+        study.set_user_attr(_CHOICE, choice)
+
+
+def standing(study: optuna.Study) -> list[Finalist]:
+    """The finalists of the study's last run, the best mean first; empty where there were none."""
+    choice = study.user_attrs.get(_CHOICE, {})
+    trials = study.get_trials(deepcopy=False)
+    found = []
+    for number in choice.get("trials", ()):
+        repeats = repeats_of(trials[number])
+        values = [repeats[index].value for index in range(choice["repeats"])]
+        known = [value for value in values if value is not None]
+        whole = len(known) == len(values)
+        found.append(
+            Finalist(
+                number,
+                val_accuracies=values,
+                mean=mean(known) if whole else None,
+                deviation=stdev(known) if whole and len(known) > 1 else None,
+            )
+        )
+    return sorted(found, key=lambda f: (-(f.mean or 0), -(trials[f.number].value or 0), f.number))
+
+
+def winner(study: optuna.Study) -> FrozenTrial | None:
+    """The finalist with the best mean, or else the best trial; None where none completed."""
+    trials, stood = study.get_trials(deepcopy=False), standing(study)
+    return trials[stood[0].number] if stood else best(trials)
