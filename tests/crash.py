@@ -51,8 +51,17 @@ REGISTRATION = {
     "model marked": Point(CLIENT, "set_tag", word="model_uri"),
     "registered model created": Point(CLIENT, "create_registered_model"),
     "version created": Point(CLIENT, "create_model_version"),
+    "version linked": Point("search.promotion", "_link"),
+    "verdict half kept": Point(CLIENT, "set_model_version_tag", nth=2),
     "alias set": Point(CLIENT, "set_registered_model_alias"),
     "stage set": Point(CLIENT, "transition_model_version_stage"),
+}
+FINALISTS = {
+    "repeat trained, not kept": Point("search.storage", "amend", word="finalist_", before=True),
+    "repeat kept, no run": Point("search.reconcile:Ledgers", "write", before=True),
+    "repeat's run open": Point(TRACKING, "create_run", word="finalist-"),
+    "repeat's run linked, empty": Point("search.storage", "amend", word="finalist_", nth=2),
+    "finalists compared": Point("search.ranking", "settle"),
 }
 RECONCILIATION = {
     "mid-reconcile, trial failed": Point("search.storage", "fail"),
@@ -64,7 +73,7 @@ PRESENTATION = {
     "report logged": Point(CLIENT, "log_artifact", word="report.html"),
     "note written": Point("search.storage", "note"),
 }
-POINTS = FIRST_START | TRIALS | REGISTRATION | RECONCILIATION | PRESENTATION
+POINTS = FIRST_START | TRIALS | FINALISTS | REGISTRATION | RECONCILIATION | PRESENTATION
 
 
 def arm(point: Point) -> None:

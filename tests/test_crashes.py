@@ -114,6 +114,20 @@ def test_a_kill_at_any_point_is_mended_by_the_next_start(
 ENDED = ("trial told, run open", "run ended, not marked")
 
 
+@pytest.mark.parametrize("point", crash.FINALISTS)
+def test_a_kill_among_the_finalists_is_mended(
+    in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
+) -> None:
+    config = settings(clouds, finalists=2, repeats=2)
+    die(in_folder, clouds, point, "--finalists", "2", "--repeats", "2")
+    result = pipeline.run(config)
+    found = check(in_folder, config)
+    assert results(found) == undisturbed
+    assert len(result.finalists) in (2, 3)
+    repeats = [run for run in found["children"] if "optuna.finalist" in run.data.tags]
+    assert len(repeats) == 2 * len(result.finalists)
+
+
 @pytest.mark.parametrize("point", crash.RECONCILIATION)
 def test_a_kill_in_the_middle_of_mending_is_mended(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
