@@ -93,7 +93,7 @@ def _reproduce(
             f"--trial must be a whole number, 0 or more, but got {trial!r}; for example --trial 0"
         )
     number = None if trial is None else int(trial)
-    return functools.partial(run_reproduce, build_config(config, given), number)
+    return functools.partial(run_reproduce, build_config(config, given), number, given["dataset"])
 
 
 def _ui(config: str | None = None, **given: str | None) -> Callable[[], int]:
@@ -192,7 +192,7 @@ for _name, _verb, *_parameters in (
     ("ui", _ui),
     ("doctor", _doctor, _flag("fix", "Mend it: MLflow follows Optuna.")),
 ):
-    _names = (*_PLACES, "dataset") if _name == "reproduce" else _PLACES
+    _names = ("study_name", "storage", "dataset") if _name == "reproduce" else _PLACES
     app.command(_name)(_with_options(_verb, _names, *_parameters))
 
 
@@ -264,16 +264,18 @@ def run_report(config: StudyConfig, output: str) -> int:
     return 0
 
 
-def run_reproduce(config: StudyConfig, number: int | None) -> int:
+def run_reproduce(config: StudyConfig, number: int | None, moved: str | None) -> int:
     """Train a trial again and print whether it is the same; returns the exit code."""
     from search import reproduce
 
-    done = reproduce.reproduce(config, number, functools.partial(print, flush=True))
+    done = reproduce.reproduce(config, number, moved, functools.partial(print, flush=True))
     if not done.differences:
         print(f"the same to the last digit: val_accuracy {done.values[-1]!r}, every epoch")
     else:
         print(f"not the same: {'; '.join(done.differences)}")
-    if done.changed:
+    if done.changed is None:
+        print("what it ran on then was not recorded")
+    elif done.changed:
         print(f"changed since then: {'; '.join(done.changed)}")
     elif done.differences:
         print("nothing that is recorded of the machine's kind and the packages has changed")

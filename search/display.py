@@ -143,8 +143,10 @@ def summary(result: "Result") -> str:
         lines += [f"  {finalist}" for finalist in result.finalists]
     if winner is None:
         return "\n".join([*lines, "", "Run the same command again to go on."])
-    promoted = winner.verdict.promoted
-    where = "alias production, stage Production" if promoted else "not in production"
+    now = winner.in_production
+    where = f"not in production, where version {now} is" if now else "not in production"
+    if now == winner.version:
+        where = "alias production, stage Production"
     verb = "Registered as" if winner.new else "Already registered as"
     lines += [
         "",

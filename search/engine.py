@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import signals
@@ -42,8 +43,10 @@ def _prepare(config: StudyConfig, parent_run: str) -> None:
     _arguments, _worker = (config, parent_run), None
 
 
-def _prepare_process(config: StudyConfig, parent_run: str) -> None:
-    """The same in a process that dies with the main process."""
+def _prepare_process(environment: dict[str, str], config: StudyConfig, parent_run: str) -> None:
+    """The same in a process that dies with the main process and has its `environment`."""
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _prepare(config, parent_run)
 
@@ -124,6 +127,17 @@ def _processes() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["search.preload"])
+    # That process finds this package, and no namesake in the working directory.
+    paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONSAFEPATH": "1"}
+    before = dict(os.environ)
+    os.environ.update(paths)
+    try:
+        with signals.no_ctrl_c_for_children():
+            forkserver.ensure_running()
+    finally:
+        for name in paths:
+            os.environ.pop(name)
+        os.environ.update(before)
     return context
 
 
@@ -172,7 +186,7 @@ class Engine:
                     self.workers,
                     mp_context=_processes(),
                     initializer=_prepare_process,
-                    initargs=arguments,
+                    initargs=(dict(os.environ), *arguments),
                 )
         if self.workers == 1:
             return self._executor.submit(task, *argument)
@@ -218,7 +232,7 @@ class Engine:
     ) -> bool:
         """Train finalists again until none is `missing` (trial, repeat); False where it stopped.
 
-        on_repeat: gets every result, which `missing` knows of from then on.
+        on_repeat: gets every result, and keeps it, so that it is not missing any more.
         Raises RunError after three deaths in a row.
         """
         deaths = 0

@@ -25,6 +25,7 @@ from search.config import RunError, StudyConfig, one_line
 from search.contract import repeat_attr, repeats_of
 from search.listener import Listener
 from search.outcome import Outcome
+from search.production import aliased
 from search.ranking import Finalist
 from search.reconcile import Ledgers
 
@@ -35,8 +36,8 @@ T = TypeVar("T")
 class Winner:
     """The trial that won, trained anew, and its version of the registered model.
 
-    val_accuracy: of the trial, by which it was chosen. verdict: whether it went to production.
-    new: whether it was trained anew in this run.
+    val_accuracy: of the trial. verdict: whether it went to production. in_production: the version
+    that is there now, which may be a later study's. new: whether it was trained anew in this run.
     """
 
     trial: int
@@ -46,6 +47,7 @@ class Winner:
     test_loss: float
     test_accuracy: float
     verdict: promotion.Verdict
+    in_production: int | None
     new: bool
 
 
@@ -115,8 +117,10 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             with engine.Engine(config, parent) as workers:
                 job = _Job(config, study, ledgers, listener, workers)
                 stopped = job.search(missing)
+                if not listener.stopping():
+                    job.train_finalists()
                 mended += _patiently(ledgers.reconcile)
-                if stopped != engine.INTERRUPTED and not job.compare_finalists():
+                if listener.stopping():
                     stopped = engine.INTERRUPTED
                 winner = None if stopped == engine.INTERRUPTED else job.register_winner()
         except KeyboardInterrupt as interruption:
@@ -218,30 +222,28 @@ class _Job:
             stopping=self.listener.stopping,
         )
 
-    def compare_finalists(self) -> bool:
-        """Train the finalists again, as far as that is not yet done; False where interrupted."""
+    def train_finalists(self) -> None:
+        """Train the finalists again, as far as that is not yet done and nothing says stop."""
         trials = self.study.get_trials(deepcopy=False)
         chosen = ranking.candidates(trials, self.config)
-        left = ranking.missing(chosen, self.config)
-        if left:
+
+        def missing() -> list[tuple[int, int]]:
+            return ranking.missing(chosen, self.config)
+
+        if missing():
             self.ledger.reopen(self.parent)
             self.listener.finalists(chosen, self.config.repeats)
 
         def on_repeat(number: int, repeat: int, kept: dict[str, Any]) -> None:
-            nonlocal left
             trial, name = trials[number], repeat_attr(repeat)
             storage.amend(self.study, trial, name, kept, self.config.storage)
             with contextlib.suppress(*tracking.ERRORS):  # reconcile writes it later
                 self.ledgers.write(repeats_of(trial)[repeat])
-            left = ranking.missing(chosen, self.config)
-            history = kept["history"]
-            value = history[-1]["val_accuracy"] if history and "failure" not in kept else None
-            self.listener.repeat(number, repeat, value, len(left))
+            value = repeats_of(trial)[repeat].value
+            self.listener.repeat(number, repeat, value, len(missing()))
 
-        done = self.workers.run_repeats(lambda: left, on_repeat, self.listener.stopping)
-        if done:
+        if self.workers.run_repeats(missing, on_repeat, self.listener.stopping):
             ranking.settle(self.study, chosen, self.config)
-        return done
 
     def register_winner(self) -> Winner:
         """Retrain, test, register and promote the winner, as far as that is not yet done."""
@@ -261,6 +263,7 @@ class _Job:
             return self.workers.compare(challenger, champion, self._after_death)
 
         version, verdict = promotion.promote(self.ledgers, run, compare)
+        champion = aliased(self.ledger.client, self.config.model_name)
         return Winner(
             trial=best.number,
             run_id=run.info.run_id,
@@ -269,6 +272,7 @@ class _Job:
             test_loss=run.data.metrics["test_loss"],
             test_accuracy=run.data.metrics["test_accuracy"],
             verdict=verdict,
+            in_production=None if champion is None else int(champion.version),
             new=new,
         )
 

@@ -13,12 +13,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
+from requests import RequestException
 
-from search.config import StudyConfig, one_line, sqlite_path
+from search.config import RunError, StudyConfig, one_line, sqlite_path
 from search.contract import LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
 from search.database import lock_file
@@ -67,23 +70,15 @@ def compare(
     """Compare two versions on the test examples; or say why the champion can't be compared."""
     right = []
     for version in (challenger, champion):
-        try:
-            with tracking.addressed():
-                import mlflow.keras
-
-                model: Any = mlflow.keras.load_model(f"models:/{config.model_name}/{version}")
-            shapes = model.input_shape, model.output_shape
-            if shapes != ((None, dataset.features), (None, dataset.classes)):
-                return (
-                    f"it takes {shapes[0]} and gives {shapes[1]}, where this study's data have "
-                    f"{dataset.features} features and {dataset.classes} classes"
-                )
-            predicted = model.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
-        except Exception as error:  # a damaged file makes Keras, zipfile and json raise anything
-            if version == challenger:
-                raise
-            return f"it can't be loaded ({type(error).__name__}: {one_line(error)})"
-        right.append(predicted.argmax(axis=1) == dataset.y_test)
+        found = _right(f"models:/{config.model_name}/{version}", dataset, tracking)
+        if isinstance(found, str) and version == champion:
+            return found
+        if isinstance(found, str):
+            raise RunError(
+                f"version {version} of {config.model_name} was just registered, but {found}; look "
+                "at its artifacts, and run the same command again"
+            )
+        right.append(found)
     mine, theirs = right
     return Comparison(
         challenger=float(mine.mean()),
@@ -91,6 +86,43 @@ def compare(
         only_challenger=int((mine & ~theirs).sum()),
         only_champion=int((theirs & ~mine).sum()),
     )
+
+
+def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] | str:
+    """Which test examples a model gets right, or why it can't be asked."""
+    with tempfile.TemporaryDirectory() as folder:  # else MLflow writes where the model is
+        try:
+            with tracking.addressed():
+                import mlflow.keras
+
+                model: Any = mlflow.keras.load_model(uri, dst_path=folder)
+            shapes = model.input_shape, model.output_shape
+            if shapes != ((None, dataset.features), (None, dataset.classes)):
+                return (
+                    f"it takes {shapes[0]} and gives {shapes[1]}, where this study's data have "
+                    f"{dataset.features} features and {dataset.classes} classes"
+                )
+            predicted = model.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file makes Keras, zipfile and json raise anything
+            if _is_of_server(error, tracking):
+                raise
+            if isinstance(error, KeyError) and error.args == ("keras",):
+                return "it is not a Keras model"
+            why = one_line(error).replace(f"{folder}/", "")
+            return f"it can't be loaded ({type(error).__name__}: {why})"
+    right: NDArray[np.bool_] = predicted.argmax(axis=1) == dataset.y_test
+    return right
+
+
+def _is_of_server(error: Exception, tracking: Tracking) -> bool:
+    """Whether a server failed, which may answer later, and not the model."""
+    if not tracking.uri.startswith("http"):
+        return False
+    if isinstance(error, MlflowException):
+        return error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    return isinstance(error, RequestException)
 
 
 # ---- the verdict ---------------------------------------------------------------------------------
@@ -120,7 +152,9 @@ class Verdict:
 
     def as_tags(self, version: int) -> dict[str, str]:
         """What `version` keeps of it; `read` reads it."""
-        loser = (self.champion if self.promoted else version) if self.champion else None
+        loser = None
+        if self.champion_accuracy is not None:
+            loser = self.champion if self.accuracy >= self.champion_accuracy else version
         kept = {
             "policy": self.policy,
             "test_accuracy": self.accuracy,
@@ -198,7 +232,8 @@ def judge(policy: str, accuracy: float, found: Comparison | str | None, champion
 def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdict]:
     """Register the model of the retraining `run`, and let it into production if the gate says so.
 
-    Returns its version and the verdict. What was carried through before is left alone.
+    Returns its version and the verdict. What was carried through before is left alone, and what was
+    promoted once is not promoted again.
     """
     tracking, config = ledgers.tracking, ledgers.config
     client, name = tracking.client, config.model_name
@@ -221,6 +256,8 @@ def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdic
             tags = verdict.as_tags(number)
             for gone in [key for key in version.tags if key.startswith(_GATE) and key not in tags]:
                 client.delete_model_version_tag(name, version.version, gone)
+            if _PROMOTED in version.tags:  # of an earlier verdict: from here on it is open again
+                client.delete_model_version_tag(name, version.version, _PROMOTED)
             for key, value in tags.items():
                 if version.tags.get(key) != value:
                     client.set_model_version_tag(name, version.version, key, value)
@@ -309,4 +346,4 @@ def _promoting(config: StudyConfig) -> FileLock:
     if path is None:
         key = sha256(config.tracking_uri.encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"registry-{key}"
-    return FileLock(lock_file(path, config.model_name), timeout=600)
+    return FileLock(lock_file(path, config.model_name), timeout=600, is_singleton=True)

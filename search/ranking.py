@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config import StudyConfig
-from search.contract import repeats_of
+from search.contract import repeat_attr, repeats_of
 from search.space import REFERENCE
 
 _CHOICE = "finalists"  # the study's user attribute: which trials were compared, on how many seeds
@@ -68,7 +68,7 @@ def missing(chosen: list[FrozenTrial], config: StudyConfig) -> list[tuple[int, i
         (trial.number, repeat)
         for repeat in range(config.repeats)
         for trial in chosen
-        if repeat not in repeats_of(trial)
+        if repeat_attr(repeat) not in trial.user_attrs
     ]
 
 

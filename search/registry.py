@@ -61,10 +61,10 @@ def retrain(
 ) -> str:
     """Train trial `number` anew on training and validation data and log it; returns the run.
 
-    The test images are evaluated here and nowhere else. The run ends FINISHED, and names the
+    The test images are evaluated here, and by the gate. The run ends FINISHED, and names the
     logged model in its tag `model_uri`, or it does not count.
     """
-    from search import model, training  # not at the top: the main process only registers
+    from search import model, training  # not at the top: the main process does without Keras
 
     trial = study.get_trials(deepcopy=False)[number]
     whence = lineage(study, trial, dataset)

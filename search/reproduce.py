@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from optuna.trial import FrozenTrial
 
 from search import data, environment, ranking, storage
-from search.config import InputError, StudyConfig, defaults, differences
+from search.config import InputError, StudyConfig, differences
 from search.space import Hyperparameters
 
 _COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -17,20 +17,23 @@ class Reproduction:
     """A trial trained again.
 
     values: val_accuracy of every epoch. differences: what of which epoch differs, empty where all
-    is the same to the last digit. changed: what of the environment is another one than then.
+    is the same to the last digit. changed: what of the environment is another one than then;
+    None where that was not recorded.
     """
 
     trial: int
     values: list[float]
     differences: list[str]
-    changed: list[str]
+    changed: list[str] | None
 
 
-def reproduce(config: StudyConfig, number: int | None, say: Callable[[str], None]) -> Reproduction:
+def reproduce(
+    config: StudyConfig, number: int | None, moved: str | None, say: Callable[[str], None]
+) -> Reproduction:
     """Train trial `number` again, or the winner, as many epochs as it had; changes nothing.
 
-    The study decides everything; only a dataset that has moved may be named anew. Raises InputError
-    where there is no such study or trial, or the dataset is another one.
+    The study decides everything; only its dataset may be named anew, where it has `moved`. Raises
+    InputError where there is no such study or trial, or the dataset is another one.
     """
     try:
         storage.check(config)
@@ -45,13 +48,12 @@ def reproduce(config: StudyConfig, number: int | None, say: Callable[[str], None
             "name another one with --trial"
         )
     settings, seed = study.user_attrs["settings"], trial.user_attrs["seed"]
-    if config.dataset == defaults()["dataset"]:
-        config = replace(config, dataset=study.user_attrs["facts"]["params"]["dataset"])
-    dataset = data.load(config.dataset, settings["validation_split"])
+    name = moved or study.user_attrs["facts"]["params"]["dataset"]
+    dataset = data.load(name, settings["validation_split"])
     if dataset.digest[:12] not in settings["dataset"]:
         raise InputError(
             f"--dataset must be the data of the study, {settings['dataset']}, but "
-            f"{config.dataset} has the digest {dataset.digest[:12]}; name the right file"
+            f"{name} has the digest {dataset.digest[:12]}; name the right file"
         )
     then = trial.user_attrs["history"]
     say(f"{dataset}")
@@ -69,17 +71,25 @@ def reproduce(config: StudyConfig, number: int | None, say: Callable[[str], None
     training.limit_threads(1)  # as a worker does
     config = replace(config, epochs=len(then), batch_size=settings["batch_size"])
     now: list[dict[str, float]] = []
-    train_again(config, dataset, trial, seed, now)
+    recorded = trial.user_attrs.get("environment")
+    diverged = []
+    try:
+        train_again(config, dataset, trial, seed, now)
+    except training.TrainingDiverged as error:
+        diverged.append(f"epoch {len(now)}: {error}")
     return Reproduction(
         trial=trial.number,
         values=[entry["val_accuracy"] for entry in now],
         differences=[
-            f"epoch {int(old['epoch'])}: {name} {new[name]!r} in place of {old[name]!r}"
-            for old, new in zip(then, now, strict=True)
-            for name in _COMPARED
-            if old[name] != new[name]
+            *diverged,
+            *(
+                f"epoch {int(old['epoch'])}: {metric} {new[metric]!r} in place of {old[metric]!r}"
+                for old, new in zip(then, now, strict=False)
+                for metric in _COMPARED
+                if old[metric] != new[metric]
+            ),
         ],
-        changed=differences(trial.user_attrs.get("environment", {}), environment.here()),
+        changed=differences(recorded, environment.here()) if recorded else None,
     )
 
 

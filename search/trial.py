@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from optuna_integration import KerasPruningCallback
 
 from search import data, environment, model, promotion, registry, sampling, storage, training
-from search.config import StudyConfig, one_line
+from search.config import RunError, StudyConfig, one_line
 from search.contract import METRICS, STATE
 from search.outcome import Outcome
 from search.space import Hyperparameters
@@ -88,6 +88,11 @@ class Worker:
             train_again(self.config, self.dataset, trial, seed, kept["history"])
         except training.TrainingDiverged as error:
             kept["failure"] = _reason(error)
+        except Exception as error:
+            raise RunError(
+                f"trial {number} could not be trained again ({_reason(error)}); mend the cause "
+                "and run the same command again"
+            ) from error
         return {**kept, "ended": _now()}
 
     def retrain(self, number: int) -> str:

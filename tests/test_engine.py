@@ -196,6 +196,7 @@ def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
 
 
 def test_a_killed_worker_costs_its_trials_and_not_the_budget(tmp_path: Path, clouds: Path) -> None:
+    (tmp_path / "search.py").write_text("raise ImportError('a namesake')")
     process = start(tmp_path, *options(clouds, 4))
     victim = wait_for(lambda: running_owners(tmp_path), process).pop()
     os.kill(victim, signal.SIGKILL)

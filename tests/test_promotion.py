@@ -13,7 +13,7 @@ import pytest
 from conftest import copy_databases, start
 from mlflow.tracking import MlflowClient
 
-from search import environment, pipeline, production
+from search import display, environment, pipeline, production
 from search.config import StudyConfig
 from search.pipeline import Result
 from search.promotion import Comparison, Verdict, judge
@@ -109,7 +109,8 @@ def test_every_policy_decides(
         assert decided.champion == 7
         tags = {**decided.as_tags(8), "promoted": str(expected).lower()}
         assert Verdict.read(tags, decided.accuracy) == decided
-        assert tags["gate.losing_version"] == ("7" if expected else "8")
+        loser = None if champion is None else "7" if found.challenger >= champion else "8"
+        assert tags.get("gate.losing_version") == loser
         assert "\n" not in tags["gate.decision"]
 
 
@@ -143,7 +144,7 @@ def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clou
     assert verdict(forced).promoted
     assert in_production(held) == 2
     assert sorted(versions(held)) == [1, 2]
-    assert versions(held)[2].tags["gate.losing_version"] == "1"
+    assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
 def test_an_equal_challenger_takes_over(held: MlflowClient, clouds: Path) -> None:
@@ -247,11 +248,26 @@ def test_a_production_model_for_other_data_is_named(
     assert in_production(held) == 1
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", ["set_registered_model_alias", "set_model_version_tag"])
+@pytest.mark.parametrize(
+    ("step", "when", "refused"),
+    [
+        ("set_model_version_tag", "after", False),
+        ("set_registered_model_alias", "after", False),
+        ("set_model_version_tag", "after", True),
+        ("set_registered_model_alias", "before", True),
+    ],
+)
 def test_a_promotion_over_another_that_was_stopped_is_completed(
-    held: MlflowClient, clouds: Path, monkeypatch: pytest.MonkeyPatch, step: str, when: str
+    held: MlflowClient,
+    clouds: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    when: str,
+    refused: bool,
 ) -> None:
+    if refused:  # at first; then the user changes the policy
+        assert not verdict(pipeline.run(config(clouds, **GOOD, promote="never"))).promoted
+
     class Stopped(BaseException):
         pass
 
@@ -271,6 +287,33 @@ def test_a_promotion_over_another_that_was_stopped_is_completed(
     assert sorted(versions(held)) == [1, 2]
     assert in_production(held) == 2
     assert versions(held)[2].tags["gate.losing_version"] == "1"
+
+
+def test_a_winner_of_yesterday_is_not_said_to_be_in_production(
+    client: MlflowClient, clouds: Path
+) -> None:
+    pipeline.run(config(clouds, **BAD))
+    pipeline.run(config(clouds, **GOOD, study_name="better"))
+    again = pipeline.run(config(clouds, **BAD))
+    assert again.winner is not None
+    assert (again.winner.version, again.winner.in_production) == (1, 2)
+    assert "version 1: not in production, where version 2 is." in display.summary(again)
+
+
+def test_a_model_of_another_kind_is_named(
+    held: MlflowClient, champion: Path, clouds: Path, in_folder: Path
+) -> None:
+    class Other(mlflow.pyfunc.PythonModel):
+        def predict(self, model_input: list[str]) -> list[str]:
+            return model_input
+
+    source = in_folder / "other"
+    mlflow.pyfunc.save_model(source, python_model=Other(), pip_requirements=[])
+    version = held.create_model_version(NAME, str(source))
+    held.set_registered_model_alias(NAME, "production", version.version)
+    found = verdict(pipeline.run(config(clouds, **GOOD)))
+    assert not found.promoted
+    assert "version 2, in production, could not be compared: it is not a Keras model" in str(found)
 
 
 def test_two_studies_that_end_together_leave_one_in_production(

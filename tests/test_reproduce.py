@@ -1,7 +1,6 @@
 """A trial trained again is the same to the last digit, or what differs is named."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ def here(study: Path, in_folder: Path) -> Path:
     return in_folder
 
 
-def again(number: int | None) -> Reproduction:
-    return reproduce(StudyConfig(), number, lambda _: None)
+def again(number: int | None, moved: str | None = None) -> Reproduction:
+    return reproduce(StudyConfig(), number, moved, lambda _: None)
 
 
 @pytest.mark.parametrize("number", range(TRIALS))
@@ -72,6 +71,7 @@ def test_what_differs_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (difference,) = found.differences
     assert difference.startswith("epoch 2: val_accuracy ")
     assert difference.endswith(" in place of 0.125")
+    assert found.changed is not None
     assert len(found.changed) == 1
     assert found.changed[0].endswith(" -> 9.9")
 
@@ -104,10 +104,9 @@ def test_other_data_are_refused_and_moved_ones_are_taken(
     here: Path, clouds: Path, digits: Path
 ) -> None:
     with pytest.raises(InputError, match="must be the data of the study"):
-        reproduce(StudyConfig(dataset=str(digits)), 0, lambda _: None)
+        again(0, str(digits))
     shutil.copy(clouds, here / "moved.npz")
-    moved = replace(StudyConfig(), dataset=str(here / "moved.npz"))
-    assert reproduce(moved, 0, lambda _: None).differences == []
+    assert again(0, str(here / "moved.npz")).differences == []
 
 
 @pytest.mark.parametrize("text", ["-1", "x", "1.5", ""])
