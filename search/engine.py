@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +132,7 @@ def _processes() -> Any:
     before = dict(os.environ)
     os.environ.update(paths)
     try:
+        resource_tracker.ensure_running()  # first: it lets Ctrl-C through again
         with signals.no_ctrl_c_for_children():
             forkserver.ensure_running()
     finally:

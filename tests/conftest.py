@@ -46,6 +46,17 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
+_TEMPLATE: list[tuple[Path, Callable[[str, str], None]]] = []
+
+
+def mlflows_tables() -> Path:
+    """An empty database of MLflow's, made when it is first asked for."""
+    path, create = _TEMPLATE[0]
+    if not path.exists():
+        create(sqlite_url(path), str(path.parent))
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _mlflows_tables_at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """In this process MLflow's empty database is copied: its sixty migrations take two seconds.
@@ -54,15 +65,12 @@ def _mlflows_tables_at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """
     from search import tracking
 
-    migrate = tracking._create_schema
-    template = tmp_path_factory.mktemp("template") / "mlflow.db"
+    _TEMPLATE.append((tmp_path_factory.mktemp("template") / "mlflow.db", tracking._create_schema))
 
     def copy(url: str, artifacts: str) -> None:
-        if not template.exists():
-            migrate(sqlite_url(template), artifacts)
         path = sqlite_path(url)
         assert path is not None
-        shutil.copy(template, path)
+        shutil.copy(mlflows_tables(), path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "_create_schema", copy)

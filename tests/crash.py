@@ -8,10 +8,12 @@ import functools
 import inspect
 import os
 import pkgutil
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -97,9 +99,15 @@ def arm(point: Point) -> None:
     setattr(owner, point.name, staticmethod(deadly) if inspect.ismethod(original) else deadly)
 
 
-def run(point: str, folder: str, options: list[str]) -> None:
-    """The command in `folder`, in this process, which is to die at `point`."""
+def run(point: str, folder: str, options: list[str], tables: Path | None) -> None:
+    """The command in `folder`, in this process, which is to die at `point`.
+
+    tables: an empty database of MLflow's to begin with, which takes long to make.
+    """
     from search.cli import main
+
+    if tables is not None and not Path(folder, "mlflow.db").exists():
+        shutil.copy(tables, Path(folder, "mlflow.db"))
 
     os.chdir(folder)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process

@@ -22,8 +22,8 @@ from terminal import Terminal
 from search import display
 from search.config import StudyConfig
 from search.outcome import Outcome
-from search.pipeline import Result
-from search.registry import Winner
+from search.pipeline import Result, Winner
+from search.promotion import Verdict
 from search.sampling import distributions
 from search.space import REFERENCE, Hyperparameters
 
@@ -45,8 +45,17 @@ RESULT = Result(
     config=StudyConfig(),
     best=trial(17, TRIED, 0.98125),
     reference=trial(0, REFERENCE, 0.9785),
+    finalists=[],
     winner=Winner(
-        trial=17, run_id="r", version=3, test_loss=0.06125, test_accuracy=0.9812, new=True
+        trial=17,
+        run_id="r",
+        version=3,
+        val_accuracy=0.98125,
+        test_loss=0.06125,
+        test_accuracy=0.9812,
+        verdict=Verdict(True, "if-better", 0.9812, 2, 0.9801, 0.0425),
+        in_production=3,
+        new=True,
     ),
     parent_run_id="p",
     complete=30,
@@ -69,9 +78,12 @@ def test_the_summary_of_a_whole_run() -> None:
         "The search gained +0.0027 val_accuracy over the reference. It is the best of 30 noisy "
         "results, so part of that is luck.",
         "",
+        "winner: trial 17, val_accuracy 0.9812, by which it was chosen, so it flatters",
         "Trained anew on all training data: test accuracy 0.9812, test loss 0.0612 (the test "
-        "images were used this once).",
+        "images were used this once, and by the gate).",
         "Registered as MNIST_DNN_Model version 3: alias production, stage Production.",
+        "Gate: promoted: test accuracy 0.9812 against 0.9801 of version 2, exact McNemar p = 0.042 "
+        "(more than chance).",
         "",
         "Look further:",
         "  report.html",
@@ -89,6 +101,32 @@ def test_a_rerun_says_that_the_model_was_registered_before() -> None:
     text = summary(winner=replace(RESULT.winner, new=False), ran=0)
     assert "Already registered as MNIST_DNN_Model version 3:" in text
     assert "\nRegistered" not in text
+
+
+def test_finalists_are_listed_and_chose_the_winner() -> None:
+    stood = [
+        Finalist(17, [0.98, 0.982], 0.981, 0.0014142),
+        Finalist(0, [0.98], 0.98, None),
+        Finalist(3, [None, 0.99], None, None),
+    ]
+    lines = summary(finalists=stood).splitlines()
+    first = lines.index("finalists, the mean of 2 fresh seeds; the first is the winner:")
+    assert lines[first + 1 : first + 4] == [
+        "  trial 17, mean val_accuracy 0.9810 ± 0.0014",
+        "  trial 0, mean val_accuracy 0.9800",
+        "  trial 3, failed on a fresh seed",
+    ]
+    assert "winner: trial 17, mean val_accuracy 0.9810 ± 0.0014, by which it was chosen" in lines
+
+
+def test_a_winner_that_is_kept_out_is_said_to_be() -> None:
+    assert RESULT.winner is not None
+    kept_out = Verdict(False, "if-better", 0.9701, 2, 0.9801, 0.2)
+    text = summary(winner=replace(RESULT.winner, verdict=kept_out, in_production=2))
+    assert "version 3: not in production, where version 2 is.
+" in text
+    assert "Gate: not promoted: test accuracy 0.9701 against 0.9801 of version 2" in text
+    assert "(may be chance)" in text
 
 
 def test_an_early_stop_says_why() -> None:

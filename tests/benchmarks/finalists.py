@@ -4,7 +4,8 @@ Runs whole studies of 50 trials on MNIST with the command's defaults, trains the
 and the reference again on four fresh seeds, and then every one of these configurations on all
 training data, on three seeds, with the test images, so that a choice is judged by its expected test
 accuracy and not by one more noisy result. Rows are appended to finalists.csv; --table prints what
-fewer finalists or repeats would have chosen.
+fewer finalists or repeats would have chosen. --replayed 100 does so for that many studies on the
+learning curves of curves.csv, without training.
 """
 
 import argparse
@@ -19,9 +20,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from search import storage
+import numpy as np
+import optuna
+import replay
+
+from search import ranking, sampling, storage
 from search.config import StudyConfig
 from search.listener import Listener
+from search.space import Hyperparameters
 
 TABLE = Path(__file__).with_name("finalists.csv")
 FINALISTS, REPEATS, JUDGES = 3, 4, 3
@@ -143,14 +149,65 @@ def table() -> None:
             )
 
 
+def replayed(studies: int) -> None:
+    """The same for studies replayed on recorded curves, more of them and more finalists."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    curves, reference = replay.load()
+    landscape = replay.Landscape(curves, reference)
+    finals = [val[-1] for val, _ in reference]
+    certain = mean(test[-1] for _, test in reference)
+    counts, repeats = (0, 1, 2, 3, 5), (1, 2, 3, 5)
+    tests: dict[tuple[int, int], list[float]] = {}
+    epochs: dict[tuple[int, int], list[float]] = {}
+    for seed in range(studies):
+        study, spent, test = replay.search(
+            landscape, "tpe", sampling.pruner(StudyConfig()), seed, 50
+        )
+        random = np.random.default_rng([seed, 1])
+        trials = study.get_trials(deepcopy=False)
+        first = ranking.reference(trials)
+        known = -1 if first is None else first.number
+        test[known] = certain  # the reference was recorded on many seeds
+        values = {
+            trial.number: [
+                random.choice(finals)
+                if trial.number == known
+                else landscape.draw(Hyperparameters(**trial.params), random)[0][-1]
+                for _ in range(max(repeats))
+            ]
+            for trial in ranking.candidates(trials, StudyConfig(finalists=max(counts)))
+        }
+        for count in counts:
+            chosen = ranking.candidates(trials, StudyConfig(finalists=count))
+            for repeat in repeats if count else (0,):
+                best = ranking.ranked(trials)[0]
+                if count:
+                    best = max(chosen, key=lambda t: mean(values[t.number][:repeat]))
+                tests.setdefault((count, repeat), []).append(test[best.number])
+                share = len(chosen) * repeat * replay.EPOCHS / spent
+                epochs.setdefault((count, repeat), []).append(share)
+    print(f"{studies} replayed studies; the reference: test {certain:.4f}\n")
+    print("| finalists | repeats | test | gain over none | standard error | extra epochs |")
+    print("|---|---|---|---|---|---|")
+    for key, found in tests.items():
+        gains = [a - b for a, b in zip(found, tests[0, 0], strict=True)]
+        print(
+            f"| {key[0]} | {key[1]} | {mean(found):.5f} | {mean(gains):+.5f} "
+            f"| {stdev(gains) / len(gains) ** 0.5:.5f} | {mean(epochs[key]):+.0%} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="seed of the first one")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--replayed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.table:
         return table()
+    if arguments.replayed:
+        return replayed(arguments.replayed)
     new = not TABLE.exists()
     for seed in range(arguments.first, arguments.first + arguments.studies):
         rows = study(seed)

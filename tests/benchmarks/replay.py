@@ -101,6 +101,17 @@ def replay(
     landscape: Landscape, sampler: str, pruner: BasePruner, seed: int, trials: int
 ) -> tuple[int, int, float, float]:
     """One study; returns epochs spent, trials completed, and the winner's val and test accuracy."""
+    study, spent, test = search(landscape, sampler, pruner, seed, trials)
+    complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    best = study.best_trial
+    assert best.value is not None
+    return spent, complete, best.value, test[best.number]
+
+
+def search(
+    landscape: Landscape, sampler: str, pruner: BasePruner, seed: int, trials: int
+) -> tuple[optuna.Study, int, dict[int, float]]:
+    """One study; returns it, the epochs spent, and every trial's expected test accuracy."""
     config = StudyConfig(sampler=sampler, seed=seed)
     random = np.random.default_rng(seed)
     study = storage.PlacedStudy(
@@ -125,10 +136,7 @@ def replay(
         study.marks = {"place": place}
         study.sampler = sampling.sampler(config, place)
         study.optimize(objective, n_trials=1)
-    complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-    best = study.best_trial
-    assert best.value is not None
-    return spent, complete, best.value, test[best.number]
+    return study, spent, test
 
 
 def main() -> None:
