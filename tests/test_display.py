@@ -123,8 +123,7 @@ def test_a_winner_that_is_kept_out_is_said_to_be() -> None:
     assert RESULT.winner is not None
     kept_out = Verdict(False, "if-better", 0.9701, 2, 0.9801, 0.2)
     text = summary(winner=replace(RESULT.winner, verdict=kept_out, in_production=2))
-    assert "version 3: not in production, where version 2 is.
-" in text
+    assert "version 3: not in production, where version 2 is.\n" in text
     assert "Gate: not promoted: test accuracy 0.9701 against 0.9801 of version 2" in text
     assert "(may be chance)" in text
 
