@@ -24,6 +24,7 @@ from search.config import StudyConfig
 from search.outcome import Outcome
 from search.pipeline import Result, Winner
 from search.promotion import Verdict
+from search.ranking import Finalist
 from search.sampling import distributions
 from search.space import REFERENCE, Hyperparameters
 
