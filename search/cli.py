@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,7 +228,9 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
 
 def run_show(config: StudyConfig, as_json: bool) -> int:
     """Print what the study has found; returns the exit code."""
-    with _hidden("sklearn"):  # 1.3 s, for evaluators of importance that are not used
+    from search.imports import hidden
+
+    with hidden("sklearn"):  # 1.3 s, for evaluators of importance that are not used
         import optuna.importance  # noqa: F401
     from rich.console import Console
 
@@ -240,19 +242,6 @@ def run_show(config: StudyConfig, as_json: bool) -> int:
     else:
         display.show(Console(), found)
     return 0
-
-
-@contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """What is imported meanwhile finds that `module`, unless it is loaded, is not installed."""
-    hidden = module not in sys.modules
-    if hidden:
-        sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hidden:
-            del sys.modules[module]
 
 
 def run_report(config: StudyConfig, output: str) -> int:

@@ -4,7 +4,6 @@ A trial is a task. One process, a pool of processes or a cluster differ only in 
 `concurrent.futures.Executor` takes the tasks, so the number of trials is exact whichever it is.
 """
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -12,14 +11,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import signals
+from search import imports, signals
 from search.config import RunError, StudyConfig
 from search.outcome import Outcome
 
@@ -63,7 +62,7 @@ def _ready() -> "Worker":
 def load_trial() -> "type[Worker]":
     """Import everything heavy that a trial needs, TensorFlow included, in silence."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _silent_stderr():
+    with imports.silent_stderr(), imports.hidden("sklearn"):  # 1.3 s, for Keras' wrappers of it
         from search.trial import Worker
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
     return Worker
@@ -90,20 +89,6 @@ def _die_with_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """TensorFlow's native code announces CPU features and missing GPUs before any log level."""
-    saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
 
 
 # ---- in the main process -----------------------------------------------------------------------
