@@ -211,6 +211,7 @@ def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
 
 def run_study(config: StudyConfig, quiet: bool = False) -> int:
     """Run the study, showing how it goes; returns the exit code."""
+    _import_importances()
     from search import display, panel, pipeline
 
     console = display.Output(soft_wrap=True)
@@ -226,12 +227,17 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
     return 0 if result.winner is not None else signals.EXIT_INTERRUPTED
 
 
-def run_show(config: StudyConfig, as_json: bool) -> int:
-    """Print what the study has found; returns the exit code."""
+def _import_importances() -> None:
+    """Without scikit-learn, which takes a second and serves evaluators that are not used."""
     from search.imports import hidden
 
-    with hidden("sklearn"):  # 1.3 s, for evaluators of importance that are not used
+    with hidden("sklearn"):
         import optuna.importance  # noqa: F401
+
+
+def run_show(config: StudyConfig, as_json: bool) -> int:
+    """Print what the study has found; returns the exit code."""
+    _import_importances()
     from rich.console import Console
 
     from search import display, overview

@@ -18,8 +18,9 @@ from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import imports, signals
+from search import signals
 from search.config import RunError, StudyConfig
+from search.imports import silent_stderr
 from search.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _ready() -> "Worker":
 def load_trial() -> "type[Worker]":
     """Import everything heavy that a trial needs, TensorFlow included, in silence."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with imports.silent_stderr(), imports.hidden("sklearn"):  # 1.3 s, for Keras' wrappers of it
+    with silent_stderr():
         from search.trial import Worker
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
     return Worker

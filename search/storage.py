@@ -42,7 +42,6 @@ from search.database import (
     tune_sqlite,
     wait_for_server,
 )
-from search.imports import hidden
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -204,8 +203,7 @@ def load_study(config: StudyConfig) -> optuna.Study:
 
 def note(study: optuna.Study, text: str) -> None:
     """Make `text` the study's note in optuna-dashboard, unless the user has written another."""
-    with hidden("sklearn"):  # a second, for evaluators of importance
-        from optuna_dashboard import get_note, save_note
+    from optuna_dashboard import get_note, save_note
 
     shown, own = get_note(study), study.user_attrs.get("notes", [])
     if shown in ("", *own):
