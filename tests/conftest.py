@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import invariants
 import numpy as np
@@ -15,6 +15,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from search.config import sqlite_path, sqlite_url
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 TRIALS, EPOCHS = 12, 3
 FINISHED = (*("--dataset", "digits.npz", "--epochs", str(EPOCHS), "--n-trials", str(TRIALS)),)
@@ -134,6 +137,21 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A fresh folder, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
+
+
+@pytest.fixture
+def client(in_folder: Path) -> Iterator["MlflowClient"]:
+    """MLflow's client of a fresh folder, whose functions that take no address work there, too."""
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    uri = f"sqlite:///{in_folder / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    yield MlflowClient(uri, registry_uri=uri)
+    mlflow.set_tracking_uri(before[0])
+    mlflow.set_registry_uri(before[1])
 
 
 def copy_databases(source: Path, target: Path) -> None:

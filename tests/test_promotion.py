@@ -1,7 +1,6 @@
 """The gate: what is better goes to production, what is worse is registered and stays out."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ BAD = {"epochs": 1, "learning_rate": "0.0001"}
 def config(dataset: Path, **changed: Any) -> StudyConfig:
     settings = {"epochs": 1, "n_trials": 1, "workers": 1, "hidden_units": "16", "report": "none"}
     return StudyConfig(dataset=str(dataset), **{**settings, **changed})
-
-
-@pytest.fixture
-def client(in_folder: Path) -> Iterator[MlflowClient]:
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    uri = f"sqlite:///{in_folder / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    yield MlflowClient(uri, registry_uri=uri)
-    mlflow.set_tracking_uri(before[0])
-    mlflow.set_registry_uri(before[1])
 
 
 @pytest.fixture(scope="module")

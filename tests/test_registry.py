@@ -1,6 +1,5 @@
 """Registering goes on where it was stopped: one version, one in production, nothing twice."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,6 @@ def config(in_folder: Path, clouds: Path) -> StudyConfig:
 def small(dataset: Path, **changed: Any) -> StudyConfig:
     settings = {"epochs": 1, "n_trials": TRIALS, "workers": 1, "hidden_units": "8,16"}
     return StudyConfig(dataset=str(dataset), report="none", **{**settings, **changed})
-
-
-@pytest.fixture
-def client(in_folder: Path) -> Iterator[MlflowClient]:
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    uri = f"sqlite:///{in_folder / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    yield MlflowClient(uri, registry_uri=uri)
-    mlflow.set_tracking_uri(before[0])
-    mlflow.set_registry_uri(before[1])
 
 
 def retrainings(found: dict[str, Any]) -> list[str]:
