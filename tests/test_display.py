@@ -83,7 +83,7 @@ def test_the_summary_of_a_whole_run() -> None:
         "Trained anew on all training data: test accuracy 0.9812, test loss 0.0612 (the test "
         "images were used this once, and by the gate).",
         "Registered as MNIST_DNN_Model version 3: alias production, stage Production.",
-        "Gate: promoted: test accuracy 0.9812 against 0.9801 of version 2, exact McNemar p = 0.042 "
+        "Gate: promoted: test accuracy 0.9812 against 0.9801 of version 2, exact McNemar p = 0.043 "
         "(more than chance).",
         "",
         "Look further:",
