@@ -37,11 +37,6 @@ def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
     }
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means: half as many again as cores, because many tests wait for something."""
-    return len(os.sched_getaffinity(0)) * 3 // 2
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """No test inherits an address, from outside or from what a test before it told MLflow."""

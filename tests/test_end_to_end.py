@@ -154,7 +154,7 @@ def test_a_run_and_a_killed_and_resumed_one_are_the_same_to_the_last_digit(
     tmp_path: Path, digits: Path
 ) -> None:
     options = ("--dataset", str(digits), "--epochs", "2", "--n-trials", "9", "--workers", "1")
-    options += ("--report", "none")
+    options += ("--report", "none", "--hidden-units", "64,128")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()

@@ -12,7 +12,7 @@ from search import environment, pipeline, storage
 from search.config import InputError, StudyConfig
 from search.reproduce import Reproduction, reproduce
 
-TRIALS = 6
+TRIALS = 4
 
 
 def config(clouds: Path, **changed: Any) -> StudyConfig:
