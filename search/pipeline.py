@@ -197,11 +197,12 @@ class _Job:
     def search(self, missing: list[int]) -> str | None:
         """Run the missing trials; returns why the search stopped early, if it did."""
         patience = engine.Patience(self.config.patience)
-        for trial in self._finished():
+        finished = self._finished()
+        for trial in finished:
             patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
         if not missing or patience.exhausted:
             return None
-        known = ranking.best(self._finished())
+        known = ranking.best(finished)
         best = None if known is None else known.value
 
         def on_trial(outcome: Outcome) -> None:
@@ -237,10 +238,10 @@ class _Job:
         def on_repeat(number: int, repeat: int, kept: dict[str, Any]) -> None:
             trial, name = trials[number], repeat_attr(repeat)
             storage.amend(self.study, trial, name, kept, self.config.storage)
+            seen = repeats_of(trial)[repeat]
             with contextlib.suppress(*tracking.ERRORS):  # reconcile writes it later
-                self.ledgers.write(repeats_of(trial)[repeat])
-            value = repeats_of(trial)[repeat].value
-            self.listener.repeat(number, repeat, value, len(missing()))
+                self.ledgers.write(seen)
+            self.listener.repeat(number, repeat, seen.value, len(missing()))
 
         if self.workers.run_repeats(missing, on_repeat, self.listener.stopping):
             ranking.settle(self.study, chosen, self.config)

@@ -254,10 +254,10 @@ def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdic
                 against = int(champion.version)
                 verdict = judge(config.promote, accuracy, compare(number, against), against)
             tags = verdict.as_tags(number)
-            for gone in [key for key in version.tags if key.startswith(_GATE) and key not in tags]:
-                client.delete_model_version_tag(name, version.version, gone)
             if _PROMOTED in version.tags:  # of an earlier verdict: from here on it is open again
                 client.delete_model_version_tag(name, version.version, _PROMOTED)
+            for gone in [key for key in version.tags if key.startswith(_GATE) and key not in tags]:
+                client.delete_model_version_tag(name, version.version, gone)
             for key, value in tags.items():
                 if version.tags.get(key) != value:
                     client.set_model_version_tag(name, version.version, key, value)
