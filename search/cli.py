@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from search import config as settings
-from search import signals
+from search import signals, urls
 from search.config import InputError, RunError, StudyConfig
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ _METAVARS = {
     "timeout": "SECONDS",
     "patience": "TRIALS",
     "workers": "auto|N",
+    "scheduler": "ADDRESS",
     "study_name": "NAME",
     "storage": "URL",
     "dataset": "NAME|FILE.npz",
@@ -313,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         call = app(args=arguments, prog_name="study.py", standalone_mode=False)
         return call() if callable(call) else 0
     except (InputError, RunError) as error:
-        return _fail(settings.redact(str(error)), error.exit_code)
+        return _fail(urls.redact(str(error)), error.exit_code)
     except _UsageError as error:
         message = " ".join(str(error).split()).rstrip(".")
         return _fail(f"{message}; see python study.py --help", 2)

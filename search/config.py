@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -10,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import quote, unquote
 
 from search import space
+from search.urls import redact, same_database
 
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 """The modules of keras.datasets, beside mnist, that hold images with integer labels."""
@@ -116,6 +115,12 @@ class StudyConfig:
         high=256,
         none="auto",
     )
+    scheduler: str | None = _option(
+        None,
+        _STUDY,
+        "Run the trials on the Dask cluster of this scheduler, as many at once as it has worker "
+        "threads (at most --workers); storage and tracking must be servers then.",
+    )
     max_failures: int = _option(5, _STUDY, "Stop after so many trials in a row have failed.", low=1)
     report: str = _option(
         "report.html", _STUDY, "Where the report is written at the end; none: nowhere."
@@ -179,10 +184,27 @@ class StudyConfig:
                     f"--sampler grid: {error}; give a list, for example "
                     "--dropout-rate 0.1,0.3 --learning-rate 0.001"
                 ) from None
+        if self.scheduler is not None:
+            self._check_reach()
         if same_database(self.storage, self.tracking_uri):
             raise InputError(
                 "--storage and --tracking-uri must be two databases (Optuna and MLflow cannot "
                 f"share one), but both are {redact(self.storage)}; give one another file name"
+            )
+
+    def _check_reach(self) -> None:
+        """Raise InputError where other machines can't reach what both ledgers are kept in."""
+        if self.storage.startswith("sqlite"):
+            raise InputError(
+                "--storage must be a database server with --scheduler, because the workers of a "
+                f"cluster share no disk, but got {redact(self.storage)}; for example "
+                "--storage postgresql+psycopg://USER@HOST/DATABASE"
+            )
+        if not self.tracking_uri.startswith("http"):
+            raise InputError(
+                "--tracking-uri must be an MLflow server with --scheduler, because the workers of "
+                f"a cluster share no disk, but got {redact(self.tracking_uri)}; start one with "
+                "mlflow server and give --tracking-uri http://HOST:5000"
             )
 
     @cached_property
@@ -344,33 +366,6 @@ def one_line(error: BaseException) -> str:
     """What went wrong, in one line of at most 300 characters, passwords masked."""
     text = redact(_one_line(error))
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def sqlite_path(url: str) -> Path | None:
-    """The file behind a SQLite URL; None for any other database."""
-    match = re.fullmatch(r"sqlite(\+\w+)?:///(?P<path>.+)", url, re.DOTALL)
-    return Path(unquote(match["path"])).absolute() if match else None
-
-
-def sqlite_url(path: Path) -> str:
-    """The URL of a SQLite file, as SQLAlchemy reads it."""
-    return f"sqlite:///{quote(str(path))}"
-
-
-def same_database(storage: str, tracking_uri: str) -> bool:
-    """Whether both URLs lead to one database."""
-    paths = sqlite_path(storage), sqlite_path(tracking_uri)
-    if None in paths:
-        return storage.split("?")[0] == tracking_uri.split("?")[0]
-    one, other = (path.resolve() for path in paths if path is not None)
-    both = os.path.exists(one) and os.path.exists(other)  # False, too, for a name too long
-    return one == other or (both and os.path.samefile(one, other))
-
-
-def redact(text: str) -> str:
-    """`text` with the passwords of all URLs in it masked."""
-    text = re.sub(r"(\w[\w+.-]*://)([^\s/@:'\"]*):[^\s'\"]*@(?=[^\s@]*)", r"\1\2:***@", text)
-    return re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^\s&'\"]+", r"\1=***", text)
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

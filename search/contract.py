@@ -16,6 +16,7 @@ LINEAGE = (  # whence a model is: tags of its run and its version, and metadata 
     *("lineage.hyperparameters", "lineage.val_accuracy", "lineage.seed", "lineage.settings"),
     *("lineage.dataset", "lineage.environment", COMMIT),
 )
+LOST = "lost: its process ended without a word (killed, crashed or switched off)"
 NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
 STATUS = {
     TrialState.RUNNING: "RUNNING",

@@ -9,6 +9,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import sqlalchemy
 from filelock import FileLock
 from sqlalchemy.engine import Engine
 
-from search.config import InputError, one_line, redact, sqlite_url
+from search.config import InputError, one_line
+from search.urls import redact, sqlite_url
 
 _LOCK_TIMEOUT = 120  # seconds; creating both databases takes about 4
 _SERVER_TIMEOUT = 30  # seconds
@@ -154,6 +156,92 @@ def wait_for_server(engine: Engine) -> None:
                 time.sleep(0.2)
 
     sqlalchemy.event.listen(engine, "do_connect", connect)
+
+
+class ServerLock:
+    """A lock that a PostgreSQL server keeps for whoever holds it, on whatever host.
+
+    The holder's connection is the lock: it goes when its process ends, or within half a minute when
+    its host does. `holder` is what the others are told of it.
+    """
+
+    def __init__(self, url: str, name: str, holder: str = "") -> None:
+        self._key = int.from_bytes(sha256(name.encode()).digest()[:8], signed=True)
+        self._holder = holder
+        self._engine = sqlalchemy.create_engine(
+            url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT"
+        )
+        wait_for_server(self._engine)
+        self._connection: sqlalchemy.Connection | None = None
+
+    def acquire(self, *, wait: bool = True) -> bool:
+        """Take the lock; False where another has it and `wait` is False."""
+        connection = self._engine.connect()
+        for name, value in (("application_name", self._holder), *_KEEPALIVES):
+            self._ask(connection, "SELECT set_config(:name, :value, false)", name=name, value=value)
+        function = "pg_advisory_lock" if wait else "pg_try_advisory_lock"
+        if self._ask(connection, f"SELECT {function}(:key)", key=self._key) is False:
+            connection.close()
+            return False
+        self._connection = connection
+        return True
+
+    def is_held(self) -> bool:
+        """Whether the connection is still there: a server that was restarted forgets its locks."""
+        try:
+            return self._connection is not None and self._ask(self._connection, "SELECT 1") == 1
+        except sqlalchemy.exc.DBAPIError:
+            self.release()
+            return False
+
+    def release(self) -> None:
+        """Let it go."""
+        if self._connection is not None:
+            with contextlib.suppress(sqlalchemy.exc.DBAPIError):
+                self._connection.close()
+            self._connection = None
+
+    def find_holder(self) -> str | None:
+        """What the holder says of itself; None where nobody has the lock."""
+        with self._engine.connect() as connection:
+            found = self._ask(
+                connection,
+                "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
+                "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 "
+                "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+                "AND (l.classid::bigint << 32) | l.objid::bigint = :key",
+                key=self._key,
+            )
+        return None if found is None else str(found)
+
+    @staticmethod
+    def _ask(connection: sqlalchemy.Connection, query: str, **values: Any) -> Any:
+        return connection.execute(sqlalchemy.text(query), values).scalar()
+
+
+_KEEPALIVES = (  # seconds, so that a host that went down loses its locks
+    *(("tcp_keepalives_idle", "15"), ("tcp_keepalives_interval", "5")),
+    ("tcp_keepalives_count", "3"),
+)
+
+
+def is_postgresql(url: str) -> bool:
+    """Whether `url` is of a PostgreSQL server, which has locks of its own."""
+    return url.startswith("postgresql")
+
+
+@contextlib.contextmanager
+def server_lock(url: str, name: str) -> Iterator[None]:
+    """Hold the lock `name` of the server at `url`; of one that has none, hold nothing."""
+    if not is_postgresql(url):
+        yield
+        return
+    lock = ServerLock(url, name)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def tune_sqlite(path: Path) -> None:

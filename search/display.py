@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from search.config import Interrupted, redact
+from search.config import Interrupted
 from search.listener import Listener
 from search.outcome import Outcome
 from search.space import Hyperparameters
+from search.urls import redact
 
 if TYPE_CHECKING:
     import optuna
@@ -91,6 +92,10 @@ class Lines(Quiet):
         if outcome.failure:
             text += f"  ({outcome.failure})"
         self._print(text, COLOURS.get(outcome.state, ""))
+
+    def workers(self, line: str) -> None:
+        """The line."""
+        self._print(line)
 
     def mended(self, lines: list[str]) -> None:
         """Say what an earlier run had left behind."""

@@ -1,6 +1,6 @@
 """Say whether both ledgers agree, and make them, without running anything."""
 
-from search import storage, tracking
+from search import runner, storage, tracking
 from search.config import StudyConfig
 from search.reconcile import Ledgers, existing
 from search.tracking import Tracking
@@ -14,7 +14,7 @@ def examine(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
     """
     try:
         study, config = existing(config)
-        with storage.sole_runner(config):
+        with runner.sole_runner(config):
             mirror = Tracking(config)
             if not fix and not (mirror.exists() and mirror.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]

@@ -1,215 +1,75 @@
-"""Run trials as tasks: N of them on W workers, until the budget is met or something says stop.
+"""Run tasks on workers, as many at once as there are, until the budget is met or something stops.
 
-A trial is a task. One process, a pool of processes or a cluster differ only in which
-`concurrent.futures.Executor` takes the tasks, so the number of trials is exact whichever it is.
+A trial is a task. This process, processes of this machine or a cluster differ only in where the
+tasks go, so the number of trials is exact whichever it is.
 """
 
-import logging
-import multiprocessing
-import os
-import sys
-import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, forkserver, resource_tracker
-from pathlib import Path
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from search import signals
+from search import tasks
 from search.config import RunError, StudyConfig
-from search.imports import silent_stderr
+from search.data import Dataset
 from search.outcome import Outcome
+from search.pool import Pool
 
 if TYPE_CHECKING:
+    from search.cluster import Cluster
     from search.promotion import Comparison
-    from search.trial import Worker
 
 INTERRUPTED = "interrupted"
-_DEATHS = 3  # pools that may break in a row, without a trial finished, before the run stops
+_DEATHS = 3  # workers that may die at one task before the run stops
 
-
-# ---- in a worker -------------------------------------------------------------------------------
-
-_arguments: tuple[StudyConfig, str] | None = None
-_worker: "Worker | None" = None
-
-
-def _prepare(config: StudyConfig, parent_run: str) -> None:
-    """Remember what the worker is for; the first task makes it and gets its errors."""
-    global _arguments, _worker
-    _arguments, _worker = (config, parent_run), None
-
-
-def _prepare_process(environment: dict[str, str], config: StudyConfig, parent_run: str) -> None:
-    """The same in a process that dies with the main process and has its `environment`."""
-    os.environ.clear()
-    os.environ.update(environment)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    _prepare(config, parent_run)
-
-
-def _ready() -> "Worker":
-    """The worker of this process, with everything heavy a trial needs, TensorFlow included."""
-    global _worker
-    if _worker is None:
-        assert _arguments is not None
-        _worker = load_trial()(*_arguments)
-    return _worker
-
-
-def load_trial() -> "type[Worker]":
-    """Import everything heavy that a trial needs, TensorFlow included, in silence."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with silent_stderr():
-        from search.trial import Worker
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
-    return Worker
-
-
-def _run_trial(place: int) -> Outcome:
-    return _ready().run_trial(place)
-
-
-def _repeat(number: int, repeat: int) -> dict[str, Any]:
-    return _ready().repeat(number, repeat)
-
-
-def _retrain(number: int) -> str:
-    return _ready().retrain(number)
-
-
-def _compare(challenger: int, champion: int) -> "Comparison | str":
-    return _ready().compare(challenger, champion)
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-# ---- in the main process -----------------------------------------------------------------------
-
-
-def worker_count(workers: int | None) -> int:
-    """How many workers `--workers` asks for; None: one per core, one where there is a GPU."""
-    if workers is not None:
-        return workers
-    if any(os.path.exists(device) for device in ("/dev/nvidia0", "/dev/kfd")):
-        return 1  # processes would compete for the GPU's memory
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processes() -> Any:
-    """How workers are started: on Linux forked from a process that has imported what they need.
-
-    Elsewhere the systems' own libraries do not survive a fork.
-    """
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["search.preload"])
-    # That process finds this package, and no namesake in the working directory.
-    paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONSAFEPATH": "1"}
-    before = dict(os.environ)
-    os.environ.update(paths)
-    try:
-        resource_tracker.ensure_running()  # first: it lets Ctrl-C through again
-        with signals.no_ctrl_c_for_children():
-            forkserver.ensure_running()
-    finally:
-        for name in paths:
-            os.environ.pop(name)
-        os.environ.update(before)
-    return context
-
-
-class InProcess(Executor):
-    """Runs a task at once, in this process."""
-
-    def __init__(self, initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
-        initializer(*initargs)
-
-    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run `task`; an interruption is raised here, anything else by the future."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(task(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+Arguments = tuple[int, ...]
 
 
 class Engine:
-    """Workers, started when the first task comes and replaced when one of them dies."""
+    """Workers, here or on the cluster `config.scheduler`. Leave its context to end them.
 
-    def __init__(self, config: StudyConfig, parent_run: str) -> None:
-        self._config = config
+    say: gets a line where something about the workers is worth one.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        parent_run: str,
+        dataset: Dataset,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._parent_run = parent_run
-        self.workers = worker_count(config.workers)
-        self._executor: Executor | None = None
+        self._home = _home(config, parent_run, dataset, say)
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and isinstance(self._executor, ProcessPoolExecutor):
-            for process in list((self._executor._processes or {}).values()):
-                process.kill()
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-
-    def _submit(self, task: Callable[..., Any], *argument: int) -> "Future[Any]":
-        if self._executor is None:
-            arguments = (self._config, self._parent_run)
-            if self.workers == 1:
-                self._executor = InProcess(_prepare, arguments)
-            else:
-                self._executor = ProcessPoolExecutor(
-                    self.workers,
-                    mp_context=_processes(),
-                    initializer=_prepare_process,
-                    initargs=(dict(os.environ), *arguments),
-                )
-        if self.workers == 1:
-            return self._executor.submit(task, *argument)
-        with signals.no_ctrl_c_for_children():  # the pool starts its processes when a task comes
-            return self._executor.submit(task, *argument)
-
-    def _bury(self) -> None:
-        """Wait until every process of a broken pool is gone."""
-        assert self._executor is not None
-        self._executor.shutdown()
-        self._executor = None
+        self._home.close(now=kind is not None)
 
     def retrain(self, number: int, on_death: Callable[[], object]) -> str:
-        """Train the configuration of trial `number` anew on a worker; returns its MLflow run.
-
-        Raises RunError after three deaths in a row.
-        """
-        return str(self._call(_retrain, number, on_death=on_death))
+        """Train the configuration of trial `number` anew on a worker; returns its MLflow run."""
+        return str(self._call(tasks.retrain, number, on_death=on_death))
 
     def compare(
         self, challenger: int, champion: int, on_death: Callable[[], object]
     ) -> "Comparison | str":
         """Compare two versions of the model on a worker, as `promotion.compare` does."""
-        found: Comparison | str = self._call(_compare, challenger, champion, on_death=on_death)
+        found: Comparison | str = self._call(tasks.compare, challenger, champion, on_death=on_death)
         return found
 
     def _call(
         self, task: Callable[..., Any], *arguments: int, on_death: Callable[[], object]
     ) -> Any:
-        for _ in range(_DEATHS):
-            try:
-                return self._submit(task, *arguments).result()
-            except BrokenProcessPool:
-                self._bury()
-                on_death()
-        raise RunError(_DYING.format(_DEATHS))
+        results: list[Any] = []
+
+        def missing() -> list[Arguments]:
+            on_death()
+            return [] if results else [arguments]
+
+        self._run(task, [arguments], lambda _, result: results.append(result), missing)
+        return results[0]
 
     def run_repeats(
         self,
@@ -220,29 +80,16 @@ class Engine:
         """Train finalists again until none is `missing` (trial, repeat); False where it stopped.
 
         on_repeat: gets every result, and keeps it, so that it is not missing any more.
-        Raises RunError after three deaths in a row.
         """
-        deaths = 0
-        while queue := deque(missing()):
-            running: dict[Future[dict[str, Any]], tuple[int, int]] = {}
-            try:
-                while running or (queue and not stopping()):
-                    while queue and len(running) < self.workers and not stopping():
-                        running[self._submit(_repeat, *queue[0])] = queue[0]
-                        queue.popleft()
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        on_repeat(*running.pop(future), future.result())
-                        deaths = 0
-            except BrokenProcessPool:
-                self._bury()
-                deaths += 1
-                if deaths == _DEATHS:
-                    raise RunError(_DYING.format(deaths)) from None
-                continue
-            if queue:
-                return False
-        return True
+
+        def on_result(arguments: Arguments, kept: dict[str, Any]) -> None:
+            number, repeat = arguments
+            on_repeat(number, repeat, kept)
+
+        def why_stop() -> str | None:
+            return INTERRUPTED if stopping() else None
+
+        return self._run(tasks.repeat, missing(), on_result, missing, why_stop) is None
 
     def run_trials(
         self,
@@ -258,66 +105,109 @@ class Engine:
         """Run a trial for every place, a failed one again; returns why it stopped early, if so.
 
         on_trial: gets every trial's outcome, in the order in which they end.
-        on_death: is called when a worker has died and took the others with it; says which places
-        are missing now, because a trial may have ended whose outcome did not arrive.
+        on_death: is called when a worker has died; says which places are missing now, because a
+        trial may have ended whose outcome did not arrive.
         stopping: tells whether no more trials shall start.
-        Raises RunError after `max_failures` failures, or three deaths, in a row.
+        Raises RunError after `max_failures` failures in a row.
         """
-        queue = deque(places)
-        running: dict[Future[Outcome], int] = {}
         deadline = None if timeout is None else time.monotonic() + timeout
-        failures = deaths = 0
-        stopped = None
-        while True:
+        failures = 0
+
+        def why_stop() -> str | None:
             if stopping():
-                stopped = INTERRUPTED
-            elif deadline is not None and time.monotonic() >= deadline:
-                stopped = f"--timeout: {timeout:g} s are over"
-            elif patience.exhausted:
-                stopped = f"--patience: {patience.limit} trials without a better one"
-            broken = False
-            while queue and not stopped and not broken and len(running) < self.workers:
+                return INTERRUPTED
+            if deadline is not None and time.monotonic() >= deadline:
+                return f"--timeout: {timeout:g} s are over"
+            if patience.exhausted:
+                return f"--patience: {patience.limit} trials without a better one"
+            return None
+
+        def on_result(_: Arguments, outcome: Outcome) -> bool:
+            nonlocal failures
+            on_trial(outcome)
+            if outcome.state != "FAIL":
+                failures = 0
+                patience.see(outcome.value)
+                return False
+            failures += 1
+            if failures == max_failures:
+                raise RunError(
+                    f"{failures} trials in a row failed, the last with {outcome.failure}; "
+                    "mend the cause, or allow more with --max-failures, and run again"
+                )
+            return True
+
+        def missing() -> list[Arguments]:
+            return [(place,) for place in on_death()]
+
+        first = [(place,) for place in places]
+        return self._run(tasks.run_trial, first, on_result, missing, why_stop)
+
+    def _run(
+        self,
+        task: Callable[..., Any],
+        first: Iterable[Arguments],
+        on_result: Callable[[Arguments, Any], bool | None],
+        missing: Callable[[], Iterable[Arguments]],
+        why_stop: Callable[[], str | None] = lambda: None,
+    ) -> str | None:
+        """Run `task` with each of the arguments in `first`; returns why it stopped early, if so.
+
+        on_result: gets arguments and result, and tells whether to run that again.
+        missing: after a worker has died, says what is to do now.
+        Raises RunError after three deaths at one task.
+        """
+        queue = deque(first)
+        running: dict[Future[Any], Arguments] = {}
+        deaths: Counter[Arguments] = Counter()
+        while True:
+            stopped = why_stop()
+            died = False
+            while queue and not stopped and not died and len(running) < self._home.slots():
+                arguments = queue.popleft()
                 try:
-                    running[self._submit(_run_trial, queue[0])] = queue[0]
-                    queue.popleft()
-                except BrokenProcessPool:
-                    broken = True
-            if not running and not broken:
+                    running[self._home.submit(task, self._parent_run, *arguments)] = arguments
+                except self._home.deaths:
+                    self._home.bury()
+                    deaths[arguments] += 1
+                    died = True
+            if not running and not died and (stopped or not queue):
                 return stopped if queue else None
 
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                place = running.pop(future)
+            done = self._home.wait(running)
+            while done:
+                future = done.pop()
+                arguments = running.pop(future)
                 try:
-                    outcome = future.result()
-                except BrokenProcessPool:
-                    broken = True
+                    result = future.result(0)
+                except self._home.deaths:
+                    if not died:
+                        died = True
+                        self._home.bury()
+                        done |= {future for future in running if future.done()}
+                    deaths[arguments] += 1
                     continue
-                on_trial(outcome)
-                if outcome.state == "FAIL":
-                    queue.appendleft(place)
-                    failures += 1
-                    if failures == max_failures:
-                        raise RunError(
-                            f"{failures} trials in a row failed, the last with {outcome.failure}; "
-                            "mend the cause, or allow more with --max-failures, and run again"
-                        )
-                else:
-                    deaths = failures = 0
-                    patience.see(outcome.value)
-            if broken:
-                self._bury()
-                running.clear()
-                queue = deque(on_death())
-                deaths += 1
-                if deaths == _DEATHS:
-                    raise RunError(_DYING.format(deaths))
+                if on_result(arguments, result):
+                    queue.appendleft(arguments)
+            if died:
+                if any(count == _DEATHS for count in deaths.values()):
+                    raise RunError(
+                        f"workers died {_DEATHS} times in a row {self._home.remedy}, and run the "
+                        "same command again"
+                    )
+                at_it = set(running.values())
+                queue = deque(left for left in missing() if left not in at_it)
 
 
-_DYING = (
-    "workers died {} times in a row (out of memory?); use fewer --workers, a smaller --batch-size "
-    "or a smaller --hidden-units, and run the same command again"
-)
+def _home(
+    config: StudyConfig, parent_run: str, dataset: Dataset, say: Callable[[str], None]
+) -> "Pool | Cluster":
+    """Where the tasks go."""
+    if config.scheduler is None:
+        return Pool(config, parent_run, dataset)
+    from search import cluster
+
+    return cluster.Cluster(config, parent_run, dataset, say)
 
 
 class Patience:

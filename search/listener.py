@@ -20,6 +20,9 @@ class Listener:
     def trial(self, outcome: Outcome, best: float | None) -> None:
         """A trial ended; `best` is the best value of the study so far."""
 
+    def workers(self, line: str) -> None:
+        """Something about the workers is worth a line."""
+
     def mended(self, lines: list[str]) -> None:
         """The ledgers disagreed and were mended."""
 

@@ -8,11 +8,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from requests import RequestException
 
-from search import production, ranking, storage
-from search.config import StudyConfig, redact
+from search import production, ranking, runner, storage
+from search.config import StudyConfig
 from search.production import Production
 from search.ranking import Finalist
 from search.space import REFERENCE
+from search.urls import redact
 
 SCHEMA = 1
 _TOP = 10
@@ -120,7 +121,7 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         storage=redact(config.storage),
         tracking_uri=redact(config.tracking_uri),
         parent_run_id=study.user_attrs.get("mlflow_run_id"),
-        running=None if storage.is_runner(config) else storage.runner(config),
+        running=None if runner.is_this_process(config) else runner.find(config),
         complete=len(complete),
         pruned=states.count(TrialState.PRUNED),
         failed=states.count(TrialState.FAIL),

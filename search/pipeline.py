@@ -17,11 +17,12 @@ from search import (
     promotion,
     ranking,
     registry,
+    runner,
     sampling,
     storage,
     tracking,
 )
-from search.config import RunError, StudyConfig, one_line
+from search.config import InputError, RunError, StudyConfig, one_line
 from search.contract import repeat_attr, repeats_of
 from search.listener import Listener
 from search.outcome import Outcome
@@ -100,10 +101,12 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     settings = config.settings(_short(dataset))
     storage.check(config)
     tracking.check(config.tracking_uri)
+    if config.scheduler is not None:
+        _check_scheduler(config.scheduler)
     if config.report != "none":
         presentation.check(Path(config.report))
     storage.check_same(config, settings)
-    with storage.sole_runner(config):
+    with runner.sole_runner(config) as keep:
         study = storage.open_study(config, settings)
         if "facts" not in study.user_attrs:
             study.set_user_attr("facts", tracking.facts_of(config, dataset))
@@ -114,8 +117,8 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             listener.mended(mended)
             missing = storage.missing_places(study, sampling.budget(config))
             listener.start(study, dataset, len(missing))
-            with engine.Engine(config, parent) as workers:
-                job = _Job(config, study, ledgers, listener, workers)
+            with engine.Engine(config, parent, dataset, listener.workers) as workers:
+                job = _Job(config, study, ledgers, listener, workers, keep)
                 stopped = job.search(missing)
                 if not listener.stopping():
                     job.train_finalists()
@@ -140,6 +143,17 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
 
 
+def _check_scheduler(address: str) -> None:
+    try:
+        from search import cluster
+    except ImportError as error:
+        raise InputError(
+            f"--scheduler needs Dask's distributed, which is not installed ({error}); "
+            "pip install -e '.[cluster]'"
+        ) from None
+    cluster.check(address)
+
+
 _PATIENCE = 20  # seconds that a tracking server which fails gets to come back
 
 
@@ -160,7 +174,7 @@ def _patiently(step: Callable[[], T], before_again: Callable[[], object] = list)
 
 def abandon(config: StudyConfig, reason: str) -> None:
     """End what this process left running, from outside its main thread, which does not answer."""
-    if not storage.is_runner(config):
+    if not runner.is_this_process(config):
         return
     study = storage.load_study(config)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -184,6 +198,7 @@ class _Job:
         ledgers: Ledgers,
         listener: Listener,
         workers: engine.Engine,
+        keep: Callable[[], None],
     ) -> None:
         self.config = config
         self.study = study
@@ -192,6 +207,7 @@ class _Job:
         self.parent = ledgers.parent
         self.listener = listener
         self.workers = workers
+        self.keep = keep
         self.ran = 0
 
     def search(self, missing: list[int]) -> str | None:
@@ -207,6 +223,7 @@ class _Job:
 
         def on_trial(outcome: Outcome) -> None:
             nonlocal best
+            self.keep()
             self.ran += 1
             if outcome.value is not None:
                 best = outcome.value if best is None else max(best, outcome.value)

@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING
 import sqlalchemy
 from sqlalchemy import text
 
-from search.config import (
-    InputError,
-    RunError,
-    StudyConfig,
-    one_line,
-    redact,
-    sqlite_path,
-    sqlite_url,
-)
+from search.config import InputError, RunError, StudyConfig, one_line
 from search.contract import NUMBER, STUDY
 from search.database import check_server, check_sqlite
+from search.urls import redact, sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

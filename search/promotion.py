@@ -21,12 +21,13 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from requests import RequestException
 
-from search.config import RunError, StudyConfig, one_line, sqlite_path
+from search.config import RunError, StudyConfig, one_line
 from search.contract import LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
 from search.database import lock_file
 from search.production import ALIAS, aliased
 from search.tracking import Tracking
+from search.urls import sqlite_path
 
 if TYPE_CHECKING:
     from search.reconcile import Ledgers

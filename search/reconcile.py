@@ -14,6 +14,7 @@ from search import promotion, storage, tracking
 from search.config import StudyConfig
 from search.contract import (
     FINALIST,
+    LOST,
     METRICS,
     NUMBER,
     ORPHAN,
@@ -26,7 +27,6 @@ from search.contract import (
 )
 from search.tracking import Tracking
 
-LOST = "lost: its process ended without a word (killed, crashed or switched off)"
 UNKNOWN = "unknown: its process could not write why, as on a full disk"
 _PASSES = 4  # trials fail, runs follow, what can't be changed is written anew, all agrees
 
@@ -132,7 +132,7 @@ class Ledgers:
                 )
             if trial.state is not TrialState.RUNNING:
                 continue
-            if interruption is not None or storage.is_lost(trial, self.config.storage):
+            if interruption is not None or storage.is_lost(self.study, trial):
                 why = interruption or "left RUNNING by a process that is gone"
                 yield Disagreement(
                     f"trial {trial.number}: {why}",

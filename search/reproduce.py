@@ -62,13 +62,13 @@ def reproduce(
         f"seed {seed}  {len(then)} epochs"
     )
 
-    from search.engine import load_trial
+    from search.tasks import load_trial
 
     load_trial()
     from search import training
     from search.trial import train_again
 
-    training.limit_threads(1)  # as a worker does
+    training.one_thread_each(1)  # as a worker does
     config = replace(config, epochs=len(then), batch_size=settings["batch_size"])
     now: list[dict[str, float]] = []
     recorded = trial.user_attrs.get("environment")

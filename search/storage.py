@@ -1,13 +1,10 @@
 """The Optuna side: check, create and open a study, own its trials, count what is missing."""
 
 import contextlib
-import os
 import socket
-import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from hashlib import sha256
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,32 +13,22 @@ from urllib.parse import quote
 import optuna
 import psutil
 import sqlalchemy
-from filelock import FileLock, Timeout
-from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.config import (
-    InputError,
-    RunError,
-    StudyConfig,
-    differences,
-    one_line,
-    redact,
-    sqlite_path,
-    sqlite_url,
-)
+from search import server
+from search.config import InputError, RunError, StudyConfig, differences, one_line
 from search.database import (
     check_server,
     check_sqlite,
     create_sqlite,
-    lock_file,
     other_schema,
     sqlite_mode,
     tune_sqlite,
-    wait_for_server,
 )
+from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -63,11 +50,6 @@ def check(config: StudyConfig) -> None:
     check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
     if path.exists():
         _check_schema(config.storage, path)
-
-
-def _braces(url: str) -> str:
-    """RDBStorage formats its URL; doubled braces survive that."""
-    return url.replace("{", "{{").replace("}", "}}")
 
 
 def _check_schema(url: str, path: Path) -> None:
@@ -107,15 +89,14 @@ def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
         if path is None
         else f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
     )
-    storage = RDBStorage(_braces(url), skip_table_creation=True)
+    storage = RDBStorage(server.braces(url), skip_table_creation=True)
     try:
         study = optuna.load_study(study_name=config.study_name, storage=storage)
         _refuse_other(study, config, settings)
     except KeyError:  # no such study yet
         return
     finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        close(storage)
 
 
 def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
@@ -150,18 +131,15 @@ def open_storage(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = sqlite_path(url)
     if path is None:
-        storage = RDBStorage(_braces(url), engine_kwargs={"pool_pre_ping": True})
-        wait_for_server(storage.engine)
-        return storage
+        return server.open_storage(url)
 
     def fill(unfinished: str) -> None:
-        storage = RDBStorage(_braces(unfinished))
-        storage.remove_session()
-        storage.engine.dispose()
+        storage = RDBStorage(server.braces(unfinished))
+        close(storage)
 
     create_sqlite(path, fill)
     tune_sqlite(path)
-    return RDBStorage(_braces(sqlite_url(path)))
+    return RDBStorage(server.braces(sqlite_url(path)))
 
 
 def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
@@ -193,8 +171,7 @@ def load_study(config: StudyConfig) -> optuna.Study:
             study = optuna.load_study(study_name=config.study_name, storage=storage)
             if "facts" in study.user_attrs:
                 return study
-        storage.remove_session()
-        storage.engine.dispose()
+        close(storage)
     raise InputError(
         f"--study-name must be a study of this tool, but {redact(config.storage)} has none named "
         f"{config.study_name}; look with optuna studies --storage {redact(config.storage)}"
@@ -209,71 +186,6 @@ def note(study: optuna.Study, text: str) -> None:
     if shown in ("", *own):
         study.set_user_attr("notes", [shown, text])  # first: both are known as ours if it is killed
         save_note(study, text)
-
-
-def _runner_file(config: StudyConfig) -> Path:
-    path = sqlite_path(config.storage)
-    if path is None:
-        key = sha256(config.storage.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"study-{key}"
-    return lock_file(path.resolve(), config.study_name)
-
-
-def _signature() -> str:
-    return f"{socket.gethostname()}, pid {os.getpid()}"
-
-
-def is_runner(config: StudyConfig) -> bool:
-    """Whether this process holds the study."""
-    return runner(config) == _signature()
-
-
-def runner(config: StudyConfig) -> str | None:
-    """Host and pid of the process that holds the study, None where none does."""
-    file = _runner_file(config)
-    try:
-        holder, signed = file.read_text(), file.stat().st_mtime
-    except OSError:
-        return None
-    host, _, pid = holder.partition(", pid ")
-    if host != socket.gethostname():
-        return holder or None
-    try:
-        return holder if psutil.Process(int(pid)).create_time() <= signed else None
-    except psutil.NoSuchProcess:
-        return None
-
-
-@contextlib.contextmanager
-def sole_runner(config: StudyConfig) -> Iterator[None]:
-    """Hold the study: one process runs it at a time. Raises RunError where another does.
-
-    The lock is the operating system's, so it goes with its holder, however that ends.
-    """
-    file = _runner_file(config)
-
-    def sign(descriptor: int) -> None:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _signature().encode(), 0)
-
-    lock = FileLock(file, on_acquired=sign)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        try:
-            holder = file.read_text() or "another process"
-        except OSError:
-            holder = "another process"
-        raise RunError(
-            f"study {config.study_name} is being run by {holder}; wait for it, or give another "
-            "--study-name"
-        ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.truncate(file, 0)
-        lock.release()
 
 
 def failure(error: BaseException) -> RunError:
@@ -293,16 +205,41 @@ def failure(error: BaseException) -> RunError:
 # ---- trials ----------------------------------------------------------------------------------
 
 
+class PlaceTaken(Exception):
+    """Another process has begun a trial at the same place, a moment earlier."""
+
+
 class PlacedStudy(optuna.Study):
     """A study whose trials are created with their marks (place, seed, owner), in one write."""
 
     marks: Mapping[str, Any] = MappingProxyType({})
 
     def ask(self, fixed_distributions: dict[str, Any] | None = None) -> optuna.Trial:
-        """Create the next trial; one that was enqueued elsewhere is left alone."""
+        """Create the next trial; one that was enqueued elsewhere is left alone.
+
+        Raises PlaceTaken where its place was taken meanwhile; the trial has ended then.
+        """
         self._thread_local.cached_all_trials = None
         template = create_trial(state=TrialState.RUNNING, user_attrs=dict(self.marks))
-        return optuna.Trial(self, self._storage.create_new_trial(self._study_id, template))
+        trial = optuna.Trial(self, self._storage.create_new_trial(self._study_id, template))
+        if server.of(self) is not None:  # several hosts may run tasks of the study
+            self._check_place(trial.number)
+        return trial
+
+    def _check_place(self, number: int) -> None:
+        *others, mine = (t for t in trials_at(self, self.marks["place"]) if t.number <= number)
+        for trial in others:
+            if trial.state.is_finished() or trial.user_attrs["owner"] != self.marks["owner"]:
+                fail(self, mine, f"trial {trial.number} was begun in its place a moment earlier")
+                raise PlaceTaken
+            fail(self, trial, f"a cut connection hid that it was begun; see trial {number}")
+
+
+def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:
+    """The trials at `place` that run or have finished, the oldest first."""
+    states = (TrialState.RUNNING, *FINISHED)
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [trial for trial in trials if trial.user_attrs.get("place") == place]
 
 
 def owner() -> dict[str, Any]:
@@ -315,17 +252,23 @@ def owner() -> dict[str, Any]:
     }
 
 
-def is_lost(trial: FrozenTrial, url: str) -> bool:
+def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
     """Whether a RUNNING trial's process is gone, as far as this host can tell.
 
-    A study has one runner at a time, so whoever asks knows that no other process runs it, but for
-    what is left of a killed one. Only a server lets several hosts run a study.
+    A study has one runner at a time. In a file, it alone runs trials, but for what is left of a
+    killed one. On a server, workers on other hosts may run them too, and give signs of life.
     """
     mark = trial.user_attrs.get("owner")
     if mark is None:
         return True
-    if mark["host"] != socket.gethostname():
-        return sqlite_path(url) is not None
+    here = mark["host"] == socket.gethostname()
+    if here and _is_gone(mark):
+        return True
+    behind = server.of(study)
+    return not here if behind is None else trial._trial_id in behind.silent(study._study_id)
+
+
+def _is_gone(mark: Mapping[str, Any]) -> bool:
     try:
         process = psutil.Process(mark["pid"])
         return abs(process.create_time() - mark["started"]) > 1 or (
@@ -336,15 +279,13 @@ def is_lost(trial: FrozenTrial, url: str) -> bool:
 
 
 def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
-    """End a RUNNING trial as FAIL; the reason is written first, so that no failure lacks one."""
-    study._storage.set_trial_user_attr(trial._trial_id, "failure", reason)
-    study.tell(trial.number, state=TrialState.FAIL)
+    """End a RUNNING trial as FAIL, unless it has just ended.
 
-
-class _AfterTheEnd(RDBStorage):
-    """Lets a finished trial get what could not be written before."""
-
-    def check_trial_is_updatable(self, trial_id: int, trial_state: TrialState) -> None: ...
+    The reason is written first, so that no failure lacks one.
+    """
+    with contextlib.suppress(UpdateFinishedTrialError):
+        study._storage.set_trial_user_attr(trial._trial_id, "failure", reason)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
 def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, url: str) -> None:
@@ -352,10 +293,15 @@ def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, url: s
     if not trial.state.is_finished():
         study._storage.set_trial_user_attr(trial._trial_id, name, value)
         return
-    path = sqlite_path(url)
-    storage = _AfterTheEnd(_braces(url if path is None else sqlite_url(path)))
+    storage = open_storage(url)
+    storage.check_trial_is_updatable = lambda *_: None  # type: ignore[method-assign]
     storage.set_trial_user_attr(trial._trial_id, name, value)
     trial.user_attrs[name] = value  # Optuna keeps finished trials, and reads no more
+    close(storage)
+
+
+def close(storage: RDBStorage) -> None:
+    """Close every connection of `storage`."""
     storage.remove_session()
     storage.engine.dispose()
 

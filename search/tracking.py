@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 from optuna.trial import FrozenTrial
 
 from search import production
-from search.config import InputError, StudyConfig, one_line, redact, sqlite_path, sqlite_url
+from search.config import InputError, StudyConfig, one_line
 from search.contract import (
     METRICS,
     NOTE,
@@ -47,6 +47,7 @@ from search.database import (
     tune_sqlite,
 )
 from search.space import RECIPE
+from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")

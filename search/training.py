@@ -8,6 +8,7 @@ learning rate and dropout rate are variables of it, and so are the seeds.
 
 import contextlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -30,11 +31,14 @@ class TrainingDiverged(Exception):
     """A loss, a metric or a weight became NaN or infinite."""
 
 
-def limit_threads(threads: int) -> None:
-    """Give TensorFlow `threads` threads; has no effect once TensorFlow has run."""
+def one_thread_each(trainings: int) -> None:
+    """Give TensorFlow a thread for each of so many trainings at once, in as many threads.
+
+    Has no effect once TensorFlow has run.
+    """
     with contextlib.suppress(RuntimeError):
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(trainings)
 
 
 def train(
@@ -222,28 +226,35 @@ class _StopAtNaN(keras.callbacks.Callback):  # type: ignore[misc]
                 raise TrainingDiverged(f"weights became {total} in epoch {epoch}")
 
 
-_graphs: OrderedDict[str, EpochInGraph] = OrderedDict()
-_trained = 0  # networks, in this process
+class _OfThread(threading.local):
+    """What no two threads may share: a graph holds the state of one training."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[str, EpochInGraph] = OrderedDict()
+        self.trained = 0  # networks
+
+
+_mine = _OfThread()
 
 
 def _clear_now_and_then() -> None:
     """TensorFlow keeps a kernel for every variable ever made, and Keras' networks are cycles that
     Python collects late: without this a worker grows by a megabyte a network of MNIST's size."""
-    global _trained
-    if _trained % _CLEAR_EVERY == _CLEAR_EVERY - 1:
+    if _mine.trained % _CLEAR_EVERY == _CLEAR_EVERY - 1:
         keras.backend.clear_session()
-    _trained += 1
+    _mine.trained += 1
 
 
 def _graph_for(model: keras.Sequential, dtype: Any, batch_size: int) -> EpochInGraph:
     """The compiled graph of `model`'s architecture, the least recently used one dropped."""
     key = _architecture(model, dtype, batch_size)
-    if key not in _graphs:
-        while len(_graphs) >= _COMPILED_GRAPHS:
-            _graphs.popitem(last=False)
-        _graphs[key] = _compile(model, dtype, batch_size)
-    _graphs.move_to_end(key)
-    return _graphs[key]
+    graphs = _mine.graphs
+    if key not in graphs:
+        while len(graphs) >= _COMPILED_GRAPHS:
+            graphs.popitem(last=False)
+        graphs[key] = _compile(model, dtype, batch_size)
+    graphs.move_to_end(key)
+    return graphs[key]
 
 
 def _architecture(model: keras.Sequential, dtype: Any, batch_size: int) -> str:

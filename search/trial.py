@@ -5,34 +5,50 @@ first and is the truth; the MLflow run follows as well as it can, and `reconcile
 what a failing tracking server did not take.
 """
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from optuna_integration import KerasPruningCallback
 
-from search import data, environment, model, promotion, registry, sampling, storage, training
+from search import (
+    data,
+    environment,
+    model,
+    promotion,
+    registry,
+    sampling,
+    server,
+    storage,
+    training,
+)
 from search.config import RunError, StudyConfig, one_line
-from search.contract import METRICS, STATE
+from search.contract import LOST, METRICS, STATE
 from search.outcome import Outcome
 from search.space import Hyperparameters
 from search.tracking import Tracking
 
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `reconcile`
+_LOOK = 1.0  # seconds
 _REST = 20  # times as long as a failure of MLflow took, it is left alone
 
 
 class Worker:
     """What a process needs to run trials: the study, the dataset and the tracking, opened once."""
 
-    def __init__(self, config: StudyConfig, parent_run: str) -> None:
-        training.limit_threads(1)
+    def __init__(
+        self, config: StudyConfig, parent_run: str, dataset: data.Dataset, threads: int = 1
+    ) -> None:
+        """threads: how many workers this process has, each a thread of its own."""
+        training.one_thread_each(threads)
         self.config = config
         self.parent_run = parent_run
-        self.dataset = data.load(config.dataset, config.validation_split)
+        self.dataset = dataset
         self.study = storage.PlacedStudy(
             study_name=config.study_name,
             storage=storage.open_storage(config.storage),
@@ -40,17 +56,47 @@ class Worker:
         )
         self.tracking = Tracking(config).open()
         self.facts = self.study.user_attrs["facts"]
-        self.owner = storage.owner()
+        self.owner = {**storage.owner(), "thread": threading.get_ident()}
         self.environment = environment.here()
         self.rest_until = 0.0  # by the monotonic clock: MLflow failed, and is left alone
 
+    def close(self) -> None:
+        """Close the connections."""
+        behind = server.of(self.study)
+        if behind is not None:
+            storage.close(behind)
+
     def run_trial(self, place: int) -> Outcome:
-        """Run the trial at `place` to its end, whatever that is.
+        """Run the trial at `place` to its end, whatever that is, unless one has finished there.
 
         Raises RunError where Optuna's database fails: then nothing can be recorded.
         """
         if place > 0:
             self._let_the_first_begin()
+        found = self._find(place)
+        if found is not None:
+            return outcome_of(found)
+        try:
+            return self._run_trial(place)
+        except storage.PlaceTaken:
+            return self.run_trial(place)
+
+    def _find(self, place: int) -> FrozenTrial | None:
+        """The finished trial at `place`; one that runs is waited for, unless it is lost."""
+        while True:
+            alive = False
+            for trial in storage.trials_at(self.study, place):
+                if trial.state.is_finished():
+                    return trial
+                if trial.user_attrs["owner"] == self.owner or storage.is_lost(self.study, trial):
+                    storage.fail(self.study, trial, LOST)
+                else:
+                    alive = True
+            if not alive:
+                return None
+            time.sleep(_LOOK)  # at what another process writes
+
+    def _run_trial(self, place: int) -> Outcome:
         _, seed = sampling.seeds(self.config.seed, place)
         self.study.marks = {
             "place": place,
@@ -59,12 +105,15 @@ class Worker:
             "environment": self.environment,
         }
         self.study.sampler = sampling.sampler(self.config, place)
-        attempt = _Attempt(self, place)
+        attempt = _Attempt(self)
         try:
             self.study.optimize(attempt.objective, n_trials=1, catch=(Exception,))
+        except storage.PlaceTaken:
+            raise
         except Exception as error:
             # Optuna 5 answers a failing database with errors of its own on top of the database's.
-            raise storage.failure(error) from error
+            if not attempt.was_ended():
+                raise storage.failure(error) from error
         finally:
             attempt.end()
         return attempt.outcome()
@@ -109,7 +158,7 @@ class Worker:
 def train_again(
     config: StudyConfig,
     dataset: data.Dataset,
-    trial: optuna.trial.FrozenTrial,
+    trial: FrozenTrial,
     seed: int,
     history: list[dict[str, float]],
 ) -> None:
@@ -161,12 +210,9 @@ class _Pruning(KerasPruningCallback):  # type: ignore[misc]
 class _Attempt:
     """A trial in progress, and its run."""
 
-    def __init__(self, worker: Worker, place: int) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._place = place
-        self._began = time.monotonic()
         self._number: int | None = None
-        self._hyperparameters: Hyperparameters | None = None
         self._history: list[dict[str, float]] = []
         self._run_id: str | None = None
         self._mirrored = time.monotonic() >= worker.rest_until
@@ -189,10 +235,10 @@ class _Attempt:
         worker, config = self._worker, self._worker.config
         seed = worker.study.marks["seed"]
         self._number = trial.number
-        self._hyperparameters = config.space.suggest(trial)
+        hyperparameters = config.space.suggest(trial)
 
         network = model.build(
-            self._hyperparameters, worker.dataset.features, worker.dataset.classes, seed
+            hyperparameters, worker.dataset.features, worker.dataset.classes, seed
         )
         trial.set_user_attr("trainable_parameters", model.trainable_parameters(network))
         self._mirror(self._open_run, trial)
@@ -252,21 +298,33 @@ class _Attempt:
         if self._number is not None and self._run_id is not None:
             self._mirror(lambda: self._worker.tracking.finish(str(self._run_id), self._frozen()))
 
-    def _frozen(self) -> optuna.trial.FrozenTrial:
+    def _frozen(self) -> FrozenTrial:
         assert self._number is not None
         return self._worker.study.get_trials(deepcopy=False)[self._number]
 
+    def was_ended(self) -> bool:
+        """Whether the trial has an end, from here or from where it was taken for lost."""
+        with contextlib.suppress(Exception):  # the database may be what failed
+            return self._number is not None and self._frozen().state.is_finished()
+        return False
+
     def outcome(self) -> Outcome:
         """How it went."""
-        trial = self._frozen()
-        return Outcome(
-            number=trial.number,
-            place=self._place,
-            state=trial.state.name,
-            value=trial.value if trial.state is TrialState.COMPLETE else None,
-            last=self._history[-1]["val_accuracy"] if self._history else None,
-            hyperparameters=self._hyperparameters,
-            epochs=len(self._history),
-            seconds=time.monotonic() - self._began,
-            failure=trial.user_attrs.get("failure"),
-        )
+        return outcome_of(self._frozen())
+
+
+def outcome_of(trial: FrozenTrial) -> Outcome:
+    """How a finished trial went."""
+    history = trial.user_attrs.get("history", [])
+    tried = set(Hyperparameters.__dataclass_fields__) <= set(trial.params)
+    return Outcome(
+        number=trial.number,
+        place=trial.user_attrs["place"],
+        state=trial.state.name,
+        value=trial.value if trial.state is TrialState.COMPLETE else None,
+        last=history[-1]["val_accuracy"] if history else None,
+        hyperparameters=Hyperparameters(**trial.params) if tried else None,
+        epochs=len(history),
+        seconds=trial.duration.total_seconds() if trial.duration else 0.0,
+        failure=trial.user_attrs.get("failure"),
+    )

@@ -13,9 +13,10 @@ from urllib.request import ProxyHandler, build_opener
 import psutil
 
 from search import signals, storage, tracking
-from search.config import InputError, RunError, StudyConfig, redact, sqlite_path, sqlite_url
+from search.config import InputError, RunError, StudyConfig
 from search.reconcile import existing
 from search.tracking import Tracking
+from search.urls import redact, sqlite_path, sqlite_url
 
 HOST = "127.0.0.1"
 _PATIENCE = 120  # seconds for a server to answer

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from search.config import sqlite_path, sqlite_url
+from search.urls import sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

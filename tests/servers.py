@@ -15,6 +15,19 @@ from pathlib import Path
 import requests
 
 
+def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until something answers at `address`; `process`, which writes `log`, has to live."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            requests.get(address, timeout=5).raise_for_status()
+            return
+        except requests.RequestException:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"nothing answers at {address}"
+            time.sleep(0.1)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -22,10 +35,14 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """`mlflow server` on the databases of a folder, in a process group of its own."""
+    """`mlflow server` in a process group of its own, its artifacts in `folder`.
 
-    def __init__(self, folder: Path) -> None:
+    store: its database, by default one in `folder`.
+    """
+
+    def __init__(self, folder: Path, store: str | None = None) -> None:
         self._folder = folder
+        self._store = store or f"sqlite:///{folder / 'mlflow.db'}"
         self._port = free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -38,7 +55,7 @@ class MlflowServer:
                 [
                     *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
                     *("--host", "127.0.0.1", "--port", str(self._port)),
-                    *("--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"),
+                    *("--backend-store-uri", self._store),
                     *("--artifacts-destination", str(self._folder / "mlruns")),
                 ],
                 cwd=self._folder,
@@ -48,15 +65,7 @@ class MlflowServer:
                 # Else ten more processes start, for judges of language models.
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                requests.get(f"{self.uri}/health", timeout=5).raise_for_status()
-                return
-            except requests.RequestException:
-                assert self._process.poll() is None, (self._folder / "server.log").read_text()
-                assert time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.1)
+        wait_for(f"{self.uri}/health", self._process, self._folder / "server.log")
 
     def stop(self) -> None:
         """Kill it and its children, and wait for it."""
@@ -100,6 +109,12 @@ class Postgres:
             user="postgres" if os.getuid() == 0 else None,
         )
         assert done.returncode == 0, (program, (self._folder / "log").read_text())
+
+    def create(self, name: str) -> str:
+        """Make the database `name`; returns its URL."""
+        port = ("-h", "127.0.0.1", "-p", str(self._port))
+        self._call("createdb", *port, "-U", "study", name)
+        return self.url.replace("/postgres", f"/{name}")
 
     def start(self) -> None:
         """Start it and wait until it takes connections."""
@@ -163,3 +178,57 @@ class Proxy:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class Dask:
+    """`dask scheduler` and, as asked for, `dask worker`s, each in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self.address = f"tcp://127.0.0.1:{self._port}"
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.start_scheduler()
+
+    def _start(self, log: str, *command: str, **environment: str) -> "subprocess.Popen[bytes]":
+        with (self._folder / log).open("ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "distributed.cli.dask_" + command[0], *command[1:]],
+                cwd=self._folder,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env={**os.environ, **environment},
+            )
+        self._processes.append(process)
+        return process
+
+    def start_scheduler(self) -> None:
+        """Start it, on its port, and wait until it answers."""
+        page = free_port()
+        self.scheduler = self._start(
+            "scheduler.log",
+            *("scheduler", "--host", "127.0.0.1", "--port", str(self._port)),
+            *("--dashboard-address", f"127.0.0.1:{page}"),
+        )
+        log = self._folder / "scheduler.log"
+        wait_for(f"http://127.0.0.1:{page}/health", self.scheduler, log)
+
+    def start_worker(
+        self, threads: int = 1, scheduler: str | None = None, **environment: str
+    ) -> "subprocess.Popen[bytes]":
+        """Start a worker, without a nanny, which would start it again; it may take a while."""
+        folder = tempfile.mkdtemp(prefix="worker-", dir=self._folder)
+        return self._start(
+            "workers.log",
+            *("worker", scheduler or self.address, "--host", "127.0.0.1", "--no-nanny"),
+            *("--nthreads", str(threads), "--no-dashboard", "--local-directory", folder),
+            **environment,
+        )
+
+    def stop(self) -> None:
+        """End all of it."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

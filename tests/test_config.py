@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from search import config
+from search import config, urls
 from search.config import InputError, RunError, StudyConfig
 
 DIGEST = "mnist (0123456789ab)"
@@ -232,7 +232,7 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, ne
     ],
 )
 def test_one_database_for_both_is_recognized(storage: str, tracking: str) -> None:
-    assert config.same_database(storage, tracking)
+    assert urls.same_database(storage, tracking)
 
 
 def test_one_database_is_recognized_through_links_and_absolute_paths(
@@ -243,7 +243,7 @@ def test_one_database_is_recognized_through_links_and_absolute_paths(
     Path("symbolic.db").symlink_to("a.db")
     Path("hard.db").hardlink_to("a.db")
     for other in (f"sqlite:///{tmp_path}/a.db", "sqlite:///symbolic.db", "sqlite:///hard.db"):
-        assert config.same_database("sqlite:///a.db", other)
+        assert urls.same_database("sqlite:///a.db", other)
 
 
 @pytest.mark.parametrize(
@@ -256,14 +256,14 @@ def test_one_database_is_recognized_through_links_and_absolute_paths(
     ],
 )
 def test_two_databases_are_told_apart(storage: str, tracking: str) -> None:
-    assert not config.same_database(storage, tracking)
+    assert not urls.same_database(storage, tracking)
 
 
 def test_the_file_behind_a_url_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert config.sqlite_path("sqlite:///a.db") == tmp_path / "a.db"
-    assert config.sqlite_path("sqlite:////var/a.db") == Path("/var/a.db")
-    assert config.sqlite_path("postgresql://host/a") is None
+    assert urls.sqlite_path("sqlite:///a.db") == tmp_path / "a.db"
+    assert urls.sqlite_path("sqlite:////var/a.db") == Path("/var/a.db")
+    assert urls.sqlite_path("postgresql://host/a") is None
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_the_file_behind_a_url_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_
     ],
 )
 def test_no_password_is_printed(text: str) -> None:
-    assert "hunter2" not in config.redact(text)
-    assert "***" in config.redact(text)
+    assert "hunter2" not in urls.redact(text)
+    assert "***" in urls.redact(text)
 
 
 @pytest.mark.parametrize(
@@ -297,4 +297,4 @@ def test_no_password_is_printed(text: str) -> None:
     ],
 )
 def test_what_is_no_secret_is_printed_as_it_is(text: str) -> None:
-    assert config.redact(text) == text
+    assert urls.redact(text) == text

@@ -20,10 +20,12 @@ import pytest
 from conftest import command, start
 from optuna.trial import TrialState
 
-from search import engine, pipeline
+from search import engine, pipeline, pool
 from search.config import StudyConfig
-from search.engine import InProcess, Patience
+from search.data import Dataset
+from search.engine import Patience
 from search.outcome import Outcome
+from search.pool import InProcess
 
 Found = TypeVar("Found")
 
@@ -56,9 +58,7 @@ def test_without_a_limit_patience_never_ends() -> None:
 
 
 def test_in_process_a_task_runs_at_once_and_its_error_is_in_the_future() -> None:
-    prepared: list[int] = []
-    with InProcess(prepared.append, (7,)) as executor:
-        assert prepared == [7]
+    with InProcess() as executor:
         done: list[int] = []
         future: Future[None] = executor.submit(done.append, 1)
         assert (done, future.done()) == ([1], True)
@@ -72,14 +72,14 @@ def test_in_process_an_interruption_is_raised_at_once() -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    with InProcess(lambda: None, ()) as executor, pytest.raises(KeyboardInterrupt):
+    with InProcess() as executor, pytest.raises(KeyboardInterrupt):
         executor.submit(interrupt)
 
 
 def test_there_are_as_many_workers_as_asked_or_one_a_core() -> None:
-    assert engine.worker_count(7) == 7
+    assert pool.worker_count(7) == 7
     cores = 1 if os.path.exists("/dev/nvidia0") else len(os.sched_getaffinity(0))
-    assert engine.worker_count(None) == cores
+    assert pool.worker_count(None) == cores
 
 
 # ---- early stops ---------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Scripted(Executor):
         self._submitted, self._broken = submitted, broken
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        (place,) = args
+        _, place = args
         self._submitted.append(place)
         future: Future[Any] = Future()
         if self._broken:
@@ -106,10 +106,12 @@ def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     submitted: list[int] = []
+    nothing: Any = None
+    dataset: Dataset = nothing
     pools = iter([Scripted(submitted, True), Scripted(submitted, False)])
-    monkeypatch.setattr(engine, "ProcessPoolExecutor", lambda *_, **__: next(pools))
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda *_, **__: next(pools))
     told: list[int] = []
-    with engine.Engine(StudyConfig(workers=2), "run") as workers:
+    with engine.Engine(StudyConfig(workers=2), "run", dataset) as workers:
         stopped = workers.run_trials(
             range(4),
             lambda outcome: told.append(outcome.place),
@@ -120,7 +122,7 @@ def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
             stopping=lambda: False,
         )
     assert stopped is None
-    assert submitted == [0, 1, 1, 2, 3]
+    assert submitted == [0, 1, 1, 2, 3]  # two were running, so both died
     assert sorted(told) == [1, 2, 3]
 
 

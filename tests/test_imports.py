@@ -81,9 +81,9 @@ def test_the_sources_are_read() -> None:
     assert Import("keras", late=True) in imports("registry") | imports("data")
 
 
-@pytest.mark.parametrize("module", ["config", "space", "outcome"])
+@pytest.mark.parametrize("module", ["config", "space", "urls", "outcome"])
 def test_the_light_modules_know_nothing_of_the_rest(module: str) -> None:
-    assert siblings(module) <= {"config", "space"}
+    assert siblings(module) <= {"config", "space", "urls"}
     assert {i.library for i in imports(module)} <= {*sys.stdlib_module_names, "search"}
 
 
@@ -99,7 +99,7 @@ def test_the_modules_that_train_know_neither_ledger(module: str) -> None:
 
 
 def test_only_the_modules_of_the_study_import_optuna() -> None:
-    allowed = {"storage", "sampling", "pipeline", "trial", "reconcile", "tracking"}
+    allowed = {"storage", "server", "sampling", "pipeline", "trial", "reconcile", "tracking"}
     allowed |= {"ranking", "reproduce"}
     shown = {"overview", "presentation", "report", "display", "panel"}
     shown |= {"listener", "contract", "cli"}
@@ -113,7 +113,8 @@ def test_only_storage_builds_optunas_storages() -> None:
             node.attr for node in nodes if isinstance(node, ast.Attribute)
         }
 
-    assert {module for module in MODULES if "RDBStorage" in names(module)} == {"storage"}
+    found = {module for module in MODULES if "RDBStorage" in names(module)}
+    assert found == {"storage", "server"}
 
 
 def test_only_the_modules_of_the_mirror_import_mlflow() -> None:
@@ -123,7 +124,7 @@ def test_only_the_modules_of_the_mirror_import_mlflow() -> None:
 
 
 def test_the_command_line_imports_no_heavy_part_at_its_top() -> None:
-    assert siblings("cli", late=False) == {"config", "signals"}
+    assert siblings("cli", late=False) == {"config", "signals", "urls"}
     libraries = {i.library for i in imports("cli") if not i.late}
     assert libraries <= {*sys.stdlib_module_names, "typer", "search"}
 

@@ -21,7 +21,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search import cli, doctor, pipeline, storage
+from search import cli, doctor, pipeline, runner
 from search.config import RunError, StudyConfig
 from search.pipeline import Result
 from search.tracking import Tracking
@@ -297,7 +297,7 @@ def test_the_doctor_creates_nothing(in_folder: Path, capsys: pytest.CaptureFixtu
 
 def test_the_doctor_waits_for_the_end_of_a_run(study: Damaged) -> None:
     with (
-        storage.sole_runner(study.config),
+        runner.sole_runner(study.config),
         pytest.raises(RunError, match="is being run by"),
     ):
         doctor.examine(study.config, fix=True)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import ROOT
-from servers import free_port
+from servers import free_port, wait_for
 
 README = (ROOT / "README.md").read_text()
 # As in a shell in which the virtual environment is active.
@@ -43,15 +42,7 @@ def served(finished: dict[str, Any], tmp_path: Path) -> Iterator[tuple[Path, str
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                requests.get(f"{address}/ping", timeout=5).raise_for_status()
-                break
-            except requests.RequestException:
-                assert process.poll() is None, (folder / "server.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+        wait_for(f"{address}/ping", process, folder / "server.log")
         yield folder, address
     finally:
         if process.poll() is None:

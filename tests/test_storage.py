@@ -10,10 +10,10 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS, dump, killed_after
 
-from search import storage
+from search import runner, storage
 from search.config import InputError, RunError, StudyConfig
 
 # ---- the study ---------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_a_study_of_another_program_is_not_adopted(in_folder: Path) -> None:
 HOLD = """
 import signal
 from search.config import StudyConfig
-from search.storage import sole_runner
+from search.runner import sole_runner
 
 with sole_runner(StudyConfig()):
     print("held", flush=True)
@@ -94,62 +94,60 @@ with sole_runner(StudyConfig()):
 
 def test_a_study_has_one_runner_until_that_is_gone(in_folder: Path) -> None:
     with killed_after(HOLD, in_folder, "held") as holder:
-        with pytest.raises(RunError) as caught, storage.sole_runner(StudyConfig()):
+        with pytest.raises(RunError) as caught, runner.sole_runner(StudyConfig()):
             pytest.fail("two processes run one study")
         message = str(caught.value)
         assert "\n" not in message
         assert f"is being run by {socket.gethostname()}, pid {holder.pid};" in message
         assert "wait for it, or give another --study-name" in message
-        with storage.sole_runner(StudyConfig(study_name="another")):
+        with runner.sole_runner(StudyConfig(study_name="another")):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         for _ in range(2):
-            with storage.sole_runner(StudyConfig()):
+            with runner.sole_runner(StudyConfig()):
                 pass
 
 
 # ---- trials ------------------------------------------------------------------------------------
 
 
-FILE = "sqlite:///study.db"
-
-
-def running(**mark: Any) -> FrozenTrial:
+def is_lost(**mark: Any) -> bool:
+    """Whether a running trial of a study in a file, with such an owner, is lost."""
     attrs = {"owner": {**storage.owner(), **mark}}
-    return create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+    trial = create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+    return storage.is_lost(optuna.create_study(), trial)
 
 
 def test_a_trial_of_a_living_process_is_not_lost() -> None:
-    assert not storage.is_lost(running(), FILE)
+    assert not is_lost()
 
 
 def test_a_trial_of_a_dead_process_is_lost() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert storage.is_lost(running(pid=process.pid), FILE)
+    assert is_lost(pid=process.pid)
 
 
 def test_a_trial_of_a_process_that_nobody_has_waited_for_is_lost() -> None:
     process = subprocess.Popen(["true"], stdout=subprocess.DEVNULL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # now it is a zombie
     started = storage.psutil.Process(process.pid).create_time()
-    assert storage.is_lost(running(pid=process.pid, started=started), FILE)
+    assert is_lost(pid=process.pid, started=started)
     process.wait()
 
 
 def test_a_trial_whose_pid_now_belongs_to_a_later_process_is_lost() -> None:
-    assert storage.is_lost(running(started=storage.owner()["started"] - 60), FILE)
+    assert is_lost(started=storage.owner()["started"] - 60)
 
 
-def test_a_trial_of_another_host_is_not_lost_as_far_as_we_know() -> None:
-    elsewhere = running(host="elsewhere", pid=1, started=0.0)
-    assert not storage.is_lost(elsewhere, "postgresql://study@server/studies")
-    assert storage.is_lost(elsewhere, FILE)  # of a file, this host is the one that runs the study
+def test_a_trial_of_another_host_in_a_file_is_lost() -> None:
+    assert is_lost(host="elsewhere", pid=1, started=0.0)  # this host is the one that runs the study
 
 
 def test_a_trial_that_nobody_signed_is_lost() -> None:
-    assert storage.is_lost(create_trial(state=TrialState.RUNNING), FILE)
+    trial = create_trial(state=TrialState.RUNNING)
+    assert storage.is_lost(optuna.create_study(), trial)
 
 
 def test_a_lost_trial_ends_as_failed_with_its_reason(in_folder: Path) -> None:

@@ -54,7 +54,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 @pytest.fixture
 def no_graphs() -> None:
-    training._graphs.clear()
+    training._mine.graphs.clear()
 
 
 @pytest.mark.parametrize("count", [WHOLE, RAGGED])
@@ -87,7 +87,7 @@ def test_the_numbers_hold_after_other_rates_used_the_graph(no_graphs: None) -> N
     ours, plain = network(), network()
     train(ours, examples(WHOLE))
     plain_fit(plain, examples(WHOLE), epochs=1)
-    assert len(training._graphs) == 1
+    assert len(training._mine.graphs) == 1
     assert same(ours.get_weights(), plain.get_weights())
 
 
@@ -139,21 +139,21 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
     monkeypatch.setattr(training, "epoch_order", counting)
     for dropout, rate in ((0.0, 0.001), (0.4, 0.002), (0.1, 0.1)):
         train(network(dropout, rate), examples(RAGGED), epochs=2)
-    assert len(training._graphs) == len(traced) == 1
+    assert len(training._mine.graphs) == len(traced) == 1
     train(network(units=17), examples(RAGGED))
     train(network(units=17), examples(RAGGED), batch_size=16)
-    assert len(training._graphs) == len(traced) == 3
+    assert len(training._mine.graphs) == len(traced) == 3
 
 
 def test_the_graph_not_used_for_longest_is_dropped_first(no_graphs: None) -> None:
     for units in range(1, training._COMPILED_GRAPHS + 1):
         training._graph_for(network(units=units), np.float32, BATCH)
-    first, second = list(training._graphs)[:2]
+    first, second = list(training._mine.graphs)[:2]
     training._graph_for(network(units=1), np.float32, BATCH)
     training._graph_for(network(units=99), np.float32, BATCH)
-    assert len(training._graphs) == training._COMPILED_GRAPHS
-    assert first in training._graphs
-    assert second not in training._graphs
+    assert len(training._mine.graphs) == training._COMPILED_GRAPHS
+    assert first in training._mine.graphs
+    assert second not in training._mine.graphs
 
 
 def test_the_same_seed_gives_the_same_history_to_the_last_bit_after_other_trials() -> None:

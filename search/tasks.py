@@ -1,0 +1,93 @@
+"""What a worker does, in whichever process or thread: every task names the parent run it is for."""
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from search.config import RunError, StudyConfig, one_line
+from search.data import Dataset
+from search.imports import silent_stderr
+from search.outcome import Outcome
+
+if TYPE_CHECKING:
+    from search.promotion import Comparison
+    from search.trial import Worker
+
+
+class NotPrepared(Exception):
+    """This process is not the one that was prepared: it has taken the place of one that died."""
+
+
+class Unfit(RunError):
+    """This worker can't run any task of the study, but another one may."""
+
+
+_prepared: dict[str, tuple[StudyConfig, Dataset, int]] = {}
+_workers: dict[tuple[str, int], "Worker"] = {}  # by parent run and thread
+_one_at_a_time = threading.Lock()
+
+
+def prepare(parent_run: str, config: StudyConfig, dataset: Dataset, threads: int = 1) -> None:
+    """Remember what this process's workers are for; the first tasks make them and get the errors.
+
+    threads: how many tasks run at once in this process.
+    """
+    _prepared[parent_run] = config, dataset, threads
+
+
+def forget(parent_run: str) -> None:
+    """Let go of what `prepare` brought, and of the connections of its workers."""
+    _prepared.pop(parent_run, None)
+    for key in [key for key in _workers if key[0] == parent_run]:
+        _workers.pop(key).close()
+
+
+def _worker(parent_run: str) -> "Worker":
+    """The worker of this thread, with everything heavy a trial needs, TensorFlow included."""
+    key = parent_run, threading.get_ident()
+    if key not in _workers:
+        if parent_run not in _prepared:
+            raise NotPrepared
+        config, dataset, threads = _prepared[parent_run]
+        with _one_at_a_time:
+            make = load_trial()
+        try:
+            _workers[key] = make(config, parent_run, dataset, threads)
+        except Exception as error:
+            if config.scheduler is None:
+                raise
+            raise Unfit(
+                f"it could not open the study ({type(error).__name__}: {one_line(error)}); give a "
+                "--storage and a --tracking-uri that the workers reach, too"
+            ) from None
+    return _workers[key]
+
+
+def load_trial() -> "type[Worker]":
+    """Import everything heavy that a trial needs, TensorFlow included, in silence."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with silent_stderr():
+        from search.trial import Worker
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
+    return Worker
+
+
+def run_trial(parent_run: str, place: int) -> Outcome:
+    """As `trial.Worker.run_trial`."""
+    return _worker(parent_run).run_trial(place)
+
+
+def repeat(parent_run: str, number: int, time: int) -> dict[str, Any]:
+    """As `trial.Worker.repeat`."""
+    return _worker(parent_run).repeat(number, time)
+
+
+def retrain(parent_run: str, number: int) -> str:
+    """As `trial.Worker.retrain`."""
+    return _worker(parent_run).retrain(number)
+
+
+def compare(parent_run: str, challenger: int, champion: int) -> "Comparison | str":
+    """As `trial.Worker.compare`."""
+    return _worker(parent_run).compare(challenger, champion)

@@ -1,0 +1,33 @@
+"""Addresses of databases and servers: which file is meant, what may be shown."""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file behind a SQLite URL; None for any other database."""
+    match = re.fullmatch(r"sqlite(\+\w+)?:///(?P<path>.+)", url, re.DOTALL)
+    return Path(unquote(match["path"])).absolute() if match else None
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file, as SQLAlchemy reads it."""
+    return f"sqlite:///{quote(str(path))}"
+
+
+def same_database(storage: str, tracking_uri: str) -> bool:
+    """Whether both URLs lead to one database."""
+    paths = sqlite_path(storage), sqlite_path(tracking_uri)
+    if None in paths:
+        return storage.split("?")[0] == tracking_uri.split("?")[0]
+    one, other = (path.resolve() for path in paths if path is not None)
+    both = os.path.exists(one) and os.path.exists(other)  # False, too, for a name too long
+    return one == other or (both and os.path.samefile(one, other))
+
+
+def redact(text: str) -> str:
+    """`text` with the passwords of all URLs in it masked."""
+    text = re.sub(r"(\w[\w+.-]*://)([^\s/@:'\"]*):[^\s'\"]*@(?=[^\s@]*)", r"\1\2:***@", text)
+    return re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^\s&'\"]+", r"\1=***", text)
