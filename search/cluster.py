@@ -196,7 +196,7 @@ class Cluster:
                     f"{has}, and this process has {package} {wanted}; install the same there, and "
                     "start it again",
                 )
-        trims = self._run(os.environ.get, _TRIM, workers=addresses)
+        trims = self._run(os.getenv, _TRIM, workers=addresses)
         slow = [trim for trim in trims.values() if str(trim).isdigit() and int(trim) < _SMALL]
         if slow:
             self._say(

@@ -5,13 +5,14 @@ database is made complete in a temporary file, under a lock, and then renamed.
 """
 
 import contextlib
+import functools
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy
 from filelock import FileLock
@@ -20,8 +21,11 @@ from sqlalchemy.engine import Engine
 from search.config import InputError, one_line
 from search.urls import redact, sqlite_url
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _LOCK_TIMEOUT = 120  # seconds; creating both databases takes about 4
-_SERVER_TIMEOUT = 30  # seconds
+SERVER_TIMEOUT = 30  # seconds that a server which was restarted gets to come back
 _BUSY_TIMEOUT = 60_000  # milliseconds that a SQLite connection waits for another's write
 
 _tuned: set[str] = set()
@@ -146,7 +150,7 @@ def wait_for_server(engine: Engine) -> None:
     """From now on, give a server that was restarted half a minute to take connections again."""
 
     def connect(dialect: Any, _: Any, arguments: Any, keywords: Any) -> Any:
-        deadline = time.monotonic() + _SERVER_TIMEOUT
+        deadline = time.monotonic() + SERVER_TIMEOUT
         while True:
             try:
                 return dialect.connect(*arguments, **keywords)
@@ -156,6 +160,32 @@ def wait_for_server(engine: Engine) -> None:
                 time.sleep(0.2)
 
     sqlalchemy.event.listen(engine, "do_connect", connect)
+
+
+def is_cut(error: BaseException | None) -> bool:
+    """Whether the server went away in the middle of a statement.
+
+    Optuna tries some statements again itself, on a session that is beyond that by then.
+    """
+    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
+        return True
+    return error is not None and is_cut(error.__cause__ or error.__context__)
+
+
+def patient(method: Callable[P, T]) -> Callable[P, T]:
+    """`method`, which may be done again, until a server that was restarted takes it."""
+
+    @functools.wraps(method)
+    def patient(*arguments: P.args, **keywords: P.kwargs) -> T:
+        deadline = time.monotonic() + SERVER_TIMEOUT
+        while True:
+            try:
+                return method(*arguments, **keywords)
+            except Exception as error:
+                if not is_cut(error) or time.monotonic() > deadline:
+                    raise
+
+    return patient
 
 
 class ServerLock:
@@ -174,6 +204,7 @@ class ServerLock:
         wait_for_server(self._engine)
         self._connection: sqlalchemy.Connection | None = None
 
+    @patient
     def acquire(self, *, wait: bool = True) -> bool:
         """Take the lock; False where another has it and `wait` is False."""
         connection = self._engine.connect()
@@ -201,6 +232,7 @@ class ServerLock:
                 self._connection.close()
             self._connection = None
 
+    @patient
     def find_holder(self) -> str | None:
         """What the holder says of itself; None where nobody has the lock."""
         with self._engine.connect() as connection:

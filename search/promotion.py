@@ -7,7 +7,7 @@ next start finds, so a run killed between any two of them is continued there.
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from requests import RequestException
 from search.config import RunError, StudyConfig, one_line
 from search.contract import LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
-from search.database import lock_file
+from search.database import lock_file, server_lock
 from search.production import ALIAS, aliased
 from search.tracking import Tracking
 from search.urls import sqlite_path
@@ -341,10 +341,14 @@ def _follow_alias(tracking: Tracking, name: str) -> None:
             tracking.client.transition_model_version_stage(name, version.version, stage)
 
 
-def _promoting(config: StudyConfig) -> FileLock:
-    """One process of this host compares and promotes at a time."""
+@contextlib.contextmanager
+def _promoting(config: StudyConfig) -> Iterator[None]:
+    """One process at a time compares and promotes: of this host, and of the study's server."""
     path = sqlite_path(config.tracking_uri)
     if path is None:
         key = sha256(config.tracking_uri.encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"registry-{key}"
-    return FileLock(lock_file(path, config.model_name), timeout=600, is_singleton=True)
+    name = f"model {config.model_name} of {config.tracking_uri}"
+    file = FileLock(lock_file(path, config.model_name), timeout=600, is_singleton=True)
+    with file, server_lock(config.storage, name):
+        yield

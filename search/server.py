@@ -1,9 +1,7 @@
 """Optuna's storage on a database server: made once, seen from all hosts, patient with restarts."""
 
-import functools
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -13,11 +11,10 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
-from search.database import server_lock, wait_for_server
+from search.database import SERVER_TIMEOUT, is_cut, patient, server_lock, wait_for_server
 
 HEARTBEAT = 10  # seconds between two signs of life of a trial
 GRACE = 60  # seconds without one after which it is lost; longer than a restart is waited for
-_PATIENCE = 30  # seconds
 
 
 def braces(url: str) -> str:
@@ -25,6 +22,7 @@ def braces(url: str) -> str:
     return url.replace("{", "{{").replace("}", "}}")
 
 
+@patient
 def open_storage(url: str) -> "ServerStorage":
     """The storage behind `url`; its tables are made first where there are none.
 
@@ -45,6 +43,7 @@ class ServerStorage(RDBStorage):
             )
         wait_for_server(self.engine)
 
+    @patient
     def silent(self, study_id: int) -> set[int]:
         """The ids of the running trials that have given no sign of life for `GRACE` seconds.
 
@@ -85,7 +84,7 @@ class ServerStorage(RDBStorage):
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         """End a trial, once, also where a cut connection hides that it was done."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + SERVER_TIMEOUT
         cut = False
         while True:
             try:
@@ -95,31 +94,9 @@ class ServerStorage(RDBStorage):
                     return True
                 raise
             except StorageInternalError as error:
-                if not _is_cut(error) or time.monotonic() > deadline:
+                if not is_cut(error) or time.monotonic() > deadline:
                     raise
                 cut = True
-
-
-def _is_cut(error: StorageInternalError) -> bool:
-    """Whether the server went away in the middle of a statement."""
-    cause = error.__cause__
-    return isinstance(cause, sqlalchemy.exc.DBAPIError) and cause.connection_invalidated
-
-
-def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method`, which may be done again, until a restarted server takes it."""
-
-    @functools.wraps(method)
-    def patient(*arguments: Any, **keywords: Any) -> Any:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                return method(*arguments, **keywords)
-            except StorageInternalError as error:
-                if not _is_cut(error) or time.monotonic() > deadline:
-                    raise
-
-    return patient
 
 
 for _name in (
@@ -128,7 +105,7 @@ for _name in (
     *("set_study_user_attr", "set_study_system_attr", "set_trial_user_attr"),
     *("set_trial_system_attr", "_set_trial_param", "set_trial_intermediate_value"),
 ):
-    setattr(ServerStorage, _name, _patient(getattr(RDBStorage, _name)))
+    setattr(ServerStorage, _name, patient(getattr(RDBStorage, _name)))
 
 
 def of(study: optuna.Study) -> ServerStorage | None:

@@ -50,15 +50,15 @@ def _worker(parent_run: str) -> "Worker":
         if parent_run not in _prepared:
             raise NotPrepared
         config, dataset, threads = _prepared[parent_run]
-        with _one_at_a_time:
-            make = load_trial()
         try:
+            with _one_at_a_time:
+                make = load_trial()
             _workers[key] = make(config, parent_run, dataset, threads)
         except Exception as error:
             if config.scheduler is None:
                 raise
             raise Unfit(
-                f"it could not open the study ({type(error).__name__}: {one_line(error)}); give a "
+                f"it can't open the study ({type(error).__name__}: {one_line(error)}); give a "
                 "--storage and a --tracking-uri that the workers reach, too"
             ) from None
     return _workers[key]

@@ -30,17 +30,21 @@ def check(
     model_name: str = "MNIST_DNN_Model",
     registered: bool = True,
     url: str | None = None,
+    tracking_uri: str | None = None,
 ) -> dict[str, Any]:
     """Assert that both ledgers agree; returns what was found.
 
-    They are in `folder`, study.db and mlflow.db; `url` is the study's database where it is not.
+    They are in `folder`, study.db and mlflow.db; `url` is the study's database where it is not, and
+    `tracking_uri` MLflow's.
     """
-    for name in ("study.db", "mlflow.db") if url is None else ("mlflow.db",):
+    for name, other in (("study.db", url), ("mlflow.db", tracking_uri)):
+        if other is not None:
+            continue
         with closing(sqlite3.connect(folder / name)) as database:
             assert database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     storage = optuna.storages.RDBStorage(url or f"sqlite:///{folder / 'study.db'}")
     study = optuna.load_study(study_name=study_name, storage=storage)
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    uri = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
     client = MlflowClient(uri, registry_uri=uri)
     experiments = [e for e in client.search_experiments() if e.name == "MNIST_Classification"]
     assert len(experiments) == 1

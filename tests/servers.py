@@ -1,5 +1,6 @@
 """A real MLflow server that a test stops, freezes and starts, and a proxy that spoils it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -190,10 +191,18 @@ class Dask:
         self._processes: list[subprocess.Popen[bytes]] = []
         self.start_scheduler()
 
-    def _start(self, log: str, *command: str, **environment: str) -> "subprocess.Popen[bytes]":
+    def _start(
+        self, log: str, *command: str, disguise: tuple[str, ...] = (), **environment: str
+    ) -> "subprocess.Popen[bytes]":
         with (self._folder / log).open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "distributed.cli.dask_" + command[0], *command[1:]],
+                [
+                    *disguise,
+                    sys.executable,
+                    "-m",
+                    f"distributed.cli.dask_{command[0]}",
+                    *command[1:],
+                ],
                 cwd=self._folder,
                 stdout=file,
                 stderr=file,
@@ -215,14 +224,27 @@ class Dask:
         wait_for(f"http://127.0.0.1:{page}/health", self.scheduler, log)
 
     def start_worker(
-        self, threads: int = 1, scheduler: str | None = None, **environment: str
+        self,
+        threads: int = 1,
+        scheduler: str | None = None,
+        host: str | None = None,
+        **environment: str,
     ) -> "subprocess.Popen[bytes]":
-        """Start a worker, without a nanny, which would start it again; it may take a while."""
+        """Start a worker, without a nanny, which would start it again; it may take a while.
+
+        host: the name that its machine seems to have.
+        """
         folder = tempfile.mkdtemp(prefix="worker-", dir=self._folder)
+        disguise = (
+            ()
+            if host is None
+            else ("unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "")
+        )
         return self._start(
             "workers.log",
             *("worker", scheduler or self.address, "--host", "127.0.0.1", "--no-nanny"),
             *("--nthreads", str(threads), "--no-dashboard", "--local-directory", folder),
+            disguise=disguise,
             **environment,
         )
 
@@ -232,3 +254,46 @@ class Dask:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+class TcpProxy:
+    """Forwards connections to a `tcp://` address until it is stopped, which cuts them all."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target.removeprefix("tcp://").split(":")
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listening.accept()
+            except OSError:
+                return
+            far = socket.create_connection((self._target[0], int(self._target[1])))
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            _cut(end)
+
+    def stop(self) -> None:
+        """Take no more connections, and cut those that there are."""
+        _cut(self._listening)
+        self._listening.close()
+        for end in self._open:
+            _cut(end)
+
+
+def _cut(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is cut already
+        end.shutdown(socket.SHUT_RDWR)

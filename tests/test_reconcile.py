@@ -21,7 +21,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search import cli, doctor, pipeline, runner
+from search import cli, doctor, pipeline, runner, storage
 from search.config import RunError, StudyConfig
 from search.pipeline import Result
 from search.tracking import Tracking
@@ -406,15 +406,30 @@ def test_a_server_that_fails_while_mending_leaves_no_run_twice(
     assert len(study.client.search_runs(["1"])) == TRIALS + 2
 
 
-def test_a_trial_of_a_living_process_is_left_running(study: Damaged) -> None:
-    leave_running(study, 2, os.getppid())
-    started = str(psutil.Process(os.getppid()).create_time())
+def test_a_trial_of_a_living_process_is_waited_for(
+    study: Damaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living = subprocess.Popen(["sleep", "300"])
+    leave_running(study, 2, living.pid)
+    started = str(psutil.Process(living.pid).create_time())
     query = (
         "UPDATE trial_user_attributes SET value_json = json_set(value_json, '$.started', "
         "json(?)) WHERE key = 'owner'"
     )
     study.sql("study.db", query, started)
-    pipeline.run(study.config)
-    query = "SELECT state FROM trials WHERE number = 2"
-    assert study.sql("study.db", query) == [("RUNNING",)]
-    assert study.client.get_run(study.run_of(2)).info.status == "RUNNING"
+    looked: list[bool] = []
+    is_lost = storage.is_lost
+
+    def look(*arguments: Any) -> bool:
+        looked.append(is_lost(*arguments))
+        if len(looked) == 5:
+            living.kill()
+            living.wait()
+        return looked[-1]
+
+    monkeypatch.setattr(storage, "is_lost", look)
+    result = pipeline.run(study.config)
+    assert looked[:5] == [False] * 5
+    assert looked[5]
+    assert (result.ran, result.failed) == (1, 1)
+    invariants.check(study.folder, TRIALS)
