@@ -5,6 +5,7 @@ behind the engine's back. `trial.Worker.run_trial` sees to it that no place of a
 where such a worker lives on, cut off from the scheduler alone.
 """
 
+import asyncio
 import importlib.metadata
 import logging
 import os
@@ -14,9 +15,10 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from distributed import Client
+from distributed import Client, Security
 from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
+from distributed.core import rpc
 from distributed.scheduler import KilledWorker
 
 from search import tasks
@@ -64,7 +66,7 @@ class Cluster:
         self._limit = config.workers
         self._prepare = parent_run, config, dataset
         self._say = say
-        self._client = connect(config.scheduler, _PATIENCE)
+        self._client = connect(config.scheduler)
         self._members: dict[str, _Member] = {}
         self._refused: dict[str, str] = {}
         self._next_look = 0.0
@@ -114,7 +116,7 @@ class Cluster:
             if not now and self._members:
                 self._run(tasks.forget, self._prepare[0], workers=list(self._members))
         finally:
-            self._client.close(timeout=5)  # type: ignore[no-untyped-call]
+            self._client.close(timeout=5)
 
     # ---- who is there ------------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ class Cluster:
                 self._run(tasks.prepare, *self._prepare, threads, workers=alike)
         for address in fit:
             pinned = {"workers": [address], "pure": False}
-            executor = self._client.get_executor(**pinned)  # type: ignore[no-untyped-call]
+            executor = self._client.get_executor(**pinned)
             self._members[address] = _Member(new[address], executor)
 
     def _unfit(self, addresses: list[str]) -> Iterator[tuple[str, str]]:
@@ -238,20 +240,28 @@ class Cluster:
             )
 
 
-def connect(address: str, patience: float = _TIMEOUT) -> Client:
-    """A client of the scheduler at `address`. Raises InputError where there is none."""
+def connect(address: str) -> Client:
+    """A client of the scheduler at `address`, which comes back to a scheduler that does."""
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are raised as well
-    try:
-        return Client(  # type: ignore[no-untyped-call]
-            address, timeout=patience, set_as_default=False
-        )
-    except Exception as error:  # a bad address, a refused connection, TLS
-        raise InputError(
-            f"--scheduler must be the address of a running Dask scheduler, but {address!r} is not: "
-            f"{one_line(error)}; start one with dask scheduler, or leave the option out"
-        ) from None
+    return Client(address, timeout=_PATIENCE, set_as_default=False)
 
 
 def check(address: str) -> None:
     """Raise InputError where no scheduler answers at `address`."""
-    connect(address).close(timeout=5)  # type: ignore[no-untyped-call]
+
+    async def ask() -> str:
+        arguments = Security().get_connection_args("client")
+        async with rpc(address, timeout=_TIMEOUT, connection_args=arguments) as there:
+            return str((await there.identity())["type"])
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    try:
+        found = asyncio.run(ask())
+        problem = "" if found == "Scheduler" else f"a {found.lower()} is there"
+    except Exception as error:  # a bad address, a refused connection, TLS
+        problem = one_line(error)
+    if problem:
+        raise InputError(
+            f"--scheduler must be the address of a running Dask scheduler, but {address!r} is not: "
+            f"{problem}; start one with dask scheduler, or leave the option out"
+        )

@@ -20,7 +20,7 @@ import pytest
 from conftest import arrays
 from numpy.typing import NDArray
 
-from search import cli, data, storage
+from search import cli, cluster, data, pipeline, storage
 from search.config import InputError, StudyConfig, from_text
 
 ROOT = Path(__file__).parent.parent
@@ -293,6 +293,68 @@ def test_one_database_for_both_ledgers_is_refused(
         "give one another file name",
     )
     assert "hunter2" not in line
+
+
+# ---- a cluster -------------------------------------------------------------------------------
+
+SERVERS = {
+    "storage": "postgresql+psycopg://u:hunter2@127.0.0.1:9/d",
+    "tracking_uri": "http://u:hunter2@127.0.0.1:9",
+}
+NO_DISK = "with --scheduler, because the workers of a cluster share no disk, but got "
+
+
+@pytest.mark.parametrize(
+    ("changed", "fragments"),
+    [
+        (
+            {"storage": "sqlite:///study.db"},
+            ("--storage must be a database server", "sqlite:///study.db", "for example --storage"),
+        ),
+        (
+            {"tracking_uri": "sqlite:///mlflow.db"},
+            ("--tracking-uri must be an MLflow server", "sqlite:///mlflow.db", "http://HOST:5000"),
+        ),
+        (
+            {"tracking_uri": "postgresql://u:hunter2@127.0.0.1:9/m"},
+            ("--tracking-uri must be an MLflow server", "postgresql://u:***@127.0.0.1:9/m", "give"),
+        ),
+    ],
+)
+def test_a_ledger_on_a_disk_is_refused_with_a_cluster(
+    refused: Refused, changed: dict[str, str], fragments: tuple[str, ...]
+) -> None:
+    given = {**SERVERS, **changed, "scheduler": "tcp://127.0.0.1:9"}
+    assert "hunter2" not in refused(command(**given), NO_DISK, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("nonsense", "missing port number"),
+        ("http://127.0.0.1:8786", "unknown address scheme"),
+        ("tcp://127.0.0.1:port", "invalid literal"),
+        ("tcp://127.0.0.1:9", "Timed out trying to connect"),
+    ],
+)
+def test_an_address_without_a_scheduler_is_refused(
+    address: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_TIMEOUT", 1)
+    with pytest.raises(InputError) as caught:
+        cluster.check(address)
+    line = str(caught.value)
+    assert line.startswith("--scheduler must be the address of a running Dask scheduler, but ")
+    assert found in line
+    assert line.endswith("; start one with dask scheduler, or leave the option out")
+
+
+def test_a_cluster_without_dask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "search.cluster", raising=False)
+    monkeypatch.delattr("search.cluster", raising=False)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(InputError, match=r"needs Dask's.*; pip install -e '\.\[cluster\]'"):
+        pipeline._check_scheduler("tcp://127.0.0.1:9")
 
 
 STORAGE_OPENS = "--storage must be a database that can be opened"

@@ -406,33 +406,6 @@ def test_a_database_and_a_tracking_server_restarted_lose_nothing(
     assert results(check(whole, in_folder, config)) == alone
 
 
-def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
-    whole: Site, in_folder: Path, clouds: Path, alone: dict[int, Any]
-) -> None:
-    over = threading.Event()
-    cuts = 0
-
-    def cut() -> None:
-        nonlocal cuts
-        while not over.wait(0.3):
-            cuts += whole.ask(
-                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                "WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
-            )[0][0]
-
-    config = whole.settings(clouds)
-    cutting = threading.Thread(target=cut)
-    try:
-        result = pipeline.run(config, Hearing(1, cutting.start))
-    finally:
-        over.set()
-        cutting.join()
-    assert cuts > 20
-    found = check(whole, in_folder, config)
-    assert results(found) == alone
-    assert result.complete == TRIALS
-
-
 def test_a_scheduler_that_is_started_again_loses_nothing(
     whole: Site, in_folder: Path, clouds: Path, alone: dict[int, Any]
 ) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import itertools
 import multiprocessing
 import os
 import random
@@ -23,12 +22,11 @@ import invariants
 import pytest
 from conftest import ROOT, command, mlflows_tables, start
 from optuna_dashboard import get_note
-from servers import BINARIES, MlflowServer, Postgres, Proxy
+from servers import MlflowServer, Proxy
 
 from search import RunError, StudyConfig, doctor, pipeline
 from search.listener import Listener
 from search.outcome import Outcome
-from search.tracking import Tracking
 
 TRIALS, EPOCHS = 8, 3
 OPTIONS = (
@@ -293,44 +291,6 @@ def test_databases_locked_for_30_seconds_lose_nothing(
     locker.join()
     assert max(outcome.seconds for outcome in during.outcomes) > 25
     assert results(check(in_folder, settings(clouds))) == undisturbed
-
-
-@pytest.fixture
-def postgres() -> Iterator[Postgres]:
-    if not BINARIES:
-        pytest.skip("no PostgreSQL is installed")
-    postgres = Postgres()
-    yield postgres
-    postgres.remove()
-
-
-def test_a_postgresql_restarted_in_the_middle_of_a_trial_loses_nothing(
-    in_folder: Path,
-    clouds: Path,
-    postgres: Postgres,
-    undisturbed: dict[int, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = settings(clouds, storage=postgres.url)
-    restart = threading.Thread(target=postgres.start)
-    log_epoch, calls = Tracking.log_epoch, itertools.count(1)
-
-    def stop_before(*arguments: Any) -> None:
-        if next(calls) == 8:
-            postgres.stop()
-            restart.start()
-        log_epoch(*arguments)
-
-    monkeypatch.setattr(Tracking, "log_epoch", stop_before)
-    during = During({})
-    pipeline.run(config, during)
-    restart.join()
-    assert [outcome.failure for outcome in during.outcomes] == [None] * TRIALS
-    found = invariants.check(in_folder, TRIALS, url=postgres.url)
-    assert results(found) == undisturbed
-    assert doctor.examine(config, fix=False) == ([], [])
-    again = pipeline.run(config)
-    assert (again.ran, again.mended) == (0, ())
 
 
 def limited(folder: Path, kilobytes: int, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -1,0 +1,325 @@
+"""A study on PostgreSQL: made once, run by one process, its trials seen from all hosts."""
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import invariants
+import optuna
+import pytest
+import sqlalchemy
+from conftest import ROOT
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
+from servers import BINARIES, Postgres
+from test_database import SETTINGS, killed_after
+
+from search import RunError, StudyConfig, pipeline, runner, server, storage
+from search.database import ServerLock
+from search.listener import Listener
+from search.outcome import Outcome
+
+pytestmark = pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed")
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    postgres = Postgres()
+    yield postgres
+    postgres.remove()
+
+
+@pytest.fixture
+def url(postgres: Postgres, request: pytest.FixtureRequest) -> str:
+    """A fresh database."""
+    return postgres.create(f"d{abs(hash(request.node.name)) % 10**9}")
+
+
+def ask(url: str, query: str) -> list[Any]:
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        found = connection.execute(sqlalchemy.text(query))
+        rows = [tuple(row) for row in found] if found.returns_rows else []
+    engine.dispose()
+    return rows
+
+
+# ---- the first start -----------------------------------------------------------------------------
+
+CREATE = """
+import sys
+from search import storage
+print("ready", flush=True)
+input()
+storage.close(storage.open_storage(sys.argv[1]))
+"""
+
+
+def test_a_first_start_in_parallel_makes_one_database(url: str) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATE, url],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    ends = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, ends
+    assert ask(url, "SELECT count(*) FROM version_info") == [(1,)]
+    assert ask(url, "SELECT count(*) FROM alembic_version") == [(1,)]
+
+
+KILL = """
+import os, sys
+from optuna.storages._rdb import storage as rdb
+from search import storage
+manager, after = rdb._VersionManager, sys.argv[2]
+def stop(*arguments):
+    print("there", flush=True)
+    input()
+setattr(manager, after, stop)
+storage.open_storage(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("point", ["_init_version_info_model", "_init_alembic"])
+def test_a_first_start_that_is_killed_is_finished_by_the_next(url: str, point: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILL, url, point],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.kill()
+    process.communicate()
+    study = storage.open_study(StudyConfig(storage=url), SETTINGS)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert ask(url, "SELECT count(*) FROM alembic_version") == [(1,)]
+
+
+# ---- the sole runner -----------------------------------------------------------------------------
+
+HOLD = """
+import signal, sys
+from search.config import StudyConfig
+from search.runner import sole_runner
+
+with sole_runner(StudyConfig(storage="URL")):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_the_server_knows_who_runs_a_study_until_that_is_gone(url: str, tmp_path: Path) -> None:
+    config = StudyConfig(storage=url)
+    assert runner.find(config) is None
+    with killed_after(HOLD.replace("URL", url), tmp_path, "held") as holder:
+        assert runner.find(config) == f"{socket.gethostname()[:40]}, pid {holder.pid}"
+        with pytest.raises(RunError, match=f"is being run by .*, pid {holder.pid}; wait for it"):
+            runner.sole_runner(config).__enter__()
+        with runner.sole_runner(StudyConfig(storage=url, study_name="another")):
+            assert not runner.is_this_process(config)
+        holder.kill()
+        holder.wait()
+        with runner.sole_runner(config):
+            assert runner.is_this_process(config)
+    assert runner.find(config) is None
+
+
+def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
+    url: str, postgres: Postgres
+) -> None:
+    config = StudyConfig(storage=url)
+    with runner.sole_runner(config) as keep:
+        keep()
+        postgres.stop()
+        postgres.start()
+        assert runner.find(config) is None
+        keep()
+        assert runner.is_this_process(config)
+        ask(url, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+        faster = ServerLock(url, f"study {config.study_name}", "elsewhere, pid 1")
+        assert faster.acquire(wait=False)
+        with pytest.raises(RunError, match="is being run by elsewhere, pid 1; wait for it"):
+            keep()
+        faster.release()
+
+
+# ---- signs of life -------------------------------------------------------------------------------
+
+
+def placed(url: str, **owner: Any) -> storage.PlacedStudy:
+    config = StudyConfig(storage=url)
+    storage.open_study(config, SETTINGS)
+    study = storage.PlacedStudy(study_name=config.study_name, storage=storage.open_storage(url))
+    study.marks = {"place": 0, "owner": {**storage.owner(), **owner}}
+    return study
+
+
+def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) -> None:
+    study = placed(url, host="elsewhere")
+
+    def state() -> bool:
+        (trial,) = study.get_trials(deepcopy=False)
+        return storage.is_lost(study, trial)
+
+    def age(seconds: int) -> None:
+        back = f"UPDATE trial_heartbeats SET heartbeat = now() - interval '{seconds} s'"
+        ask(url, back)
+
+    study.ask()  # in the same transaction with its first sign of life
+    assert not state()
+    age(server.GRACE - 20)
+    assert not state()
+    age(server.GRACE + 1)
+    assert state()
+    study._storage.record_heartbeat(study.trials[0]._trial_id)
+    assert not state()
+    ask(url, "DELETE FROM trial_heartbeats")
+    assert state()
+
+
+def test_a_running_trial_gives_signs_of_life_also_after_the_server_was_away(
+    url: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HEARTBEAT", 1)
+    study = placed(url)
+    last = "SELECT heartbeat FROM trial_heartbeats"
+
+    def objective(trial: optuna.Trial) -> float:
+        before = ask(url, last)
+        while ask(url, last) == before:
+            pass
+        postgres.stop()
+        postgres.start()
+        before = ask(url, last)
+        while ask(url, last) == before:
+            pass
+        return 1.0
+
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].state is TrialState.COMPLETE
+
+
+def test_optuna_itself_fails_no_trial_without_a_reason(url: str) -> None:
+    study = placed(url, host="elsewhere")
+    study.ask()
+    ask(url, "UPDATE trial_heartbeats SET heartbeat = now() - interval '1 day'")
+    study.marks = {"place": 1, "owner": storage.owner()}
+    study.optimize(lambda _: 1.0, n_trials=1)
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
+
+
+# ---- a place is run once -------------------------------------------------------------------------
+
+
+def test_of_two_trials_begun_at_one_place_the_first_goes_on(url: str) -> None:
+    first, second = placed(url), placed(url, host="elsewhere")
+    first.ask()
+    with pytest.raises(storage.PlaceTaken):
+        second.ask()
+    mine, theirs = first.trials
+    assert (mine.state, theirs.state) == (TrialState.RUNNING, TrialState.FAIL)
+    assert theirs.user_attrs["failure"] == "trial 0 was begun in its place a moment earlier"
+    first.tell(0, 1.0)
+    with pytest.raises(storage.PlaceTaken):
+        first.ask()
+    second.marks = {**second.marks, "place": 1}
+    assert second.ask().number == 3
+
+
+def test_a_trial_that_was_begun_without_being_heard_of_is_ended(url: str) -> None:
+    study = placed(url)
+    study.ask()  # what a connection hides that is cut after the commit
+    study.ask()
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
+    assert study.trials[0].user_attrs["failure"].startswith("a cut connection hid that")
+
+
+def test_an_end_that_was_written_unheard_is_no_error(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = placed(url)
+    study.ask()
+    original, calls = optuna.storages.RDBStorage.set_trial_state_values, 0
+
+    def cut(*arguments: Any, **keywords: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        done = original(*arguments, **keywords)
+        if calls == 1:
+            cause = sqlalchemy.exc.OperationalError(
+                "", {}, Exception(), connection_invalidated=True
+            )
+            raise StorageInternalError("cut") from cause
+        return done
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "set_trial_state_values", cut)
+    study.tell(0, 0.5)
+    assert (calls, study.trials[0].value) == (2, 0.5)
+
+
+# ---- cut connections -----------------------------------------------------------------------------
+
+
+def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
+    url: str, in_folder: Path, clouds: Path
+) -> None:
+    over = threading.Event()
+    cuts = 0
+    name = url.rsplit("/", 1)[1]
+
+    def cut() -> None:
+        nonlocal cuts
+        while not over.wait(0.2):
+            cuts += ask(
+                url,
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                f"WHERE datname = '{name}' AND pid <> pg_backend_pid()",
+            )[0][0]
+
+    cutting = threading.Thread(target=cut)
+
+    class Starting(Listener):
+        def trial(self, outcome: Outcome, best: float | None) -> None:
+            if outcome.number == 0:
+                cutting.start()
+
+    config = StudyConfig(
+        dataset=str(clouds),
+        n_trials=10,
+        epochs=25,
+        hidden_units="8",
+        report="none",
+        workers=1,
+        storage=url,
+    )
+    try:
+        pipeline.run(config, Starting())
+    finally:
+        over.set()
+        cutting.join()
+    assert cuts > 40
+    found = invariants.check(in_folder, 10, url=url)
+    assert pipeline.run(config).mended == ()
+    begun = {TrialState.COMPLETE, TrialState.PRUNED}
+    unheard = [trial for trial in found["trials"] if trial.state not in begun]
+    assert all("a cut connection hid" in trial.user_attrs["failure"] for trial in unheard)
