@@ -1,0 +1,271 @@
+"""How many trials a second the ledgers take: a whole trial whose training takes a millisecond.
+
+    python tests/benchmarks/scale.py
+
+Every worker is a process that runs `trial.Worker.run_trial` over and over, on PostgreSQL or SQLite,
+with the curves in MLflow or without; then the same in a study that has 100, 1,000 and 10,000 trials
+already. All of it shares this machine's cores: the workers, both databases and the MLflow server.
+Prints a Markdown table; needs Debian's postgresql.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import sqlalchemy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from servers import MlflowServer, Postgres, free_port
+
+from search import StudyConfig, data, pool, sampling, storage, tracking
+from search.tracking import Tracking
+
+EPOCHS = 5
+warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the gRPC proxy is
+KINDS = ("sqlite", "postgresql", "sqlite + mlflow", "postgresql + mlflow", "postgresql by gRPC")
+Spans = dict[str, list[float]]
+
+
+def work(
+    config: StudyConfig,
+    parent: str,
+    proxy: int | None,
+    mirrored: bool,
+    places: range,
+    seconds: float,
+    begin: Any,
+    results: Any,
+) -> None:
+    """Run trials at `places` for so many seconds; send how many, and how long what took (s)."""
+    from search import model, training, trial
+
+    spans: Spans = defaultdict(list)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                spans[name].append(time.perf_counter() - began)
+
+        return call
+
+    random = np.random.default_rng(places.start)
+
+    def train(*_: Any, callbacks: Any, **__: Any) -> None:
+        for epoch in range(EPOCHS):
+            time.sleep(0.001 / EPOCHS)
+            accuracy = 0.9 + 0.02 * epoch + 0.01 * float(random.random())
+            names = ("loss", "accuracy", "val_loss", "val_accuracy")
+            for callback in callbacks:
+                callback.on_epoch_end(epoch, dict.fromkeys(names, accuracy))
+
+    no_dataset: Any = None
+    worker = trial.Worker(config, parent, no_dataset)
+    if proxy is not None:
+        worker.study = storage.PlacedStudy(
+            study_name=config.study_name,
+            storage=optuna.storages.GrpcStorageProxy(port=proxy),
+            pruner=sampling.pruner(config),
+        )
+    worker.dataset = data.load(config.dataset, config.validation_split)
+    worker.rest_until = 0.0 if mirrored else float("inf")
+    training.train = train  # type: ignore[assignment]
+    model.build = lambda *_: None  # type: ignore[assignment]
+    model.trainable_parameters = lambda _: 0  # type: ignore[assignment]
+    storage.PlacedStudy.ask = timed("ask", storage.PlacedStudy.ask)  # type: ignore[method-assign]
+    optuna.Trial.report = timed("report", optuna.Trial.report)  # type: ignore[method-assign]
+    begin.wait()
+    deadline = time.monotonic() + seconds
+    done = 0
+    for place in places:
+        assert worker.run_trial(place).state in ("COMPLETE", "PRUNED")
+        done += 1
+        if time.monotonic() > deadline:
+            break
+    results.put((done, time.monotonic() - deadline + seconds, dict(spans)))
+
+
+def measure(
+    config: StudyConfig,
+    parent: str,
+    workers: int,
+    seconds: float,
+    first: int,
+    *,
+    mirrored: bool = False,
+    proxy: int | None = None,
+    during: Callable[[], Any] = lambda: None,
+) -> tuple[float, Spans, Any]:
+    """Trials a second of so many workers, how long what took, and what `during` said."""
+    context = pool._processes()
+    begin, results = context.Barrier(workers + 1), context.Queue()
+    processes = [
+        context.Process(
+            target=work,
+            args=(
+                *(config, parent, proxy, mirrored),
+                range(first + index, 10**9, workers),
+                *(seconds, begin, results),
+            ),
+        )
+        for index in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    begin.wait()
+    time.sleep(seconds / 2)
+    said = during()
+    ends = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    spans: Spans = defaultdict(list)
+    for _, _, mine in ends:
+        for name, values in mine.items():
+            spans[name] += values
+    return sum(done / took for done, took, _ in ends), spans, said
+
+
+def serve(url: str, port: int) -> None:
+    """Optuna's gRPC proxy."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.storages.run_grpc_proxy_server(storage.open_storage(url), host="127.0.0.1", port=port)
+
+
+@contextmanager
+def grpc_proxy(url: str) -> Iterator[int]:
+    """Its port, while it runs."""
+    port = free_port()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(url, port))
+    process.start()
+    try:
+        optuna.storages.GrpcStorageProxy(port=port).wait_server_ready(timeout=60)
+        yield port
+    finally:
+        process.terminate()
+        process.join()
+
+
+def fill(study: optuna.Study, config: StudyConfig, total: int) -> None:
+    """Add complete trials until there are `total`."""
+    random = np.random.default_rng(total)
+    known = sampling.distributions(config.space)
+    for number in range(len(study.get_trials(deepcopy=False)), total):
+        curve = [0.9 + 0.02 * epoch + 0.01 * float(random.random()) for epoch in range(EPOCHS)]
+        history = [
+            {"epoch": e, "time_ms": 0, "val_accuracy": value} for e, value in enumerate(curve)
+        ]
+        study.add_trial(
+            optuna.create_trial(
+                value=curve[-1],
+                params={
+                    "hidden_units": [128, 256, 512, 1024][int(random.integers(4))],
+                    "dropout_rate": float(random.uniform(0, 0.5)),
+                    "learning_rate": float(10 ** random.uniform(-4, -2)),
+                },
+                distributions=dict(known),
+                intermediate_values=dict(enumerate(curve)),
+                user_attrs={"place": number, "history": history},
+            )
+        )
+
+
+def row(name: str, workers: int, before: int, rate: float, spans: Spans, said: Any = "") -> None:
+    """Print a line of the table."""
+
+    def shown(values: list[float]) -> str:
+        worst = statistics.quantiles(values, n=100)[98] if len(values) > 1 else values[0]
+        return f"{1000 * statistics.median(values):.0f} ms | {1000 * worst:.0f} ms"
+
+    ask, report = shown(spans["ask"]), shown(spans["report"])
+    print(
+        f"| {name} | {before:,} | {workers} | {rate:.1f} | {ask} | {report} | {said} |", flush=True
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--trials", type=int, nargs="*", default=[100, 1_000, 10_000])
+    asked = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.chdir(folder)
+        y = np.arange(60) % 3
+        np.savez(
+            "tiny.npz", x_train=np.ones((60, 4)), y_train=y, x_test=np.ones((6, 4)), y_test=y[:6]
+        )
+        postgres = Postgres()
+        stack.callback(postgres.remove)
+        server = MlflowServer(folder, postgres.create("mlflow"))
+        stack.callback(server.stop)
+        engine = sqlalchemy.create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+
+        def connections(name: str) -> int:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = :name"
+            with engine.connect() as connection:
+                return int(connection.execute(sqlalchemy.text(query), {"name": name}).scalar_one())
+
+        def study_at(kind: str, name: str) -> tuple[StudyConfig, optuna.Study, str]:
+            url = f"sqlite:///{name}.db"
+            if kind.startswith("postgresql"):
+                url = postgres.create(name)
+            uri = server.uri if kind.startswith("postgresql") else "sqlite:///mlflow.db"
+            config = StudyConfig(
+                storage=url, tracking_uri=uri, dataset="tiny.npz", study_name=name, epochs=EPOCHS
+            )
+            study = storage.open_study(config, config.settings("tiny"))
+            dataset = data.load(config.dataset, config.validation_split)
+            study.set_user_attr("facts", tracking.facts_of(config, dataset))
+            mirror = Tracking(config).open()
+            return config, study, mirror.parent_run(study, {})
+
+        print(
+            "| where | trials before | workers | trials a second | ask, median | ask, 99 % |"
+            " report, median | report, 99 % | connections |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
+        for kind in KINDS:
+            for workers in asked.workers:
+                name = f"{kind}-{workers}".replace(" ", "").replace("+", "-").lower()
+                config, study, parent = study_at(kind, name)
+                fill(study, config, 20)
+                with ExitStack() as inner:
+                    proxy = None
+                    if kind.endswith("gRPC"):
+                        proxy = inner.enter_context(grpc_proxy(config.storage))
+                    rate, spans, said = measure(
+                        *(config, parent, workers, asked.seconds, 20),
+                        mirrored=kind.endswith("mlflow"),
+                        proxy=proxy,
+                        during=lambda name=name: connections(name),  # type: ignore[misc]
+                    )
+                storage_is_server = kind.startswith("postgresql")
+                row(kind, workers, 20, rate, spans, said if storage_is_server else "")
+        for kind in KINDS[:2]:
+            config, study, parent = study_at(kind, f"long-{kind}")
+            for before in asked.trials:
+                fill(study, config, before)
+                rate, spans, _ = measure(config, parent, 4, asked.seconds, before)
+                row(kind, 4, before, rate, spans)
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
