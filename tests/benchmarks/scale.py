@@ -89,6 +89,7 @@ def work(
     model.trainable_parameters = lambda _: 0  # type: ignore[assignment]
     storage.PlacedStudy.ask = timed("ask", storage.PlacedStudy.ask)  # type: ignore[method-assign]
     optuna.Trial.report = timed("report", optuna.Trial.report)  # type: ignore[method-assign]
+    timed("load", worker.study.get_trials)(deepcopy=False)
     begin.wait()
     deadline = time.monotonic() + seconds
     done = 0
@@ -192,9 +193,9 @@ def row(name: str, workers: int, before: int, rate: float, spans: Spans, said: A
         return f"{1000 * statistics.median(values):.0f} ms | {1000 * worst:.0f} ms"
 
     ask, report = shown(spans["ask"]), shown(spans["report"])
-    print(
-        f"| {name} | {before:,} | {workers} | {rate:.1f} | {ask} | {report} | {said} |", flush=True
-    )
+    load = f"{statistics.median(spans['load']):.1f} s"
+    cells = (name, f"{before:,}", workers, f"{rate:.1f}", ask, report, load, said)
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main() -> None:
@@ -238,9 +239,9 @@ def main() -> None:
 
         print(
             "| where | trials before | workers | trials a second | ask, median | ask, 99 % |"
-            " report, median | report, 99 % | connections |"
+            " report, median | report, 99 % | first look | connections |"
         )
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|")
         for kind in KINDS:
             for workers in asked.workers:
                 name = f"{kind}-{workers}".replace(" ", "").replace("+", "-").lower()
