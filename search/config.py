@@ -194,9 +194,9 @@ class StudyConfig:
 
     def _check_reach(self) -> None:
         """Raise InputError where other machines can't reach what both ledgers are kept in."""
-        if self.storage.startswith("sqlite"):
+        if not self.storage.startswith("postgresql"):
             raise InputError(
-                "--storage must be a database server with --scheduler, because the workers of a "
+                "--storage must be PostgreSQL's with --scheduler, because the workers of a "
                 f"cluster share no disk, but got {redact(self.storage)}; for example "
                 "--storage postgresql+psycopg://USER@HOST/DATABASE"
             )

@@ -146,6 +146,28 @@ def check_server(option: str, url: str, example: str) -> None:
         ) from None
 
 
+def _in_utc(dialect: Any, connection: Any) -> Any:
+    """`connection`, on which one time is one time, whatever zone its machine is in."""
+    if dialect.name == "postgresql":
+        with connection.cursor() as cursor:
+            cursor.execute("SET TIME ZONE 'UTC'")
+        connection.commit()
+    return connection
+
+
+def connect_arguments(url: str) -> dict[str, Any]:
+    """What makes a connection to PostgreSQL notice, within half a minute, that the network is cut.
+
+    Parameters of libpq, so of the drivers psycopg and psycopg2.
+    """
+    if sqlalchemy.make_url(url).get_backend_name() != "postgresql":
+        return {}
+    if not sqlalchemy.make_url(url).get_dialect().driver.startswith("psycopg"):
+        return {}
+    keepalives = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+    return {**keepalives, "tcp_user_timeout": 30_000}
+
+
 def wait_for_server(engine: Engine) -> None:
     """From now on, give a server that was restarted half a minute to take connections again."""
 
@@ -153,7 +175,7 @@ def wait_for_server(engine: Engine) -> None:
         deadline = time.monotonic() + SERVER_TIMEOUT
         while True:
             try:
-                return dialect.connect(*arguments, **keywords)
+                return _in_utc(dialect, dialect.connect(*arguments, **keywords))
             except dialect.loaded_dbapi.OperationalError:
                 if time.monotonic() > deadline:
                     raise
@@ -199,7 +221,10 @@ class ServerLock:
         self._key = int.from_bytes(sha256(name.encode()).digest()[:8], signed=True)
         self._holder = holder
         self._engine = sqlalchemy.create_engine(
-            url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT"
+            url,
+            poolclass=sqlalchemy.NullPool,
+            isolation_level="AUTOCOMMIT",
+            connect_args=connect_arguments(url),
         )
         wait_for_server(self._engine)
         self._connection: sqlalchemy.Connection | None = None

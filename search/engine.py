@@ -11,8 +11,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from search import tasks
-from search.config import RunError, StudyConfig
+from search.config import Interrupted, RunError, StudyConfig
 from search.data import Dataset
+from search.listener import Listener
 from search.outcome import Outcome
 from search.pool import Pool
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from search.promotion import Comparison
 
 INTERRUPTED = "interrupted"
-_DEATHS = 3  # workers that may die at one task before the run stops
 
 Arguments = tuple[int, ...]
 
@@ -29,7 +29,8 @@ Arguments = tuple[int, ...]
 class Engine:
     """Workers, here or on the cluster `config.scheduler`. Leave its context to end them.
 
-    say: gets a line where something about the workers is worth one.
+    listener: tells whether no more tasks shall start, and is told about the workers.
+    keep: is called again and again; it raises where the study is not this process's any more.
     """
 
     def __init__(
@@ -37,10 +38,13 @@ class Engine:
         config: StudyConfig,
         parent_run: str,
         dataset: Dataset,
-        say: Callable[[str], None] = lambda _: None,
+        listener: Listener,
+        keep: Callable[[], None] = lambda: None,
     ) -> None:
         self._parent_run = parent_run
-        self._home = _home(config, parent_run, dataset, say)
+        self._home = _home(config, parent_run, dataset, listener.workers)
+        self._stopping = listener.stopping
+        self._keep = keep
 
     def __enter__(self) -> "Engine":
         return self
@@ -68,14 +72,20 @@ class Engine:
             on_death()
             return [] if results else [arguments]
 
-        self._run(task, [arguments], lambda _, result: results.append(result), missing)
+        def on_result(_: Arguments, result: Any) -> None:
+            results.append(result)
+
+        if self._run(task, [arguments], on_result, missing, self._why_stop) is not None:
+            raise Interrupted("interrupted by Ctrl-C", 130)
         return results[0]
+
+    def _why_stop(self) -> str | None:
+        return INTERRUPTED if self._stopping() else None
 
     def run_repeats(
         self,
         missing: Callable[[], list[tuple[int, int]]],
         on_repeat: Callable[[int, int, dict[str, Any]], None],
-        stopping: Callable[[], bool],
     ) -> bool:
         """Train finalists again until none is `missing` (trial, repeat); False where it stopped.
 
@@ -86,10 +96,7 @@ class Engine:
             number, repeat = arguments
             on_repeat(number, repeat, kept)
 
-        def why_stop() -> str | None:
-            return INTERRUPTED if stopping() else None
-
-        return self._run(tasks.repeat, missing(), on_result, missing, why_stop) is None
+        return self._run(tasks.repeat, missing(), on_result, missing, self._why_stop) is None
 
     def run_trials(
         self,
@@ -100,21 +107,19 @@ class Engine:
         timeout: float | None,
         patience: "Patience",
         max_failures: int,
-        stopping: Callable[[], bool],
     ) -> str | None:
         """Run a trial for every place, a failed one again; returns why it stopped early, if so.
 
         on_trial: gets every trial's outcome, in the order in which they end.
         on_death: is called when a worker has died; says which places are missing now, because a
         trial may have ended whose outcome did not arrive.
-        stopping: tells whether no more trials shall start.
         Raises RunError after `max_failures` failures in a row.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         failures = 0
 
         def why_stop() -> str | None:
-            if stopping():
+            if self._stopping():
                 return INTERRUPTED
             if deadline is not None and time.monotonic() >= deadline:
                 return f"--timeout: {timeout:g} s are over"
@@ -149,51 +154,55 @@ class Engine:
         first: Iterable[Arguments],
         on_result: Callable[[Arguments, Any], bool | None],
         missing: Callable[[], Iterable[Arguments]],
-        why_stop: Callable[[], str | None] = lambda: None,
+        why_stop: Callable[[], str | None],
     ) -> str | None:
         """Run `task` with each of the arguments in `first`; returns why it stopped early, if so.
 
         on_result: gets arguments and result, and tells whether to run that again.
         missing: after a worker has died, says what is to do now.
-        Raises RunError after three deaths at one task.
+        Raises RunError where workers die at one task again and again.
         """
         queue = deque(first)
         running: dict[Future[Any], Arguments] = {}
         deaths: Counter[Arguments] = Counter()
+        home = self._home
         while True:
+            self._keep()
             stopped = why_stop()
             died = False
-            while queue and not stopped and not died and len(running) < self._home.slots():
+            while queue and not stopped and not died and len(running) < home.slots():
                 arguments = queue.popleft()
                 try:
-                    running[self._home.submit(task, self._parent_run, *arguments)] = arguments
-                except self._home.deaths:
-                    self._home.bury()
+                    running[home.submit(task, self._parent_run, *arguments)] = arguments
+                except home.deaths:
+                    home.bury()
                     deaths[arguments] += 1
                     died = True
             if not running and not died and (stopped or not queue):
                 return stopped if queue else None
 
-            done = self._home.wait(running)
+            done = home.wait(running)
             while done:
                 future = done.pop()
                 arguments = running.pop(future)
                 try:
-                    result = future.result(0)
-                except self._home.deaths:
+                    again = on_result(arguments, future.result(0))
+                except home.not_begun:
+                    again = True
+                except home.deaths:
                     if not died:
                         died = True
-                        self._home.bury()
+                        home.bury()
                         done |= {future for future in running if future.done()}
                     deaths[arguments] += 1
                     continue
-                if on_result(arguments, result):
+                if again:
                     queue.appendleft(arguments)
             if died:
-                if any(count == _DEATHS for count in deaths.values()):
+                if any(count >= home.most_deaths for count in deaths.values()):
                     raise RunError(
-                        f"workers died {_DEATHS} times in a row {self._home.remedy}, and run the "
-                        "same command again"
+                        f"workers died {home.most_deaths} times at one task {home.remedy}, and run "
+                        "the same command again"
                     )
                 at_it = set(running.values())
                 queue = deque(left for left in missing() if left not in at_it)

@@ -117,8 +117,8 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             listener.mended(mended)
             missing = storage.missing_places(study, sampling.budget(config))
             listener.start(study, dataset, len(missing))
-            with engine.Engine(config, parent, dataset, listener.workers) as workers:
-                job = _Job(config, study, ledgers, listener, workers, keep)
+            with engine.Engine(config, parent, dataset, listener, keep) as workers:
+                job = _Job(config, study, ledgers, listener, workers)
                 stopped = job.search(missing)
                 if not listener.stopping():
                     job.train_finalists()
@@ -131,6 +131,8 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
                 ledgers.reconcile(str(interruption) or "interrupted")
                 ledger.close(parent, "KILLED")
             raise
+        except runner.TakenOver:
+            raise  # its trials and its parent run are another process's now
         except Exception as error:
             with contextlib.suppress(Exception):  # a database or server may be what failed
                 ledgers.reconcile(f"stopped with the run: {one_line(error)}")
@@ -198,7 +200,6 @@ class _Job:
         ledgers: Ledgers,
         listener: Listener,
         workers: engine.Engine,
-        keep: Callable[[], None],
     ) -> None:
         self.config = config
         self.study = study
@@ -207,7 +208,6 @@ class _Job:
         self.parent = ledgers.parent
         self.listener = listener
         self.workers = workers
-        self.keep = keep
         self.ran = 0
 
     def search(self, missing: list[int]) -> str | None:
@@ -223,7 +223,6 @@ class _Job:
 
         def on_trial(outcome: Outcome) -> None:
             nonlocal best
-            self.keep()
             self.ran += 1
             if outcome.value is not None:
                 best = outcome.value if best is None else max(best, outcome.value)
@@ -237,7 +236,6 @@ class _Job:
             timeout=self.config.timeout,
             patience=patience,
             max_failures=self.config.max_failures,
-            stopping=self.listener.stopping,
         )
 
     def train_finalists(self) -> None:
@@ -260,7 +258,7 @@ class _Job:
                 self.ledgers.write(seen)
             self.listener.repeat(number, repeat, seen.value, len(missing()))
 
-        if self.workers.run_repeats(missing, on_repeat, self.listener.stopping):
+        if self.workers.run_repeats(missing, on_repeat):
             ranking.settle(self.study, chosen, self.config)
 
     def register_winner(self) -> Winner:

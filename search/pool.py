@@ -42,6 +42,8 @@ class Pool:
     """Processes, started when the first task comes; where one dies, all are replaced."""
 
     deaths = (BrokenProcessPool,)
+    not_begun = ()  # ends of a task that say nothing of it
+    most_deaths = 3
     remedy = (
         "(out of memory?); use fewer --workers, a smaller --batch-size or a smaller --hidden-units"
     )

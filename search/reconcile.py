@@ -18,6 +18,7 @@ from search.contract import (
     METRICS,
     NUMBER,
     ORPHAN,
+    PARENT,
     STATUS,
     mirrored,
     params_of,
@@ -93,8 +94,8 @@ class Ledgers:
         at_rest: nobody runs the study, so its parent run must have ended; and every point of the
         curves is compared, which takes long, not their ends alone.
         """
+        runs = self.tracking.runs_of(self.parent)  # first: of a trial begun meanwhile there is none
         trials = self.study.get_trials(deepcopy=False)
-        runs = self.tracking.runs_of(self.parent)
         pairs = list(self._pairs(mirrored(trials), runs))
         return [
             *self._lost(trials, None),
@@ -176,7 +177,7 @@ class Ledgers:
                 yield Disagreement(f"{label}: no run", partial(self.write, trial))
                 continue
             run_id = run.info.run_id
-            if run_id not in nested:
+            if run_id not in nested and run.data.tags.get(PARENT) != self.parent:
                 yield Disagreement(
                     f"{label}: its run hangs under another parent",
                     partial(self.tracking.adopt, run_id, self.parent),

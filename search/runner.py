@@ -16,6 +16,10 @@ from search.database import ServerLock, is_postgresql, lock_file
 from search.urls import sqlite_path
 
 
+class TakenOver(RunError):
+    """Another process runs the study."""
+
+
 def is_this_process(config: StudyConfig) -> bool:
     """Whether this process holds the study."""
     return find(config) == _signature()
@@ -41,11 +45,11 @@ def find(config: StudyConfig) -> str | None:
 
 @contextlib.contextmanager
 def sole_runner(config: StudyConfig) -> Iterator[Callable[[], None]]:
-    """Hold the study: one process runs it at a time. Raises RunError where another does.
+    """Hold the study: one process runs it at a time. Raises TakenOver where another does.
 
     A file's lock is the operating system's and a PostgreSQL study's is the server's, so either goes
     with its holder, however that ends. Gives what takes the lock again where it went without that,
-    as by a restart of the server; it raises RunError where another process was faster.
+    as by a restart of the server; it raises TakenOver where another process was faster.
     """
     with _held_on_server(config) if is_postgresql(config.storage) else _held_here(config) as again:
         yield again
@@ -59,8 +63,8 @@ def _signature() -> str:
     return f"{_host()}, pid {os.getpid()}"
 
 
-def _taken(config: StudyConfig, holder: str | None) -> RunError:
-    return RunError(
+def _taken(config: StudyConfig, holder: str | None) -> "TakenOver":
+    return TakenOver(
         f"study {config.study_name} is being run by {holder or 'another process'}; wait for it, or "
         "give another --study-name"
     )

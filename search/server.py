@@ -11,7 +11,16 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
-from search.database import SERVER_TIMEOUT, is_cut, patient, server_lock, wait_for_server
+from search.config import InputError, one_line
+from search.database import (
+    SERVER_TIMEOUT,
+    connect_arguments,
+    is_cut,
+    patient,
+    server_lock,
+    wait_for_server,
+)
+from search.urls import redact
 
 HEARTBEAT = 10  # seconds between two signs of life of a trial
 GRACE = 60  # seconds without one after which it is lost; longer than a restart is waited for
@@ -29,7 +38,13 @@ def open_storage(url: str) -> "ServerStorage":
     Optuna's own first start does not survive another at the same time.
     """
     with server_lock(url, "Optuna's tables"):
-        return ServerStorage(url)
+        try:
+            return ServerStorage(url)
+        except RuntimeError as error:  # tables of another Optuna
+            raise InputError(
+                f"--storage must be a database of Optuna {optuna.__version__}, but "
+                f"{redact(url)} is not: {one_line(error)}"
+            ) from None
 
 
 class ServerStorage(RDBStorage):
@@ -39,7 +54,9 @@ class ServerStorage(RDBStorage):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             super().__init__(
-                braces(url), engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=HEARTBEAT
+                braces(url),
+                engine_kwargs={"pool_pre_ping": True, "connect_args": connect_arguments(url)},
+                heartbeat_interval=HEARTBEAT,
             )
         wait_for_server(self.engine)
 
@@ -57,8 +74,8 @@ class ServerStorage(RDBStorage):
         )
         with self.engine.connect() as connection:
             return {
-                number
-                for number, last, now in connection.execute(query)
+                trial_id
+                for trial_id, last, now in connection.execute(query)
                 if last is None or (now.replace(tzinfo=None) - last).total_seconds() > GRACE
             }
 

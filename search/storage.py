@@ -1,6 +1,7 @@
 """The Optuna side: check, create and open a study, own its trials, count what is missing."""
 
 import contextlib
+import os
 import socket
 import uuid
 import warnings
@@ -80,16 +81,15 @@ def _has_tables(url: str) -> bool:
 
 
 def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
-    """Raise InputError where the study exists with other settings; reads only."""
+    """Raise InputError where the study exists with other settings; a file is only read."""
     if not _has_tables(config.storage):
         return
     path = sqlite_path(config.storage)
-    url = (
-        config.storage
-        if path is None
-        else f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
-    )
-    storage = RDBStorage(server.braces(url), skip_table_creation=True)
+    if path is None:
+        storage: RDBStorage = server.open_storage(config.storage)
+    else:
+        url = f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
+        storage = RDBStorage(server.braces(url), skip_table_creation=True)
     try:
         study = optuna.load_study(study_name=config.study_name, storage=storage)
         _refuse_other(study, config, settings)
@@ -227,8 +227,11 @@ class PlacedStudy(optuna.Study):
         return trial
 
     def _check_place(self, number: int) -> None:
-        *others, mine = (t for t in trials_at(self, self.marks["place"]) if t.number <= number)
-        for trial in others:
+        begun = {t.number: t for t in trials_at(self, self.marks["place"]) if t.number <= number}
+        mine = begun.pop(number, None)
+        if mine is None:  # ended from outside, as by a second Ctrl-C
+            raise PlaceTaken
+        for trial in begun.values():
             if trial.state.is_finished() or trial.user_attrs["owner"] != self.marks["owner"]:
                 fail(self, mine, f"trial {trial.number} was begun in its place a moment earlier")
                 raise PlaceTaken
@@ -247,9 +250,18 @@ def owner() -> dict[str, Any]:
     process = psutil.Process()
     return {
         "host": socket.gethostname(),
+        "pids": _pids(),
         "pid": process.pid,
         "started": round(process.create_time(), 2),
     }
+
+
+def _pids() -> str | None:
+    """Whose pids this process's is one of: containers may share a host's name and not its pids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -261,7 +273,7 @@ def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
     mark = trial.user_attrs.get("owner")
     if mark is None:
         return True
-    here = mark["host"] == socket.gethostname()
+    here = (mark["host"], mark.get("pids")) == (socket.gethostname(), _pids())
     if here and _is_gone(mark):
         return True
     behind = server.of(study)
@@ -294,10 +306,12 @@ def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, url: s
         study._storage.set_trial_user_attr(trial._trial_id, name, value)
         return
     storage = open_storage(url)
-    storage.check_trial_is_updatable = lambda *_: None  # type: ignore[method-assign]
-    storage.set_trial_user_attr(trial._trial_id, name, value)
+    try:
+        storage.check_trial_is_updatable = lambda *_: None  # type: ignore[method-assign]
+        storage.set_trial_user_attr(trial._trial_id, name, value)
+    finally:
+        close(storage)
     trial.user_attrs[name] = value  # Optuna keeps finished trials, and reads no more
-    close(storage)
 
 
 def close(storage: RDBStorage) -> None:

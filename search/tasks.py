@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from search.config import RunError, StudyConfig, one_line
@@ -26,6 +27,7 @@ class Unfit(RunError):
 _prepared: dict[str, tuple[StudyConfig, Dataset, int]] = {}
 _workers: dict[tuple[str, int], "Worker"] = {}  # by parent run and thread
 _one_at_a_time = threading.Lock()
+_PATIENCE = 30  # seconds that servers which a cluster's worker doesn't reach get to come back
 
 
 def prepare(parent_run: str, config: StudyConfig, dataset: Dataset, threads: int = 1) -> None:
@@ -33,13 +35,14 @@ def prepare(parent_run: str, config: StudyConfig, dataset: Dataset, threads: int
 
     threads: how many tasks run at once in this process.
     """
+    forget(parent_run)  # what a run that was killed has left, with its settings
     _prepared[parent_run] = config, dataset, threads
 
 
 def forget(parent_run: str) -> None:
     """Let go of what `prepare` brought, and of the connections of its workers."""
     _prepared.pop(parent_run, None)
-    for key in [key for key in _workers if key[0] == parent_run]:
+    for key in [key for key in list(_workers) if key[0] == parent_run]:
         _workers.pop(key).close()
 
 
@@ -50,17 +53,25 @@ def _worker(parent_run: str) -> "Worker":
         if parent_run not in _prepared:
             raise NotPrepared
         config, dataset, threads = _prepared[parent_run]
-        try:
-            with _one_at_a_time:
-                make = load_trial()
-            _workers[key] = make(config, parent_run, dataset, threads)
-        except Exception as error:
-            if config.scheduler is None:
-                raise
-            raise Unfit(
-                f"it can't open the study ({type(error).__name__}: {one_line(error)}); give a "
-                "--storage and a --tracking-uri that the workers reach, too"
-            ) from None
+        deadline = time.monotonic() + (0 if config.scheduler is None else _PATIENCE)
+        while True:
+            try:
+                with _one_at_a_time:
+                    worker = load_trial()(config, parent_run, dataset, threads)
+                break
+            except Exception as error:
+                if config.scheduler is None:
+                    raise
+                if time.monotonic() > deadline:
+                    raise Unfit(
+                        f"it can't open the study ({type(error).__name__}: {one_line(error)}); "
+                        "give a --storage and a --tracking-uri that the workers reach, too"
+                    ) from None
+                time.sleep(1)
+        if parent_run not in _prepared:  # the run has ended meanwhile
+            worker.close()
+            raise NotPrepared
+        _workers[key] = worker
     return _workers[key]
 
 
@@ -78,9 +89,9 @@ def run_trial(parent_run: str, place: int) -> Outcome:
     return _worker(parent_run).run_trial(place)
 
 
-def repeat(parent_run: str, number: int, time: int) -> dict[str, Any]:
+def repeat(parent_run: str, number: int, which: int) -> dict[str, Any]:
     """As `trial.Worker.repeat`."""
-    return _worker(parent_run).repeat(number, time)
+    return _worker(parent_run).repeat(number, which)
 
 
 def retrain(parent_run: str, number: int) -> str:

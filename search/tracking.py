@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ from search.urls import redact, sqlite_path, sqlite_url
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's UI opens it
+_address = threading.RLock()
 _BATCH = 900  # MLflow takes 1,000 entries a call
 
 
@@ -328,7 +330,11 @@ class Tracking:
 
     @contextlib.contextmanager
     def addressed(self) -> Iterator[None]:
-        """Let MLflow's functions that take no address work here."""
+        """Let MLflow's functions that take no address work here, and nowhere else meanwhile."""
+        with _address:
+            yield from self._addressed()
+
+    def _addressed(self) -> Iterator[None]:
         uris: Any = None, None
         if mlflow.is_tracking_uri_set():  # type: ignore[no-untyped-call]
             uris = mlflow.get_tracking_uri(), mlflow.get_registry_uri()

@@ -34,8 +34,10 @@ class TrainingDiverged(Exception):
 def one_thread_each(trainings: int) -> None:
     """Give TensorFlow a thread for each of so many trainings at once, in as many threads.
 
-    Has no effect once TensorFlow has run.
+    Has no effect on TensorFlow once it has run.
     """
+    global _alone
+    _alone = trainings == 1
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(trainings)
@@ -235,13 +237,14 @@ class _OfThread(threading.local):
 
 
 _mine = _OfThread()
+_alone = True  # no other thread of this process trains
 
 
 def _clear_now_and_then() -> None:
     """TensorFlow keeps a kernel for every variable ever made, and Keras' networks are cycles that
     Python collects late: without this a worker grows by a megabyte a network of MNIST's size."""
-    if _mine.trained % _CLEAR_EVERY == _CLEAR_EVERY - 1:
-        keras.backend.clear_session()
+    if _mine.trained % _CLEAR_EVERY == _CLEAR_EVERY - 1 and _alone:
+        keras.backend.clear_session()  # of all threads, also of one that builds a network
     _mine.trained += 1
 
 

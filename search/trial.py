@@ -58,10 +58,12 @@ class Worker:
         self.facts = self.study.user_attrs["facts"]
         self.owner = {**storage.owner(), "thread": threading.get_ident()}
         self.environment = environment.here()
+        self.closed = False
         self.rest_until = 0.0  # by the monotonic clock: MLflow failed, and is left alone
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and begin nothing more."""
+        self.closed = True
         behind = server.of(self.study)
         if behind is not None:
             storage.close(behind)
@@ -76,6 +78,8 @@ class Worker:
         found = self._find(place)
         if found is not None:
             return outcome_of(found)
+        if self.closed:
+            raise RunError("the run has ended")
         try:
             return self._run_trial(place)
         except storage.PlaceTaken:

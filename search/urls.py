@@ -21,7 +21,10 @@ def same_database(storage: str, tracking_uri: str) -> bool:
     """Whether both URLs lead to one database."""
     paths = sqlite_path(storage), sqlite_path(tracking_uri)
     if None in paths:
-        return storage.split("?")[0] == tracking_uri.split("?")[0]
+        one_url, other_url = (
+            re.sub(r"^(\w+)\+\w+", r"\1", url.split("?")[0]) for url in (storage, tracking_uri)
+        )
+        return one_url == other_url
     one, other = (path.resolve() for path in paths if path is not None)
     both = os.path.exists(one) and os.path.exists(other)  # False, too, for a name too long
     return one == other or (both and os.path.samefile(one, other))

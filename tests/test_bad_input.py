@@ -309,7 +309,7 @@ NO_DISK = "with --scheduler, because the workers of a cluster share no disk, but
     [
         (
             {"storage": "sqlite:///study.db"},
-            ("--storage must be a database server", "sqlite:///study.db", "for example --storage"),
+            ("--storage must be PostgreSQL's", "sqlite:///study.db", "for example --storage"),
         ),
         (
             {"tracking_uri": "sqlite:///mlflow.db"},

@@ -24,6 +24,7 @@ from search import engine, pipeline, pool
 from search.config import StudyConfig
 from search.data import Dataset
 from search.engine import Patience
+from search.listener import Listener
 from search.outcome import Outcome
 from search.pool import InProcess
 
@@ -111,7 +112,7 @@ def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
     pools = iter([Scripted(submitted, True), Scripted(submitted, False)])
     monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda *_, **__: next(pools))
     told: list[int] = []
-    with engine.Engine(StudyConfig(workers=2), "run", dataset) as workers:
+    with engine.Engine(StudyConfig(workers=2), "run", dataset, Listener()) as workers:
         stopped = workers.run_trials(
             range(4),
             lambda outcome: told.append(outcome.place),
@@ -119,7 +120,6 @@ def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
             timeout=None,
             patience=Patience(None),
             max_failures=5,
-            stopping=lambda: False,
         )
     assert stopped is None
     assert submitted == [0, 1, 1, 2, 3]  # two were running, so both died
@@ -251,7 +251,7 @@ def test_three_deaths_in_a_row_end_the_run_in_one_line(tmp_path: Path, clouds: P
     _, err = process.communicate()
     assert process.returncode == 1
     assert err.count("\n") == 1
-    assert err.startswith("error: workers died 3 times in a row")
+    assert err.startswith("error: workers died 3 times at one task")
     assert len(killed) >= 3
     found = invariants.check(tmp_path, 0, registered=False)
     assert found["parent"].info.status == "FAILED"

@@ -305,7 +305,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
 
     config = StudyConfig(
         dataset=str(clouds),
-        n_trials=10,
+        n_trials=7,
         epochs=25,
         hidden_units="8",
         report="none",
@@ -317,8 +317,8 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
     finally:
         over.set()
         cutting.join()
-    assert cuts > 40
-    found = invariants.check(in_folder, 10, url=url)
+    assert cuts > 30
+    found = invariants.check(in_folder, 7, url=url)
     assert pipeline.run(config).mended == ()
     begun = {TrialState.COMPLETE, TrialState.PRUNED}
     unheard = [trial for trial in found["trials"] if trial.state not in begun]
