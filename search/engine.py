@@ -16,6 +16,7 @@ from search.data import Dataset
 from search.listener import Listener
 from search.outcome import Outcome
 from search.pool import Pool
+from search.signals import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from search.cluster import Cluster
@@ -76,7 +77,7 @@ class Engine:
             results.append(result)
 
         if self._run(task, [arguments], on_result, missing, self._why_stop) is not None:
-            raise Interrupted("interrupted by Ctrl-C", 130)
+            raise Interrupted("interrupted by Ctrl-C", EXIT_INTERRUPTED)
         return results[0]
 
     def _why_stop(self) -> str | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _REFRESH = 0.25  # seconds
 _POLL = 1.0  # seconds between two looks at the running trials
+_SHOWN = 8  # running trials; a cluster may have hundreds
 _BAR = 24  # characters
 _END = "\0the end of the panel\n"
 
@@ -171,13 +172,16 @@ class Panel(Lines):
         for title in ("best", "reference"):
             if title in self._standing:
                 yield f"{title:9s}  {self._standing[title]}"
-        for trial in sorted(self._running, key=lambda trial: trial.number):
+        running = sorted(self._running, key=lambda trial: trial.number)
+        for trial in running[:_SHOWN]:
             history = trial.user_attrs.get("history", [])
             worker = trial.user_attrs.get("owner", {}).get("pid", "")
             last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
             epoch = min(len(history) + 1, self._epochs)
             yield f"worker {worker}  trial {trial.number}  epoch {epoch}/{self._epochs}  {last}"
-        if self._doing and not self._running:
+        if len(running) > _SHOWN:
+            yield f"and {len(running) - _SHOWN} more"
+        if self._doing and not running:
             yield self._doing
 
 

@@ -22,6 +22,7 @@ from terminal import Terminal
 from search import display
 from search.config import StudyConfig
 from search.outcome import Outcome
+from search.panel import Panel
 from search.pipeline import Result, Winner
 from search.promotion import Verdict
 from search.ranking import Finalist
@@ -294,6 +295,14 @@ def test_the_panel_shows_how_the_search_stands_and_leaves_whole_lines(
     assert sum(LINE.fullmatch(line) is not None for line in lines) == trials
     assert not any("passed" in line or line.startswith("worker ") for line in lines)
     assert any(line.startswith("Registered as MNIST_DNN_Model version 1") for line in lines)
+
+
+def test_the_panel_shows_eight_trials_of_a_cluster_and_counts_the_rest() -> None:
+    below = Panel(Console(file=io.StringIO()))
+    below._running = [trial(number, TRIED, 0.5) for number in range(70, 0, -1)]
+    lines = list(below._below())
+    assert [line.split("  ")[1] for line in lines[:-1]] == [f"trial {n}" for n in range(1, 9)]
+    assert lines[-1] == "and 62 more"
 
 
 def test_ctrl_c_tears_no_line(terminal: Callable[..., Terminal], clouds: Path) -> None:
