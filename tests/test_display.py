@@ -301,7 +301,9 @@ def test_the_panel_shows_eight_trials_of_a_cluster_and_counts_the_rest() -> None
     below = Panel(Console(file=io.StringIO()))
     below._running = [trial(number, TRIED, 0.5) for number in range(70, 0, -1)]
     lines = list(below._below())
-    assert [line.split("  ")[1] for line in lines[:-1]] == [f"trial {n}" for n in range(1, 9)]
+    assert [line.split("  ")[1].strip() for line in lines[:-1]] == [
+        f"trial {n}" for n in range(1, 9)
+    ]
     assert lines[-1] == "and 62 more"
 
 
