@@ -78,8 +78,6 @@ class Worker:
         found = self._find(place)
         if found is not None:
             return outcome_of(found)
-        if self.closed:
-            raise RunError("the run has ended")
         try:
             return self._run_trial(place)
         except storage.PlaceTaken:
@@ -87,7 +85,7 @@ class Worker:
 
     def _find(self, place: int) -> FrozenTrial | None:
         """The finished trial at `place`; one that runs is waited for, unless it is lost."""
-        while True:
+        while not self.closed:
             alive = False
             for trial in storage.trials_at(self.study, place):
                 if trial.state.is_finished():
@@ -99,6 +97,7 @@ class Worker:
             if not alive:
                 return None
             time.sleep(_LOOK)  # at what another process writes
+        raise RunError("the run has ended")
 
     def _run_trial(self, place: int) -> Outcome:
         _, seed = sampling.seeds(self.config.seed, place)
