@@ -53,7 +53,7 @@ from search.urls import redact, sqlite_path, sqlite_url
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's UI opens it
-_address = threading.RLock()
+_address = threading.RLock()  # around the address that MLflow keeps for the whole process
 _BATCH = 900  # MLflow takes 1,000 entries a call
 
 
