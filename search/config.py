@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from search import space
-from search.urls import redact, same_database
+from search.urls import is_postgresql, redact, same_database
 
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 """The modules of keras.datasets, beside mnist, that hold images with integer labels."""
@@ -194,7 +194,7 @@ class StudyConfig:
 
     def _check_reach(self) -> None:
         """Raise InputError where other machines can't reach what both ledgers are kept in."""
-        if not self.storage.startswith("postgresql"):
+        if not is_postgresql(self.storage):
             raise InputError(
                 "--storage must be PostgreSQL's with --scheduler, because the workers of a "
                 f"cluster share no disk, but got {redact(self.storage)}; for example "

@@ -19,7 +19,7 @@ from filelock import FileLock
 from sqlalchemy.engine import Engine
 
 from search.config import InputError, one_line
-from search.urls import redact, sqlite_url
+from search.urls import is_postgresql, redact, sqlite_url
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -160,9 +160,8 @@ def connect_arguments(url: str) -> dict[str, Any]:
 
     Parameters of libpq, so of the drivers psycopg and psycopg2.
     """
-    if sqlalchemy.make_url(url).get_backend_name() != "postgresql":
-        return {}
-    if not sqlalchemy.make_url(url).get_dialect().driver.startswith("psycopg"):
+    dialect = sqlalchemy.make_url(url).get_dialect()
+    if dialect.name != "postgresql" or not dialect.driver.startswith("psycopg"):
         return {}
     keepalives = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
     return {**keepalives, "tcp_user_timeout": 30_000}
@@ -280,11 +279,6 @@ _KEEPALIVES = (  # seconds, so that a host that went down loses its locks
     *(("tcp_keepalives_idle", "15"), ("tcp_keepalives_interval", "5")),
     ("tcp_keepalives_count", "3"),
 )
-
-
-def is_postgresql(url: str) -> bool:
-    """Whether `url` is of a PostgreSQL server, which has locks of its own."""
-    return url.startswith("postgresql")
 
 
 @contextlib.contextmanager

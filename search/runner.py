@@ -12,8 +12,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from search.config import RunError, StudyConfig
-from search.database import ServerLock, is_postgresql, lock_file
-from search.urls import sqlite_path
+from search.database import ServerLock, lock_file
+from search.urls import is_postgresql, sqlite_path
 
 
 class TakenOver(RunError):

@@ -17,6 +17,11 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite:///{quote(str(path))}"
 
 
+def is_postgresql(url: str) -> bool:
+    """Whether `url` is of a PostgreSQL server, which has locks of its own."""
+    return url.startswith("postgresql")
+
+
 def same_database(storage: str, tracking_uri: str) -> bool:
     """Whether both URLs lead to one database."""
     paths = sqlite_path(storage), sqlite_path(tracking_uri)

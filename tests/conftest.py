@@ -3,6 +3,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -162,6 +163,15 @@ def copy_databases(source: Path, target: Path) -> None:
             closing(sqlite3.connect(target / name)) as copy,
         ):
             database.backup(copy)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """What `condition` finds, as soon as it finds something."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
 
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[str]":

@@ -12,8 +12,10 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import requests
+import sqlalchemy
 
 
 def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -132,6 +134,16 @@ class Postgres:
         if (self._folder / "data" / "postmaster.pid").exists():
             self.stop()
         shutil.rmtree(self._folder)
+
+
+def ask(url: str, query: str, **values: Any) -> list[Any]:
+    """What the database at `url` answers, as tuples."""
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        found = connection.execute(sqlalchemy.text(query), values)
+        rows = [tuple(row) for row in found] if found.returns_rows else []
+    engine.dispose()
+    return rows
 
 
 class Proxy:

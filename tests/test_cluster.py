@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 
 import invariants
 import pytest
-import sqlalchemy
-from conftest import start
+from conftest import start, wait_until
 from optuna.trial import TrialState
-from servers import BINARIES, Dask, MlflowServer, Postgres, TcpProxy
+from servers import BINARIES, Dask, MlflowServer, Postgres, TcpProxy, ask
 
 from search import RunError, StudyConfig, cluster, doctor, pipeline, storage
 from search.contract import LOST
@@ -57,12 +55,7 @@ class Site:
 
     def ask(self, query: str, **values: Any) -> list[Any]:
         """What the study's database answers."""
-        engine = sqlalchemy.create_engine(self.postgres.url)
-        with engine.begin() as connection:
-            found = connection.execute(sqlalchemy.text(query), values)
-            rows = list(found) if found.returns_rows else []
-        engine.dispose()
-        return rows
+        return ask(self.postgres.url, query, **values)
 
     def at_full_strength(self) -> None:
         """Start the workers that are missing, and wait for them."""
@@ -178,15 +171,6 @@ def running(site: Site, config: StudyConfig) -> list[Any]:
         "(SELECT 1 FROM trial_intermediate_values v WHERE v.trial_id = t.trial_id)",
         name=config.study_name,
     )
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 90) -> Any:
-    """What `condition` finds, as soon as it finds something."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
 
 
 @contextlib.contextmanager

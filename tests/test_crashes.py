@@ -20,7 +20,7 @@ from typing import Any
 import crash
 import invariants
 import pytest
-from conftest import ROOT, command, mlflows_tables, start
+from conftest import ROOT, command, mlflows_tables, start, wait_until
 from optuna_dashboard import get_note
 from servers import MlflowServer, Proxy
 
@@ -210,10 +210,10 @@ def test_an_epoch_that_takes_long_is_ended_within_ten_seconds(
     long = ("--hidden-units", "16384", "--workers", "1", "--n-trials", "2")  # a minute an epoch
     process = start(tmp_path, *long)
     try:
-        wait_for(lambda: statuses(tmp_path, "RUNNING") >= 2)  # the parent's and a trial's run
+        wait_until(lambda: statuses(tmp_path, "RUNNING") >= 2)  # the parent's and a trial's run
         for number in numbers:
             os.kill(process.pid, number)
-            wait_for(lambda: not pending(process.pid))  # two at once would be one
+            wait_until(lambda: not pending(process.pid))  # two at once would be one
         began = time.monotonic()
         _, err = process.communicate(timeout=60)
         assert time.monotonic() - began < 10
@@ -240,13 +240,6 @@ def statuses(folder: Path, status: str) -> int:
     with closing(sqlite3.connect(path)) as database:
         query = "SELECT count(*) FROM runs WHERE status = ?"
         return int(database.execute(query, (status,)).fetchone()[0])
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 # ---- databases and disks -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import sqlalchemy
 from conftest import ROOT
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
-from servers import BINARIES, Postgres
+from servers import BINARIES, Postgres, ask
 from test_database import SETTINGS, killed_after
 
 from search import RunError, StudyConfig, pipeline, runner, server, storage
@@ -37,15 +37,6 @@ def postgres() -> Iterator[Postgres]:
 def url(postgres: Postgres, request: pytest.FixtureRequest) -> str:
     """A fresh database."""
     return postgres.create(f"d{abs(hash(request.node.name)) % 10**9}")
-
-
-def ask(url: str, query: str) -> list[Any]:
-    engine = sqlalchemy.create_engine(url)
-    with engine.begin() as connection:
-        found = connection.execute(sqlalchemy.text(query))
-        rows = [tuple(row) for row in found] if found.returns_rows else []
-    engine.dispose()
-    return rows
 
 
 # ---- the first start -----------------------------------------------------------------------------
