@@ -7,15 +7,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from search import config as settings
-from search import signals, urls
+from search import files, signals, urls
 from search.config import InputError, RunError, StudyConfig
+from search.recipe import HYPERPARAMETERS
 
 app = typer.Typer(
     add_completion=False,
@@ -38,9 +39,8 @@ _METAVARS = {
     "storage": "URL",
     "dataset": "NAME|FILE.npz",
     "validation_split": "SHARE",
-    "hidden_units": "SPACE",
-    "dropout_rate": "SPACE",
-    "learning_rate": "SPACE",
+    "model": "MODULE:FUNCTION",
+    **dict.fromkeys(HYPERPARAMETERS, "SPACE"),
     "tracking_uri": "URL",
     "experiment": "NAME",
     "model_name": "NAME",
@@ -48,7 +48,7 @@ _METAVARS = {
 
 
 def _study(
-    context: typer.Context, quiet: bool = False, config: str | None = None, **given: str | None
+    context: typer.Context, quiet: bool = False, **given: str | None
 ) -> Callable[[], int] | None:
     """Search the hyperparameters of a Keras network and leave the best in production.
 
@@ -56,8 +56,8 @@ def _study(
     twice.
     """
     if context.invoked_subcommand is None:
-        return functools.partial(run_study, build_config(config, given), quiet)
-    for name, text in (("config", config), *given.items()):
+        return functools.partial(run_study, build_config(given), quiet)
+    for name, text in given.items():
         if text is not None:
             raise typer.BadParameter(
                 f"{settings.flag(name)} must come after the verb: "
@@ -66,44 +66,48 @@ def _study(
     return None
 
 
-def _doctor(fix: bool = False, config: str | None = None, **given: str | None) -> Callable[[], int]:
+def _doctor(fix: bool = False, **given: str | None) -> Callable[[], int]:
     """Say what the two ledgers disagree about; exit code 1 if anything."""
-    return functools.partial(run_doctor, build_config(config, given), fix)
+    return functools.partial(run_doctor, build_config(given), fix)
 
 
-def _show(
-    *, json: bool = False, config: str | None = None, **given: str | None
-) -> Callable[[], int]:
+def _show(*, json: bool = False, **given: str | None) -> Callable[[], int]:
     """Show what the study has found, from the databases alone."""
-    return functools.partial(run_show, build_config(config, given), json)
+    return functools.partial(run_show, build_config(given), json)
 
 
-def _report(
-    output: str = "report.html", config: str | None = None, **given: str | None
-) -> Callable[[], int]:
+def _report(output: str = "report.html", **given: str | None) -> Callable[[], int]:
     """Write the report: one HTML file with every chart and trial."""
-    return functools.partial(run_report, build_config(config, given), output)
+    return functools.partial(run_report, build_config(given), output)
 
 
-def _reproduce(
-    *, trial: str | None = None, config: str | None = None, **given: str | None
-) -> Callable[[], int]:
+def _reproduce(*, trial: str | None = None, **given: str | None) -> Callable[[], int]:
     """Train a trial again and say whether every epoch is the same to the last digit."""
     if trial is not None and not trial.isdecimal():
         raise InputError(
             f"--trial must be a whole number, 0 or more, but got {trial!r}; for example --trial 0"
         )
     number = None if trial is None else int(trial)
-    return functools.partial(run_reproduce, build_config(config, given), number, given["dataset"])
+    return functools.partial(run_reproduce, build_config(given), number, given["dataset"])
 
 
-def _ui(config: str | None = None, **given: str | None) -> Callable[[], int]:
+def _ui(**given: str | None) -> Callable[[], int]:
     """Open the study in MLflow's and Optuna's own user interfaces, until Ctrl-C."""
-    return functools.partial(run_ui, build_config(config, given))
+    return functools.partial(run_ui, build_config(given))
+
+
+def _presets() -> Callable[[], int]:
+    """List the presets, searches that are ready to run with --preset NAME."""
+    return run_presets
 
 
 _PLACES = ("study_name", "storage", "tracking_uri", "model_name")
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _file(name: str, metavar: str, help: str) -> inspect.Parameter:
+    option = typer.Option(f"--{name}", metavar=metavar, help=help, rich_help_panel="Study")
+    return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[str | None, option])
 
 
 def _with_options(
@@ -112,20 +116,8 @@ def _with_options(
     """Give `function` an option for each of these settings, described where the setting is."""
     parameters = [
         *own,
-        inspect.Parameter(
-            "config",
-            _KEYWORD,
-            default=None,
-            annotation=Annotated[
-                str | None,
-                typer.Option(
-                    "--config",
-                    metavar="FILE.toml",
-                    help="Settings, the options' names as keys; the command line wins.",
-                    rich_help_panel="Study",
-                ),
-            ],
-        ),
+        _file("preset", "NAME", "A search that is ready to run: python study.py presets."),
+        _file("config", "FILE.toml", "Settings, the options' names as keys; they win over preset."),
     ]
     defaults = settings.defaults()
     for name in names:
@@ -195,11 +187,17 @@ for _name, _verb, *_parameters in (
 ):
     _names = ("study_name", "storage", "dataset") if _name == "reproduce" else _PLACES
     app.command(_name)(_with_options(_verb, _names, *_parameters))
+app.command("presets")(_presets)
 
 
-def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
-    """The settings: the command line before the environment, the file and the defaults."""
-    values: dict[str, Any] = {} if file is None else settings.read_file(file)
+def build_config(given: Mapping[str, str | None]) -> StudyConfig:
+    """The settings: the command line before the environment, the file, the preset, the defaults.
+
+    Raises InputError, also for a hyperparameter on the command line that would change nothing.
+    """
+    preset, file = given.get("preset"), given.get("config")
+    values: dict[str, Any] = {} if preset is None else files.read_preset(preset)
+    values.update({} if file is None else files.read_file(file))
     for name, option in settings.options().items():
         from_environment = os.environ.get(option.env) if option.env else None
         text = given.get(name)
@@ -207,7 +205,28 @@ def build_config(file: str | None, given: dict[str, str | None]) -> StudyConfig:
             text = from_environment
         if text is not None:
             values[name] = settings.from_text(name, text)
-    return StudyConfig(**values)
+    config = StudyConfig(**values)
+    for name in HYPERPARAMETERS:
+        if given.get(name) is not None:
+            _check_matters(name, config)
+    return config
+
+
+def _check_matters(name: str, config: StudyConfig) -> None:
+    space = config.space
+    if name not in space.parameters or (config.model and HYPERPARAMETERS[name].network):
+        raise InputError(
+            f"{settings.flag(name)} must be left out with --model, whose network has what its "
+            f"SPACE declares, but got {getattr(config, name)!r}; declare it there"
+        )
+    if not space.can_matter(name):
+        condition = space.conditions[name]
+        raise InputError(
+            f"{settings.flag(name)} matters only with {condition}, but got "
+            f"{getattr(config, name)!r} and {condition.parent} "
+            f"{space.parameters[condition.parent]}; give "
+            f"{settings.flag(condition.parent)} {condition.values[-1]}, too"
+        )
 
 
 def run_study(config: StudyConfig, quiet: bool = False) -> int:
@@ -276,6 +295,13 @@ def run_reproduce(config: StudyConfig, number: int | None, moved: str | None) ->
     elif done.differences:
         print("nothing that is recorded of the machine's kind and the packages has changed")
     return 1 if done.differences else 0
+
+
+def run_presets() -> int:
+    """Print the presets; returns the exit code."""
+    for name, line in files.presets().items():
+        print(f"{name:8s} {line}")
+    return 0
 
 
 def run_ui(config: StudyConfig) -> int:

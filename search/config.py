@@ -1,71 +1,44 @@
 """StudyConfig: every setting of a run, checked when it is built and never changed afterwards."""
 
-import difflib
-import math
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, get_args
 
-from search import space
+from search import own_model
+from search.errors import InputError, Interrupted, RunError
+from search.options import Option, refusal
+from search.recipe import HYPERPARAMETERS, differing, space_of
+from search.space import Space, text_of
 from search.urls import is_postgresql, redact, same_database
+
+__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig"]
 
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 """The modules of keras.datasets, beside mnist, that hold images with integer labels."""
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; nothing was created or changed. Exit code 2."""
-
-    exit_code = 2
-
-
-class RunError(Exception):
-    """The run had to stop; what it had finished is kept. Exit code 1."""
-
-    exit_code = 1
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user or the system ended the run; `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, reason: str, exit_code: int) -> None:
-        super().__init__(reason)
-        self.exit_code = exit_code
-
-
-@dataclass(frozen=True)
-class Option:
-    """What the command line, the settings file and the README say of a setting.
-
-    low, high: the ends of the allowed range; below: with low, an open interval instead.
-    choices, pattern: what a text may be. env: the environment's variable for it.
-    none: the word for None, of a setting that may be None.
-    """
-
-    group: str
-    help: str
-    low: float | None = None
-    high: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
-    pattern: str = ""
-    env: str = ""
-    none: str = "none"
 
 
 def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
     return field(default=default, metadata={"option": Option(group, help, **rules)})
 
 
-_NAME = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}"  # part of file names; MLflow stores up to 256
-_STUDY, _DATA, _SPACE, _TRAINING, _WINNER, _MLFLOW = (
+def _hyperparameter(name: str) -> Any:
+    known = HYPERPARAMETERS[name]
+    return _option(known.default, _NETWORK if known.network else _RECIPE, known.help)
+
+
+def _name(default: str, group: str, help: str) -> Any:
+    """Part of file names; MLflow stores up to 256 characters."""
+    rule = "letters, digits, '.', '_' and '-' only, at most 200, and no folder's name"
+    pattern = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}"
+    return _option(default, group, help, pattern=pattern, rule=rule)
+
+
+_STUDY, _DATA, _NETWORK, _RECIPE, _TRAINING, _WINNER, _MLFLOW = (
     "Study",
     "Data",
-    "Search space: V, V,V,V, LOW:HIGH, LOW:HIGH:STEP or LOW:HIGH:log",
+    "Search space, the network: V, V,V,V, LOW:HIGH, LOW:HIGH:STEP or LOW:HIGH:log",
+    "Search space, the training: the same notation",
     "Training",
     "Winner",
     "MLflow",
@@ -83,7 +56,7 @@ class StudyConfig:
         low=1,
         high=10**6,
     )
-    study_name: str = _option("mnist-dnn", _STUDY, "Name of the study.", pattern=_NAME)
+    study_name: str = _name("mnist-dnn", _STUDY, "Name of the study.")
     storage: str = _option("sqlite:///study.db", _STUDY, "Optuna's database.", env="OPTUNA_STORAGE")
     sampler: str = _option(
         "tpe", _STUDY, "How trials are proposed.", choices=("tpe", "random", "qmc", "grid")
@@ -136,13 +109,33 @@ class StudyConfig:
     validation_split: float = _option(
         0.1, _DATA, "Share of the training data, its end, that validates.", low=0, below=1
     )
-    hidden_units: str = _option("128,256,512,1024", _SPACE, "Width of the hidden layer.")
-    dropout_rate: str = _option("0.0:0.5", _SPACE, "Share of hidden activations dropped.")
-    learning_rate: str = _option("1e-4:1e-2:log", _SPACE, "Adam's step size.")
     epochs: int = _option(
         5, _TRAINING, "Passes over the training data in a trial.", low=1, high=10**6
     )
-    batch_size: int = _option(128, _TRAINING, "Examples in a step.", low=1, high=10**9)
+    model: str | None = _option(
+        None,
+        _NETWORK,
+        "Search your own network, which FUNCTION of the Python module MODULE makes, in its SPACE.",
+        pattern=own_model.NAME,
+        rule="MODULE:FUNCTION, a module that Python finds from here and a function of it",
+    )
+    hidden_units: str = _hyperparameter("hidden_units")
+    dropout_rate: str = _hyperparameter("dropout_rate")
+    learning_rate: str = _hyperparameter("learning_rate")
+    architecture: str = _hyperparameter("architecture")
+    conv_blocks: str = _hyperparameter("conv_blocks")
+    filters: str = _hyperparameter("filters")
+    hidden_layers: str = _hyperparameter("hidden_layers")
+    activation: str = _hyperparameter("activation")
+    batch_normalization: str = _hyperparameter("batch_normalization")
+    optimizer: str = _hyperparameter("optimizer")
+    weight_decay: str = _hyperparameter("weight_decay")
+    label_smoothing: str = _hyperparameter("label_smoothing")
+    batch_size: str = _hyperparameter("batch_size")
+    schedule: str = _hyperparameter("schedule")
+    early_stopping: str = _hyperparameter("early_stopping")
+    augmentation: str = _hyperparameter("augmentation")
+    augmentation_strength: str = _hyperparameter("augmentation_strength")
     finalists: int = _option(
         0,
         _WINNER,
@@ -165,16 +158,16 @@ class StudyConfig:
         "MLflow's database or tracking server.",
         env="MLFLOW_TRACKING_URI",
     )
-    experiment: str = _option(
-        "MNIST_Classification", _MLFLOW, "Experiment that holds the runs.", pattern=_NAME
-    )
-    model_name: str = _option(
-        "MNIST_DNN_Model", _MLFLOW, "Registered model that the winner becomes.", pattern=_NAME
-    )
+    experiment: str = _name("MNIST_Classification", _MLFLOW, "Experiment that holds the runs.")
+    model_name: str = _name("MNIST_DNN_Model", _MLFLOW, "Registered model that the winner becomes.")
 
     def __post_init__(self) -> None:
-        for name in options():
-            _check(name, getattr(self, name))
+        for name, option in options().items():
+            if name in HYPERPARAMETERS:
+                object.__setattr__(self, name, in_notation(getattr(self, name)))
+            wrong = refusal(flag(name), option, _kind(name), getattr(self, name), defaults()[name])
+            if wrong is not None:
+                raise InputError(wrong)
         _ = self.space
         if self.sampler == "grid":
             try:
@@ -208,29 +201,31 @@ class StudyConfig:
             )
 
     @cached_property
-    def space(self) -> space.Space:
-        """The search space that the three hyperparameter options describe."""
-        parameters = {}
-        for name in space.DOMAINS:
-            try:
-                parameters[name] = space.parse(name, getattr(self, name))
-            except ValueError as error:
-                raise InputError(f"{flag(name)} {error}") from None
-        return space.Space(**parameters)
+    def space(self) -> Space:
+        """The search space that the hyperparameters' options describe, or the user's own model."""
+        notation = {name: getattr(self, name) for name in HYPERPARAMETERS}
+        own = None if self.model is None else own_model.load(self.model).space
+        try:
+            return space_of(notation, own)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
     def settings(self, dataset_digest: str) -> dict[str, Any]:
         """What must stay the same for as long as a study lives: its fingerprint.
 
         The sampler and the pruner may change, but a grid stays a grid.
         """
+        model = {} if self.model is None else {"model": own_model.load(self.model).fingerprint}
+        size = self.space.parameters["batch_size"]
         return {
-            **{name: str(parameter) for name, parameter in self.space.as_dict().items()},
+            **{name: str(parameter) for name, parameter in differing(self.space).items()},
+            **model,
             "grid": self.sampler == "grid",
             "dataset": dataset_digest,
             "experiment": self.experiment,
             "validation_split": self.validation_split,
             "epochs": self.epochs,
-            "batch_size": self.batch_size,
+            "batch_size": self.space.fixed().get("batch_size", str(size)),
             "seed": self.seed,
         }
 
@@ -245,6 +240,13 @@ def defaults() -> dict[str, Any]:
     return {f.name: f.default for f in fields(StudyConfig)}
 
 
+def in_notation(value: Any) -> Any:
+    """A list, a number or a switch as the text that means the same; all else as it is."""
+    if isinstance(value, list | tuple):
+        return ",".join(str(in_notation(item)) for item in value)
+    return text_of(value) if isinstance(value, int | float) else value
+
+
 def flag(name: str) -> str:
     """The command line's word for the setting `name`."""
     return "--" + name.replace("_", "-")
@@ -254,54 +256,6 @@ def _kind(name: str) -> type:
     """The type of the setting `name`: int, float or str."""
     annotation = next(f.type for f in fields(StudyConfig) if f.name == name)
     return next(kind for kind in (*get_args(annotation), annotation) if isinstance(kind, type))
-
-
-def _check(name: str, value: Any) -> None:
-    """Raise InputError where `value` breaks the rule of the setting `name`."""
-    option, kind, default = options()[name], _kind(name), defaults()[name]
-    if value is None and default is None:
-        return
-    remedy = f"; for example {flag(name)} {2 if default is None else default}"
-    if isinstance(value, str) and option.choices:
-        near = difflib.get_close_matches(value, option.choices, n=1)
-        remedy = f"; did you mean {near[0]}?" if near else remedy
-    accepted = (int, float) if kind is float else (kind,)
-    fits = isinstance(value, accepted) and not isinstance(value, bool)
-    if not fits or not _holds(value, option):
-        raise InputError(f"{flag(name)} must be {_rule(option, kind)}, but got {value!r}{remedy}")
-
-
-def _holds(value: Any, option: Option) -> bool:
-    if isinstance(value, str):
-        return (
-            value.strip() != ""
-            and "\0" not in value
-            and (not option.choices or value in option.choices)
-            and (not option.pattern or re.fullmatch(option.pattern, value) is not None)
-        )
-    return (
-        (isinstance(value, int) or math.isfinite(value))
-        and (option.low is None or value >= option.low)
-        and (option.high is None or value <= option.high)
-        and (option.below is None or option.low is None or option.low < value < option.below)
-    )
-
-
-def _rule(option: Option, kind: type) -> str:
-    if option.choices:
-        return "one of " + ", ".join(option.choices)
-    if option.pattern:
-        return "letters, digits, '.', '_' and '-' only, at most 200, and no folder's name"
-    if kind is str:
-        return "text, not empty"
-    noun = "a whole number" if kind is int else "a number"
-    if option.none != "none":
-        noun = f"{option.none} or {noun}"
-    if option.below is not None:
-        return f"{noun} between {option.low:g} and {option.below:g}"
-    if option.high is not None:
-        return f"{noun} from {option.low:g} to {option.high:.10g}"
-    return f"{noun}, {option.low:g} or more"
 
 
 def from_text(name: str, text: str) -> Any:
@@ -315,47 +269,6 @@ def from_text(name: str, text: str) -> Any:
         return kind(text)
     except ValueError:
         return text  # StudyConfig refuses it and names the rule
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """The settings in a TOML file, its keys the options' names with - or _.
-
-    A list is read as the list notation, a number as a fixed hyperparameter. Raises InputError.
-    """
-    try:
-        loaded = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"--config must name a readable TOML file, but {path!r} is not: {error.strerror}; "
-            "check the path"
-        ) from None
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
-        raise InputError(
-            f"--config must name a TOML file, but {path!r} is not: {_one_line(error)}; "
-            "write lines like n-trials = 50"
-        ) from None
-    known = options()
-    settings = {}
-    for key, value in loaded.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise InputError(
-                f"--config {path}: every key must be an option's name, but got {key!r}; "
-                f"did you mean {near.replace('_', '-')}?"
-            )
-        if name in space.DOMAINS:
-            value = _as_notation(value)
-        settings[name] = from_text(name, value) if isinstance(value, str) else value
-    return settings
-
-
-def _as_notation(value: Any) -> Any:
-    if isinstance(value, list):
-        return ",".join(str(item) for item in value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return value
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """What the MLflow runs of a study shall hold, as it follows from the study's trials alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
 ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_version"
+BEST_EPOCH = "optuna.best_epoch"  # from 0; of a trial with early stopping
 MODEL_URI = "model_uri"  # of a retraining's run: it was carried through
 COMMIT = "mlflow.source.git.commit"
 LINEAGE = (  # whence a model is: tags of its run and its version, and metadata of the model itself
@@ -57,7 +58,7 @@ def _as_trial(trial: FrozenTrial, repeat: int, kept: Mapping[str, Any]) -> Froze
     failed = "failure" in kept
     seen = create_trial(
         state=TrialState.FAIL if failed else TrialState.COMPLETE,
-        value=None if failed else kept["history"][-1]["val_accuracy"],
+        value=None if failed else kept.get("value", kept["history"][-1]["val_accuracy"]),
         params=trial.params,
         distributions=trial.distributions,
         user_attrs={
@@ -91,11 +92,23 @@ def tags_of(trial: FrozenTrial) -> dict[str, str]:
         tags[FINALIST] = str(trial.user_attrs["repeat"])
     else:
         tags[STATE] = trial.state.name
+    if "best_epoch" in trial.user_attrs:
+        tags[BEST_EPOCH] = str(trial.user_attrs["best_epoch"])
     if "model_version" in trial.user_attrs:
         tags[MODEL] = trial.user_attrs["model_version"]
     if trial.state is TrialState.FAIL:
         tags[FAILURE] = trial.user_attrs.get("failure", "unknown")  # `reconcile` writes one
     return tags
+
+
+def best_epoch(history: Sequence[Mapping[str, float]], *, stopping: bool) -> int:
+    """The epoch, from 0, whose weights a training ends with.
+
+    The last one, or with early stopping the first of those with the highest val_accuracy.
+    """
+    if not stopping:
+        return len(history) - 1
+    return max(range(len(history)), key=lambda epoch: history[epoch]["val_accuracy"])
 
 
 def params_of(trial: FrozenTrial, facts: Facts) -> dict[str, Any]:

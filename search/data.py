@@ -14,6 +14,7 @@ from search.config import KERAS_DATASETS, InputError, one_line
 
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 UINT8_SCALE = np.float32(1 / 255)  # a factor: TensorFlow turns a division into one anyway
+_CHANNELS = (1, 3)
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 Images = NDArray[np.uint8] | NDArray[np.float32]
@@ -90,6 +91,21 @@ def load(name: str, validation_split: float) -> Dataset:
             f"but got {name!r}; check the spelling"
         )
     return _prepare(name, arrays, validation_split)
+
+
+def check(dataset: Dataset, for_images: list[str]) -> None:
+    """Raise InputError where options that need images, `for_images`, meet other examples."""
+    if for_images and not is_image(dataset.sample_shape):
+        raise InputError(
+            f"{for_images[0]} needs images, examples of shape (height, width) or (height, width, "
+            f"channels), but those of {dataset.name} have the shape {dataset.sample_shape}; "
+            f"leave {for_images[0].split()[0]} at its default"
+        )
+
+
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether an example of this shape is a grey or a colour image."""
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in _CHANNELS)
 
 
 def _from_file(path: Path, name: str) -> dict[str, NDArray[Any]]:

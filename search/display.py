@@ -12,7 +12,7 @@ from rich.console import Console
 from search.config import Interrupted
 from search.listener import Listener
 from search.outcome import Outcome
-from search.space import Hyperparameters
+from search.recipe import describe, short
 from search.urls import redact
 
 if TYPE_CHECKING:
@@ -83,10 +83,11 @@ class Lines(Quiet):
 
     def trial(self, outcome: Outcome, best: float | None) -> None:
         """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""
-        value = "    --" if outcome.last is None else f"{outcome.last:.4f}"
+        last = outcome.last if outcome.value is None else outcome.value
+        value = "    --" if last is None else f"{last:.4f}"
         text = (
             f"trial {outcome.number:4d}  {outcome.state:8s}  val_accuracy {value}"
-            f"  {outcome.hyperparameters or ''}  {outcome.epochs} ep {outcome.seconds:5.1f} s"
+            f"  {describe(outcome.hyperparameters)}  {outcome.epochs} ep {outcome.seconds:5.1f} s"
             f"  best {'--' if best is None else f'{best:.4f}'}"
         )
         if outcome.failure:
@@ -180,7 +181,7 @@ def _chosen(result: "Result", winner: "Winner") -> str:
 
 
 def _row(title: str, trial: "FrozenTrial") -> str:
-    return f"{title:22s} val_accuracy {trial.value:.4f}  {Hyperparameters(**trial.params)}"
+    return f"{title:22s} val_accuracy {trial.value:.4f}  {describe(trial.params)}"
 
 
 def _mlflow_option(uri: str) -> str:
@@ -242,7 +243,7 @@ def _top(found: "Overview") -> Iterator[str]:
     )
     first = found.reference
     for row in [*found.top, *([] if first is None or first in found.top else [first])]:
-        tried = (f"{row.hyperparameters[name]:.4g}" for name in names)
+        tried = (short(row.hyperparameters.get(name)) for name in names)
         cells = [f"{row.number:5d}", f"{row.val_accuracy:12.4f}", *map(str.rjust, tried, widths)]
         note = " (reference)" if row == first else ""
         yield "  ".join([*cells, f"{row.epochs:6d}", f"{row.seconds:7.1f}", f"{row.run_id}{note}"])

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data import Dataset
+from search.data import Dataset, is_image
 
 DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
 _SHOWN = 12  # mistakes
-_CHANNELS = (1, 3)
 MANY = 20  # classes, from which the cells of the matrix are too small for numbers
 
 
@@ -66,11 +65,6 @@ def load(text: str) -> Evaluation:
     """What `save` wrote into DATA."""
     read = json.loads(text)
     return Evaluation(read["confusion"], [Mistake(**mistake) for mistake in read["mistakes"]])
-
-
-def is_image(shape: tuple[int, ...]) -> bool:
-    """Whether an example of this shape is a grey or a colour image."""
-    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in _CHANNELS)
 
 
 def _figure(path: Path, draw: Any) -> None:

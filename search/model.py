@@ -1,44 +1,148 @@
-"""The network: hyperparameters -> a compiled Keras model."""
+"""The network: hyperparameters -> a compiled Keras model, which takes flat examples."""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import keras
 
-from search.space import RECIPE, Hyperparameters
+from search import own_model
+from search.recipe import LOSS, OUTPUT_ACTIVATION
+
+MOMENTUM = 0.9  # of sgd, Nesterov's
+_seeding = threading.Lock()
 
 
 def build(
-    hyperparameters: Hyperparameters, features: int, classes: int, seed: int
+    tried: Mapping[str, Any],
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    own: str | None = None,
 ) -> keras.Sequential:
-    """A plain, compiled network: flat input -> Dense, ReLU -> Dropout -> Dense, softmax.
+    """The compiled network of `tried`, which has a value for every hyperparameter that matters.
 
-    It takes float32 of shape (n, features) and gives probabilities of shape (n, classes).
-    Its initial weights (Glorot and Bengio 2010, Keras' default) depend on `seed` alone.
+    shape: of one example; the network takes them made flat, float32 of shape (n, features), and
+    gives probabilities of shape (n, classes). own: the user's own model (`--model`), if any.
+    Its initial weights depend on `seed` alone.
     """
-    model = keras.Sequential(
-        [
-            keras.Input((features,), name="example"),
-            keras.layers.Dense(
-                hyperparameters.hidden_units,
-                activation=RECIPE["activation"],
-                kernel_initializer=keras.initializers.GlorotUniform(seed),
-                name="hidden",
-            ),
-            keras.layers.Dropout(hyperparameters.dropout_rate, seed=seed, name="dropout"),
-            keras.layers.Dense(
-                classes,
-                activation=RECIPE["output_activation"],
-                kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
-                name="probabilities",
-            ),
-        ],
-        name="dense_network",
-    )
+    if own is None:
+        layers = list(_layers(tried, shape, classes, seed))
+        name = f"{tried['architecture']}_network"
+    else:
+        layers = [keras.layers.Reshape(shape), _own(own, tried, shape, classes, seed)]
+        name = "own_network"
+    model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
     model.compile(
-        optimizer=keras.optimizers.Adam(hyperparameters.learning_rate),
-        loss=RECIPE["loss"],
+        optimizer=_optimizer(tried),
+        loss=LOSS,
         metrics=["accuracy"],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
     return model
+
+
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Height, width and channels of an example of this shape, grey or colour."""
+    height, width, *channels = shape
+    return height, width, channels[0] if channels else 1
+
+
+def _layers(
+    tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+) -> Iterator[keras.layers.Layer]:
+    """Convolutional blocks, for a cnn; hidden layers, each with its dropout; probabilities.
+
+    Every layer has a seed of its own. The weights begin as by Glorot and Bengio 2010, Keras'
+    default.
+    """
+    if tried["architecture"] == "cnn":
+        yield keras.layers.Reshape(image_shape(shape), name="image")
+        for block in range(tried["conv_blocks"]):
+            yield from _activated(
+                tried,
+                keras.layers.Conv2D,
+                tried["filters"] * 2**block,
+                3,
+                padding="same",
+                kernel_initializer=keras.initializers.GlorotUniform(seed + 100 + block),
+                name=f"convolution_{block + 1}",
+            )
+            yield keras.layers.MaxPooling2D(padding="same", name=f"pooling_{block + 1}")
+        yield keras.layers.Flatten(name="flat")
+    for layer in range(tried["hidden_layers"]):
+        suffix = f"_{layer + 1}" if layer else ""
+        yield from _activated(
+            tried,
+            keras.layers.Dense,
+            tried["hidden_units"],
+            kernel_initializer=keras.initializers.GlorotUniform(seed + layer + bool(layer)),
+            name=f"hidden{suffix}",
+        )
+        yield keras.layers.Dropout(
+            tried["dropout_rate"], seed=seed + layer, name=f"dropout{suffix}"
+        )
+    yield keras.layers.Dense(
+        classes,
+        activation=OUTPUT_ACTIVATION,
+        kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
+        name="probabilities",
+    )
+
+
+def _activated(
+    tried: Mapping[str, Any], kind: Any, *arguments: Any, name: str, **options: Any
+) -> Iterator[keras.layers.Layer]:
+    """A layer with its activation, and between them, if so tried, batch normalization."""
+    if not tried["batch_normalization"]:
+        yield kind(*arguments, activation=tried["activation"], name=name, **options)
+        return
+    yield kind(*arguments, use_bias=False, name=name, **options)  # the normalization has one
+    yield keras.layers.BatchNormalization(name=f"{name}_normalization")
+    yield keras.layers.Activation(tried["activation"], name=f"{name}_activation")
+
+
+def _optimizer(tried: Mapping[str, Any]) -> keras.optimizers.Optimizer:
+    """Keras' own; its learning rate is the schedule's highest."""
+    rate, decay = tried["learning_rate"], tried["weight_decay"] or None
+    if tried["optimizer"] == "sgd":
+        return keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True, weight_decay=decay)
+    if tried["optimizer"] == "nadam":
+        return keras.optimizers.Nadam(rate, weight_decay=decay)
+    if tried["optimizer"] == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=decay or 0.0)
+    return keras.optimizers.Adam(rate, weight_decay=decay)
+
+
+def _own(
+    name: str, tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+) -> keras.Model:
+    """The user's own network. Raises ValueError where it is none that can be trained and saved."""
+    own = own_model.load(name)
+    with _seeding:  # Keras draws the seeds of layers that have none from Python's global generator
+        keras.utils.set_random_seed(seed)
+        network = own.build({name: tried[name] for name in own.space}, shape, classes)
+    if not isinstance(network, keras.Sequential) and not (
+        isinstance(network, keras.Model) and hasattr(network, "operations")
+    ):
+        raise ValueError(
+            f"{name} must return a keras.Sequential or a functional keras.Model, but returned a "
+            f"{type(network).__name__}"
+        )
+    try:
+        gives = tuple(network.compute_output_shape((None, *shape)))
+    except Exception as error:  # whatever its layers raise
+        raise ValueError(
+            f"{name} must return a model that takes examples of shape {shape}, but it raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if gives != (None, classes):
+        raise ValueError(
+            f"{name} must return a model that gives a probability for each of {classes} classes, "
+            f"shape (None, {classes}), but it gives {gives}"
+        )
+    return network
 
 
 def trainable_parameters(model: keras.Model) -> int:

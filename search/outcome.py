@@ -1,15 +1,16 @@
 """What a worker tells of a trial; light, so that the main process can read it without Keras."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from search.space import Hyperparameters
+from search.space import Value
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a trial ended, as the engine and the display need it.
 
-    value: val_accuracy after the last epoch, of a COMPLETE trial.
+    value: val_accuracy of the weights that a COMPLETE trial ended with.
     last: val_accuracy after the last epoch that was run, where there was one.
     """
 
@@ -18,7 +19,7 @@ class Outcome:
     state: str
     value: float | None
     last: float | None
-    hyperparameters: Hyperparameters | None
+    hyperparameters: Mapping[str, Value]
     epochs: int
     seconds: float
     failure: str | None

@@ -12,7 +12,8 @@ from search import production, ranking, runner, storage
 from search.config import StudyConfig
 from search.production import Production
 from search.ranking import Finalist
-from search.space import REFERENCE
+from search.recipe import REFERENCE, short
+from search.space import Value
 from search.urls import redact
 
 SCHEMA = 1
@@ -27,7 +28,7 @@ class Row:
     number: int
     state: str
     val_accuracy: float | None
-    hyperparameters: dict[str, float]
+    hyperparameters: dict[str, Value]
     epochs: int
     seconds: float | None
     run_id: str | None
@@ -115,7 +116,7 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
     complete = ranking.ranked(trials)
     settings = study.user_attrs["settings"]
     epochs = int(settings["epochs"])
-    first, won = ranking.reference(trials), ranking.winner(study)
+    first, won = ranking.reference(trials, ranking.reference_of(study)), ranking.winner(study)
     return Overview(
         study=study.study_name,
         storage=redact(config.storage),
@@ -126,7 +127,7 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         pruned=states.count(TrialState.PRUNED),
         failed=states.count(TrialState.FAIL),
         unfinished=len([state for state in states if not state.is_finished()]),
-        space={name: settings[name] for name in REFERENCE.as_dict()},
+        space={name: settings[name] for name in study.user_attrs["facts"].get("space", REFERENCE)},
         best=row(complete[0]) if complete else None,
         reference=None if first is None else row(first),
         top=[row(trial) for trial in complete[:_TOP]],
@@ -184,11 +185,11 @@ def importances_of(study: optuna.Study) -> Importances | None:
     """Which hyperparameters matter; None where too few trials tell."""
     epoch, copy = comparable(study)
     trials = copy.get_trials(deepcopy=False)
-    varied = {
-        name: distribution
+    varied = {  # what only some trials were asked for can't be compared
+        name
         for trial in trials
         for name, distribution in trial.distributions.items()
-        if not distribution.single()
+        if not distribution.single() and all(name in other.params for other in trials)
     }
     if len(trials) < _ENOUGH or not varied:
         return None
@@ -196,7 +197,7 @@ def importances_of(study: optuna.Study) -> Importances | None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where all values are equal
-        shares = get_param_importances(copy, params=list(varied))
+        shares = get_param_importances(copy, params=sorted(varied))
     return Importances(epoch, len(trials), {name: float(share) for name, share in shares.items()})
 
 
@@ -274,7 +275,7 @@ def markdown(found: Overview, more: list[str]) -> str:
         names = list(found.space)
         rows = [
             [str(row.number), f"{row.val_accuracy:.4f}"]
-            + [f"{row.hyperparameters[name]:.4g}" for name in names]
+            + [short(row.hyperparameters.get(name)) for name in names]
             for row in found.top
         ]
         head = ["trial", "val_accuracy", *names]
@@ -286,4 +287,4 @@ def markdown(found: Overview, more: list[str]) -> str:
 
 
 def _tried(shown: Row) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in shown.hyperparameters.items())
+    return ", ".join(f"{name} {short(value)}" for name, value in shown.hyperparameters.items())

@@ -7,7 +7,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,7 +19,8 @@ from rich.text import Text
 
 from search.display import COLOURS, Lines, Quiet
 from search.outcome import Outcome
-from search.space import REFERENCE, Hyperparameters
+from search.recipe import describe
+from search.space import Value
 
 if TYPE_CHECKING:
     import optuna
@@ -48,6 +49,7 @@ class Panel(Lines):
         self._epochs = self._total = self._before = self._done = 0
         self._counts = dict.fromkeys(COLOURS, 0)
         self._standing: dict[str, str] = {}
+        self._reference: Mapping[str, Value] = {}
         self._best: float | None = None
         self._running: list[FrozenTrial] = []
         self._doing = "the workers are starting"
@@ -64,11 +66,11 @@ class Panel(Lines):
         from search import ranking
 
         trials = study.get_trials(deepcopy=False)
-        best, reference = ranking.best(trials), ranking.reference(trials)
+        self._reference = ranking.reference_of(study)
+        best, reference = ranking.best(trials), ranking.reference(trials, self._reference)
         for title, trial in (("best", best), ("reference", reference)):
             if trial is not None and trial.value is not None:
-                tried = Hyperparameters(**trial.params)
-                self._standing[title] = _stands(trial.value, trial.number, tried)
+                self._standing[title] = _stands(trial.value, trial.number, trial.params)
         self._best = None if best is None else best.value
         for trial in trials:
             if trial.state.name in self._counts:
@@ -126,7 +128,7 @@ class Panel(Lines):
             stands = _stands(outcome.value, outcome.number, outcome.hyperparameters)
             if self._best is None or outcome.value > self._best:
                 self._best, self._standing["best"] = outcome.value, stands
-            if outcome.hyperparameters == REFERENCE:
+            if outcome.hyperparameters == self._reference:
                 self._standing.setdefault("reference", stands)
 
     def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
@@ -185,8 +187,8 @@ class Panel(Lines):
             yield self._doing
 
 
-def _stands(value: float, number: int, tried: Hyperparameters | None) -> str:
-    return f"{value:.4f}  trial {number}  {tried}"
+def _stands(value: float, number: int, params: Mapping[str, Value]) -> str:
+    return f"{value:.4f}  trial {number}  {describe(params)}"
 
 
 def _short(line: str) -> Text:

@@ -16,6 +16,7 @@ from search import (
     presentation,
     promotion,
     ranking,
+    recipe,
     registry,
     runner,
     sampling,
@@ -98,6 +99,7 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
 def _run(config: StudyConfig, listener: Listener) -> Result:
     began = time.monotonic()
     dataset = data.load(config.dataset, config.validation_split)
+    data.check(dataset, recipe.needs_images(config.space))
     settings = config.settings(_short(dataset))
     storage.check(config)
     tracking.check(config.tracking_uri)
@@ -317,7 +319,7 @@ class _Job:
             config=self.config,
             best=ranking.best(trials),
             finalists=ranking.standing(self.study),
-            reference=ranking.reference(trials),
+            reference=ranking.reference(trials, self.config.space.reference()),
             winner=winner,
             parent_run_id=self.parent,
             complete=states.count(TrialState.COMPLETE),

@@ -3,6 +3,7 @@
 The best of many noisy results is partly luck, so the best trials can be trained again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -12,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import StudyConfig
 from search.contract import repeat_attr, repeats_of
-from search.space import REFERENCE
+from search.recipe import REFERENCE
+from search.space import Value
 
 _CHOICE = "finalists"  # the study's user attribute: which trials were compared, on how many seeds
 
@@ -47,10 +49,15 @@ def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
     return next(iter(ranked(trials)), None)
 
 
-def reference(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The first COMPLETE trial of the reference configuration."""
-    wanted = REFERENCE.as_dict()
+def reference(trials: list[FrozenTrial], wanted: Mapping[str, Value] | None) -> FrozenTrial | None:
+    """The first COMPLETE trial of the reference configuration `wanted`."""
     return next((t for t in trials if t.state is TrialState.COMPLETE and t.params == wanted), None)
+
+
+def reference_of(study: optuna.Study) -> Mapping[str, Value]:
+    """What a trial of the reference configuration has for params; nothing where there is none."""
+    found: Mapping[str, Value] = study.user_attrs["facts"].get("reference", REFERENCE)
+    return found
 
 
 def candidates(trials: list[FrozenTrial], config: StudyConfig) -> list[FrozenTrial]:
@@ -58,7 +65,7 @@ def candidates(trials: list[FrozenTrial], config: StudyConfig) -> list[FrozenTri
     if config.finalists == 0:
         return []
     chosen = ranked(trials)[: config.finalists]
-    first = reference(trials)
+    first = reference(trials, config.space.reference())
     return chosen if first is None or first in chosen else [*chosen, first]
 
 

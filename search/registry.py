@@ -18,9 +18,9 @@ from mlflow.models import Model, infer_signature
 
 from search import environment, evaluation
 from search.config import StudyConfig
-from search.contract import COMMIT, METRICS, MODEL_URI, NUMBER, STUDY, STUDY_UID
+from search.contract import COMMIT, METRICS, MODEL_URI, NUMBER, STUDY, STUDY_UID, best_epoch
 from search.data import Dataset, scaled
-from search.space import Hyperparameters
+from search.recipe import HYPERPARAMETERS, complete
 from search.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -41,13 +41,25 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
         STUDY: study.study_name,
         STUDY_UID: study.user_attrs["study_uid"],
         NUMBER: str(trial.number),
-        "lineage.hyperparameters": json.dumps(trial.params),
+        "lineage.hyperparameters": json.dumps(_recipe(study, trial)),
         "lineage.val_accuracy": repr(trial.value),
         "lineage.seed": str(trial.user_attrs["seed"]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
         "lineage.dataset": dataset.digest,
         "lineage.environment": json.dumps(environment.here()),
         **({} if commit is None else {COMMIT: commit}),
+    }
+
+
+def _recipe(study: "optuna.Study", trial: "FrozenTrial") -> dict[str, Any]:
+    """What `trial` tried, and what all trials have in common that a plain network has not."""
+    return {
+        **{
+            name: value
+            for name, value in study.user_attrs["facts"]["params"].items()
+            if name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].plain
+        },
+        **trial.params,
     }
 
 
@@ -70,20 +82,25 @@ def retrain(
     whence = lineage(study, trial, dataset)
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
     tracking.log_start(run_id, trial, study.user_attrs["facts"])
-    hyperparameters = Hyperparameters(**trial.params)
-    seed = trial.user_attrs["seed"]
-    network = model.build(hyperparameters, dataset.features, dataset.classes, seed)
+    tried = complete(trial.params, study.user_attrs["facts"]["params"])
+    then, seed = trial.user_attrs["history"], trial.user_attrs["seed"]
+    epochs = best_epoch(then, stopping=bool(tried["early_stopping"])) + 1
+    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
     losses = training.train(
         network,
         (dataset.x_all, dataset.y_all),
+        tried,
         epochs=config.epochs,
-        batch_size=config.batch_size,
         seed=seed,
+        shape=dataset.sample_shape,
+        only=epochs,
+        rates=[entry["learning_rate"] for entry in then if "learning_rate" in entry],
     )
     now = int(time.time() * 1000)
+    curves = {METRICS[name]: values for name, values in losses.items() if name in METRICS}
     history = [
-        {"epoch": epoch, "time_ms": now, **{METRICS[k]: losses[k][epoch] for k in losses}}
-        for epoch in range(config.epochs)
+        {"epoch": epoch, "time_ms": now, **{name: curves[name][epoch] for name in curves}}
+        for epoch in range(epochs)
     ]
     test = training.evaluate(network, (dataset.x_test, dataset.y_test))
     probabilities = network.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)

@@ -22,6 +22,7 @@ from search import overview, storage
 from search.config import StudyConfig
 from search.evaluation import MANY, Evaluation
 from search.overview import Overview
+from search.recipe import short
 
 _STATES = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
 _ACCURACY = "val_accuracy"
@@ -91,6 +92,7 @@ def build(study: optuna.Study, found: Overview, tested: Tested | None) -> str:
         tested=tested,
         mistakes=_mistakes(tested),
         names=list(found.space),
+        short=short,
         trials=[overview.row(trial) for trial in study.get_trials(deepcopy=False)],
         templates=json.dumps(
             {

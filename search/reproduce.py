@@ -1,13 +1,14 @@
 """Train a trial again from what its study holds, and compare every epoch to the last digit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from search import data, environment, ranking, storage
+from search import data, environment, own_model, ranking, storage
 from search.config import InputError, StudyConfig, differences
-from search.space import Hyperparameters
+from search.recipe import describe
 
 _COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
@@ -55,10 +56,11 @@ def reproduce(
             f"--dataset must be the data of the study, {settings['dataset']}, but "
             f"{name} has the digest {dataset.digest[:12]}; name the right file"
         )
+    model = _model_of(settings)
     then = trial.user_attrs["history"]
     say(f"{dataset}")
     say(
-        f"trial {trial.number} of study {study.study_name}: {Hyperparameters(**trial.params)}  "
+        f"trial {trial.number} of study {study.study_name}: {describe(trial.params)}  "
         f"seed {seed}  {len(then)} epochs"
     )
 
@@ -69,12 +71,13 @@ def reproduce(
     from search.trial import train_again
 
     training.one_thread_each(1)  # as a worker does
-    config = replace(config, epochs=len(then), batch_size=settings["batch_size"])
+    config = replace(config, epochs=settings["epochs"], model=model)
     now: list[dict[str, float]] = []
     recorded = trial.user_attrs.get("environment")
     diverged = []
     try:
-        train_again(config, dataset, trial, seed, now)
+        facts = study.user_attrs["facts"]
+        train_again(config, dataset, trial, facts, seed, now, only=len(then))
     except training.TrainingDiverged as error:
         diverged.append(f"epoch {len(now)}: {error}")
     return Reproduction(
@@ -91,6 +94,20 @@ def reproduce(
         ],
         changed=differences(recorded, environment.here()) if recorded else None,
     )
+
+
+def _model_of(settings: Mapping[str, Any]) -> str | None:
+    """The study's own model, if any. Raises InputError where its source has changed."""
+    if "model" not in settings:
+        return None
+    name = str(settings["model"]).split(" ")[0]
+    found = own_model.load(name).fingerprint
+    if found != settings["model"]:
+        raise InputError(
+            f"{name} must be the model of the study, {settings['model']}, but is now {found}; "
+            "bring back its source as it was"
+        )
+    return name
 
 
 def _find(trials: list[FrozenTrial], number: int) -> FrozenTrial:

@@ -12,7 +12,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.pruners import (
     BasePruner,
     HyperbandPruner,
@@ -24,7 +29,7 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, Random
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config import StudyConfig
-from search.space import REFERENCE, Hyperparameters, Space
+from search.space import Choice, Parameter, Space, Value
 
 
 def seeds(seed: int, place: int) -> tuple[int, int]:
@@ -51,19 +56,29 @@ def sampler(config: StudyConfig, place: int) -> BaseSampler:
     seed, _ = seeds(config.seed, place)
     if config.sampler == "grid":
         return _fixed(config.space.grid()[place], RandomSampler(seed))
-    if place == 0 and REFERENCE in config.space:
-        return _fixed(REFERENCE, RandomSampler(seed))
+    reference = config.space.reference()
+    if place == 0 and reference is not None:
+        return _fixed(reference, RandomSampler(seed))
     if config.sampler == "tpe":
-        return TPESampler(seed=seed)
+        return _tpe(seed, conditional=config.space.is_conditional())
     if config.sampler == "qmc":
         return _PlacedQMC(config.space, place, config.seed)
     return RandomSampler(seed)
 
 
-def _fixed(hyperparameters: Hyperparameters, base: BaseSampler) -> BaseSampler:
+def _fixed(params: Mapping[str, Value], base: BaseSampler) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return PartialFixedSampler(hyperparameters.as_dict(), base)
+        return PartialFixedSampler(dict(params), base)
+
+
+def _tpe(seed: int, *, conditional: bool) -> BaseSampler:
+    """Grouped where trials are asked for different things: each group is then one joint model."""
+    if not conditional:
+        return TPESampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=seed, multivariate=True, group=True)
 
 
 class _PlacedQMC(QMCSampler):
@@ -83,30 +98,18 @@ class _PlacedQMC(QMCSampler):
         return self._place
 
 
-class _Recorder:
-    """Takes the place of a trial to learn which distributions a space asks for."""
-
-    def __init__(self) -> None:
-        self.distributions: dict[str, BaseDistribution] = {}
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        self.distributions[name] = optuna.distributions.CategoricalDistribution(choices)
-        return choices[0]
-
-    def suggest_int(self, name: str, low: int, high: int, **rule: Any) -> int:
-        self.distributions[name] = optuna.distributions.IntDistribution(low, high, **rule)
-        return low
-
-    def suggest_float(self, name: str, low: float, high: float, **rule: Any) -> float:
-        self.distributions[name] = optuna.distributions.FloatDistribution(low, high, **rule)
-        return low
-
-
 def distributions(space: Space) -> Mapping[str, BaseDistribution]:
-    """Optuna's distributions for `space`."""
-    recorder = _Recorder()
-    space.suggest(recorder)
-    return recorder.distributions
+    """Optuna's distributions for all that a trial of `space` may be asked for."""
+    return {name: _distribution(parameter) for name, parameter in space.searched().items()}
+
+
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if isinstance(parameter, Choice):
+        return CategoricalDistribution(parameter.values)
+    low, high, step, log = parameter.low, parameter.high, parameter.step, parameter.log
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log, step=1 if step is None else int(step))
+    return FloatDistribution(low, high, log=log, step=step)
 
 
 def pruner(config: StudyConfig) -> BasePruner:

@@ -7,21 +7,23 @@ Every hyperparameter option takes one notation:
     0.0:0.5             a range, both ends included
     1e-4:1e-2:log       a range sampled on a logarithmic scale
     64:1024:64          a range with a step
+    relu,gelu           words: a value or a list
 """
 
-import itertools
+import difflib
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Protocol, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 Number = int | float
+Value = Number | str  # bool is an int
 
 
 class Suggests(Protocol):
     """The part of `optuna.Trial` that sampling needs; its arguments are Optuna's."""
 
-    def suggest_categorical(self, name: str, choices: tuple[Number, ...]) -> Number:
+    def suggest_categorical(self, name: str, choices: tuple[Any, ...]) -> Any:
         """One of `choices`."""
 
     def suggest_int(
@@ -35,21 +37,28 @@ class Suggests(Protocol):
         """A number from `low` to `high`."""
 
 
+def text_of(value: Value) -> str:
+    """`value` in the notation."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else f"{value:.12g}"
+
+
 @dataclass(frozen=True)
 class Choice:
     """One of `values`; a single value is a fixed hyperparameter."""
 
-    values: tuple[Number, ...]
+    values: tuple[Value, ...]
 
-    def suggest(self, trial: Suggests, name: str) -> Number:
+    def suggest(self, trial: Suggests, name: str) -> Value:
         """Let `trial` choose."""
-        return trial.suggest_categorical(name, self.values)
+        return cast(Value, trial.suggest_categorical(name, self.values))
 
-    def __contains__(self, value: Number) -> bool:
+    def __contains__(self, value: Value) -> bool:
         return value in self.values
 
     def __str__(self) -> str:
-        return ",".join(f"{value:.12g}" for value in self.values)
+        return ",".join(map(text_of, self.values))
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ class Range:
             return trial.suggest_int(name, self.low, self.high, step=step, log=self.log)
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
 
-    def __contains__(self, value: Number) -> bool:
-        if not self.low <= value <= self.high:
+    def __contains__(self, value: Value) -> bool:
+        if isinstance(value, str) or not self.low <= value <= self.high:
             return False
         return self.step is None or _divides(self.step, value - self.low)
 
@@ -89,126 +98,211 @@ def _divides(step: Number, length: Number) -> bool:
 
 
 @dataclass(frozen=True)
-class Domain:
-    """The values for which a hyperparameter means anything, whatever the user searches."""
+class Condition:
+    """A hyperparameter matters only where the one named `parent` has one of `values`."""
 
-    kind: type[int] | type[float]
-    rule: str
-    holds: Callable[[Number], bool]
-    example: str
-
-
-DOMAINS = {
-    "hidden_units": Domain(
-        int, "whole numbers from 1 to 65536", lambda v: 1 <= v <= 65536, "128,256,512,1024"
-    ),
-    "dropout_rate": Domain(float, "numbers from 0 to below 1", lambda v: 0 <= v < 1, "0.0:0.5"),
-    "learning_rate": Domain(
-        float, "numbers above 0, at most 10", lambda v: 0 < v <= 10, "1e-4:1e-2:log"
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What one trial tries.
-
-    hidden_units: width of the hidden layer, >= 1.
-    dropout_rate: share of hidden activations dropped in training, in [0, 1).
-    learning_rate: Adam's step size, > 0.
-    """
-
-    hidden_units: int
-    dropout_rate: float
-    learning_rate: float
-
-    def as_dict(self) -> dict[str, Number]:
-        """The hyperparameters by name, as both ledgers record them."""
-        return cast(dict[str, Number], asdict(self))
+    parent: str
+    values: tuple[Value, ...]
 
     def __str__(self) -> str:
-        return f"units {self.hidden_units:4d}  dropout {self.dropout_rate:.3f}  " + (
-            f"lr {self.learning_rate:.2e}"
-        )
-
-
-REFERENCE = Hyperparameters(hidden_units=512, dropout_rate=0.2, learning_rate=0.001)
-"""The configuration that most MNIST tutorials use: what a search has to beat."""
-
-
-RECIPE = {
-    "optimizer": "adam",
-    "activation": "relu",
-    "output_activation": "softmax",
-    "loss": "sparse_categorical_crossentropy",
-}
-"""What every network of the search has in common."""
+        return f"{self.parent} {' or '.join(map(text_of, self.values))}"
 
 
 @dataclass(frozen=True)
 class Space:
-    """What each hyperparameter may be."""
+    """What each hyperparameter may be, parents before the children that depend on them.
 
-    hidden_units: Parameter
-    dropout_rate: Parameter
-    learning_rate: Parameter
+    asked: those that a trial is asked for in any case. The others are asked for only where they
+    may be more than one thing or matter in some trials only: what is fixed for all needs no asking.
+    start: the configuration to begin with, of those that have a usual value.
+    """
 
-    def suggest(self, trial: Suggests) -> Hyperparameters:
-        """Let `trial` choose every hyperparameter."""
-        return Hyperparameters(
-            hidden_units=int(self.hidden_units.suggest(trial, "hidden_units")),
-            dropout_rate=float(self.dropout_rate.suggest(trial, "dropout_rate")),
-            learning_rate=float(self.learning_rate.suggest(trial, "learning_rate")),
+    parameters: Mapping[str, Parameter]
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+    asked: frozenset[str] = frozenset()
+    start: Mapping[str, Value] = field(default_factory=dict)
+
+    def suggest(self, trial: Suggests) -> dict[str, Value]:
+        """Let `trial` choose what is searched; returns that and what is fixed, where it matters."""
+        tried: dict[str, Value] = {}
+        for name, parameter in self.parameters.items():
+            if self._matters(name, tried):
+                tried[name] = (
+                    parameter.suggest(trial, name) if self.asks(name) else _only(parameter)
+                )
+        return tried
+
+    def asks(self, name: str) -> bool:
+        """Whether a trial is asked for `name`, where it matters."""
+        return self.can_matter(name) and (
+            name in self.asked
+            or not is_fixed(self.parameters[name])
+            or (name in self.conditions and not self.always_matters(name))
         )
 
-    def as_dict(self) -> dict[str, Parameter]:
-        """The parameters by name."""
-        return {name: getattr(self, name) for name in DOMAINS}
+    def can_matter(self, name: str) -> bool:
+        """Whether `name` matters in some trial."""
+        condition = self.conditions.get(name)
+        return condition is None or (
+            self.can_matter(condition.parent)
+            and any(value in self.parameters[condition.parent] for value in condition.values)
+        )
 
-    def __contains__(self, hyperparameters: Hyperparameters) -> bool:
-        values = hyperparameters.as_dict()
-        return all(values[name] in parameter for name, parameter in self.as_dict().items())
+    def always_matters(self, name: str) -> bool:
+        """Whether `name` matters in every trial."""
+        condition = self.conditions.get(name)
+        if condition is None:
+            return True
+        parent = self.parameters[condition.parent]
+        return (
+            self.always_matters(condition.parent)
+            and isinstance(parent, Choice)
+            and all(value in condition.values for value in parent.values)
+        )
 
-    def grid(self) -> list[Hyperparameters]:
-        """Every combination, the reference first where it is one of them.
+    def _matters(self, name: str, tried: Mapping[str, Value]) -> bool:
+        condition = self.conditions.get(name)
+        return condition is None or tried.get(condition.parent) in condition.values
+
+    def searched(self) -> dict[str, Parameter]:
+        """What trials are asked for, by name."""
+        return {name: p for name, p in self.parameters.items() if self.asks(name)}
+
+    def fixed(self) -> dict[str, Value]:
+        """What is the same for all trials and matters in all of them, by name."""
+        return {
+            name: _only(parameter)
+            for name, parameter in self.parameters.items()
+            if self.always_matters(name) and not self.asks(name)
+        }
+
+    def is_conditional(self) -> bool:
+        """Whether trials are asked for different things."""
+        return not all(self.always_matters(name) for name in self.searched())
+
+    def __contains__(self, params: Mapping[str, Value]) -> bool:
+        """Whether a trial may have been asked for just `params`."""
+        everything = {**self.fixed(), **params}
+        wanted = [name for name in self.searched() if self._matters(name, everything)]
+        return list(sorted(params)) == sorted(wanted) and all(
+            params[name] in self.parameters[name] for name in wanted
+        )
+
+    def reference(self) -> dict[str, Value] | None:
+        """What a trial is asked for in the configuration to begin with; None: it is not in here.
+
+        What is fixed stays as it is fixed.
+        """
+        tried: dict[str, Value] = {}
+        for name, parameter in self.parameters.items():
+            if not self._matters(name, tried):
+                continue
+            if name in self.asked or not is_fixed(parameter):
+                if name not in self.start or self.start[name] not in parameter:
+                    return None
+                tried[name] = self.start[name]
+            else:
+                tried[name] = _only(parameter)
+        return {name: value for name, value in tried.items() if self.asks(name)}
+
+    def grid(self) -> list[dict[str, Value]]:
+        """Everything that a trial may be asked for, the reference first where it is one of them.
 
         Raises ValueError where a parameter is a range.
         """
-        for name, parameter in self.as_dict().items():
+        points: list[dict[str, Value]] = [self.fixed()]
+        for name, parameter in self.searched().items():
             if isinstance(parameter, Range):
                 raise ValueError(
                     f"a grid takes lists and values only, but {name} is the range {parameter}"
                 )
-        choices = [cast(Choice, parameter).values for parameter in self.as_dict().values()]
-        points = [
-            Hyperparameters(int(units), float(dropout), float(rate))
-            for units, dropout, rate in itertools.product(*choices)
-        ]
-        return sorted(points, key=lambda point: point != REFERENCE)
+            points = list(_extended(points, name, parameter.values, self._matters))
+        searched = self.searched()
+        asked = [{k: v for k, v in point.items() if k in searched} for point in points]
+        reference = self.reference()
+        return sorted(asked, key=lambda point: point != reference)
 
 
-def parse(name: str, text: str) -> Parameter:
-    """Read `text`, in the notation above, as the parameter `name`.
+def _extended(
+    points: list[dict[str, Value]],
+    name: str,
+    values: tuple[Value, ...],
+    matters: Callable[[str, Mapping[str, Value]], bool],
+) -> Iterator[dict[str, Value]]:
+    for point in points:
+        if matters(name, point):
+            yield from ({**point, name: value} for value in values)
+        else:
+            yield point
+
+
+def is_fixed(parameter: Parameter) -> bool:
+    """Whether it can be one thing only."""
+    return isinstance(parameter, Choice) and len(parameter.values) == 1
+
+
+def _only(parameter: Parameter) -> Value:
+    return cast(Choice, parameter).values[0]
+
+
+# ---- the notation ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values for which a hyperparameter means anything, whatever the user searches.
+
+    kind: of its numbers; None where it has none. words: its values that are words, by word.
+    """
+
+    kind: type[int] | type[float] | None
+    rule: str
+    example: str
+    holds: Callable[[Number], bool] = lambda value: math.isfinite(value)
+    words: Mapping[str, Value] = field(default_factory=dict)
+
+
+def words(*names: str) -> Domain:
+    """The domain of a hyperparameter that is one of these words."""
+    return Domain(
+        None, f"of {', '.join(names)}", ",".join(names[:2]), words={name: name for name in names}
+    )
+
+
+SWITCH = Domain(None, "true or false", "true,false", words={"false": False, "true": True})
+
+
+def parse(domain: Domain, text: str) -> Parameter:
+    """Read `text`, in the notation above.
 
     Raises ValueError with the rule, the value and an example.
     """
-    domain = DOMAINS[name]
 
-    def fail(rule: str) -> ValueError:
-        return ValueError(f"{rule}, but got {text!r}; for example {domain.example}")
+    def fail(rule: str, near: str = "") -> ValueError:
+        return ValueError(f"{rule}, but got {text!r}{near}; for example {domain.example}")
 
-    def number(word: str) -> Number:
+    def value(word: str) -> Value:
+        if word in domain.words:
+            return domain.words[word]
+        close = difflib.get_close_matches(word, domain.words, n=1)
+        near = f", did you mean {close[0]}?" if close else ""
+        if domain.kind is None:
+            raise fail(f"must be {domain.rule} (a value or a list)", near)
+        return number(word, near)
+
+    def number(word: str, near: str = "") -> Number:
+        assert domain.kind is not None
         try:
             value = domain.kind(word)
         except ValueError:
-            raise fail(f"must be {domain.rule} (a value, a list or a range)") from None
+            raise fail(f"must be {domain.rule} (a value, a list or a range)", near) from None
         if not domain.holds(value):
             raise fail(f"must be {domain.rule}")
         return value
 
     words = [word.strip() for word in text.split(":")]
-    if len(words) == 1:
-        values = tuple(number(word.strip()) for word in text.split(","))
+    if len(words) == 1 or domain.kind is None:
+        values = tuple(value(word.strip()) for word in text.split(","))
         if len(set(values)) < len(values):
             raise fail("must not name a value twice")
         return Choice(values)

@@ -47,7 +47,7 @@ from search.database import (
     other_schema,
     tune_sqlite,
 )
-from search.space import RECIPE
+from search.recipe import LOSS, OUTPUT_ACTIVATION, shared
 from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
@@ -385,9 +385,11 @@ def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:
     return {
         "params": {
             "epochs": config.epochs,
-            "batch_size": config.batch_size,
+            **shared(config.space),
             "validation_split": config.validation_split,
-            **RECIPE,
+            **({} if config.model else {"output_activation": OUTPUT_ACTIVATION}),
+            **({"model": config.model} if config.model else {}),
+            "loss": LOSS,
             "dataset": config.dataset,
             "train_samples": dataset.train_size,
             "validation_samples": len(dataset.x_all) - dataset.train_size,
@@ -395,4 +397,6 @@ def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:
             "num_classes": dataset.classes,
         },
         "dataset": described._to_mlflow_entity().to_dictionary(),
+        "space": {name: str(p) for name, p in config.space.searched().items()},
+        "reference": config.space.reference() or {},
     }

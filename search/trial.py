@@ -8,7 +8,7 @@ what a failing tracking server did not take.
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -28,9 +28,9 @@ from search import (
     training,
 )
 from search.config import RunError, StudyConfig, one_line
-from search.contract import LOST, METRICS, STATE
+from search.contract import LOST, METRICS, STATE, Facts, best_epoch
 from search.outcome import Outcome
-from search.space import Hyperparameters
+from search.recipe import complete
 from search.tracking import Tracking
 
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `reconcile`
@@ -137,7 +137,9 @@ class Worker:
         seed = sampling.repeat_seed(self.config.seed, trial.user_attrs["place"], repeat)
         kept: dict[str, Any] = {"seed": seed, "history": [], "began": _now()}
         try:
-            train_again(self.config, self.dataset, trial, seed, kept["history"])
+            kept["value"] = train_again(
+                self.config, self.dataset, trial, self.facts, seed, kept["history"]
+            )
         except training.TrainingDiverged as error:
             kept["failure"] = _reason(error)
         except Exception as error:
@@ -162,29 +164,59 @@ def train_again(
     config: StudyConfig,
     dataset: data.Dataset,
     trial: FrozenTrial,
+    facts: Facts,
     seed: int,
     history: list[dict[str, float]],
+    only: int | None = None,
+) -> float:
+    """Train what `trial` tried as a trial is trained; `history` gets an entry an epoch.
+
+    facts: what all trials of the study have in common. only: end after so many epochs.
+    Returns its value.
+    """
+    tried = complete(trial.params, facts["params"])
+    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
+
+    def record(epoch: int, logs: dict[str, float]) -> None:
+        history.append(_entry(epoch, logs))
+
+    _train(config, dataset, tried, network, seed, record, only=only)
+    return _value(tried, history)
+
+
+def _train(
+    config: StudyConfig,
+    dataset: data.Dataset,
+    tried: Mapping[str, Any],
+    network: keras.Sequential,
+    seed: int,
+    record: Callable[[int, dict[str, float]], None],
+    *more: keras.callbacks.Callback,
+    only: int | None = None,
 ) -> None:
-    """Train what `trial` tried as a trial is trained; `history` gets an entry an epoch."""
-    network = model.build(Hyperparameters(**trial.params), dataset.features, dataset.classes, seed)
     training.train(
         network,
         dataset.train,
-        validation=dataset.validation,
+        tried,
         epochs=config.epochs,
-        batch_size=config.batch_size,
         seed=seed,
-        callbacks=[
-            keras.callbacks.LambdaCallback(
-                on_epoch_end=lambda epoch, logs: history.append(_entry(epoch, logs))
-            )
-        ],
+        shape=dataset.sample_shape,
+        validation=dataset.validation,
+        only=only,
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *more],
     )
+
+
+def _value(tried: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> float:
+    """val_accuracy of the weights that a training ends with."""
+    return history[best_epoch(history, stopping=bool(tried["early_stopping"]))]["val_accuracy"]
 
 
 def _entry(epoch: int, logs: dict[str, float]) -> dict[str, float]:
     """An epoch of a trial's history."""
     measured = {ours: float(logs[keras_name]) for keras_name, ours in METRICS.items()}
+    if "learning_rate" in logs:  # of a schedule that goes by the validation set
+        measured["learning_rate"] = float(logs["learning_rate"])
     return {"epoch": epoch, "time_ms": _now(), **measured}
 
 
@@ -197,14 +229,14 @@ def _reason(error: BaseException) -> str:
 
 
 class _Pruning(KerasPruningCallback):  # type: ignore[misc]
-    """Prunes on val_accuracy after every epoch but the last, where it would save nothing."""
+    """Prunes on val_accuracy after every epoch but the last one, where it would save nothing."""
 
     def __init__(self, trial: optuna.Trial, epochs: int) -> None:
         super().__init__(trial, "val_accuracy")
         self._last = epochs - 1
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        if epoch == self._last:
+        if epoch == self._last or self.model.stop_training:
             self._trial.report(float((logs or {})["val_accuracy"]), step=epoch)
         else:
             super().on_epoch_end(epoch, logs)
@@ -222,7 +254,7 @@ class _Attempt:
         self._spent = 0.0
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Train what `trial` proposes; returns val_accuracy after the last epoch."""
+        """Train what `trial` proposes; returns val_accuracy of the weights that it ends with."""
         try:
             return self._train(trial)
         except optuna.TrialPruned:
@@ -238,28 +270,19 @@ class _Attempt:
         worker, config = self._worker, self._worker.config
         seed = worker.study.marks["seed"]
         self._number = trial.number
-        hyperparameters = config.space.suggest(trial)
-
-        network = model.build(
-            hyperparameters, worker.dataset.features, worker.dataset.classes, seed
-        )
+        tried, dataset = config.space.suggest(trial), worker.dataset
+        network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
         trial.set_user_attr("trainable_parameters", model.trainable_parameters(network))
         self._mirror(self._open_run, trial)
-        training.train(
-            network,
-            worker.dataset.train,
-            validation=worker.dataset.validation,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            seed=seed,
-            callbacks=[
-                keras.callbacks.LambdaCallback(
-                    on_epoch_end=lambda epoch, logs: self._record(trial, epoch, logs)
-                ),
-                _Pruning(trial, config.epochs),
-            ],
-        )
-        return self._history[-1]["val_accuracy"]
+
+        def record(epoch: int, logs: dict[str, float]) -> None:
+            self._record(trial, epoch, logs)
+
+        pruning = _Pruning(trial, config.epochs)
+        _train(config, dataset, tried, network, seed, record, pruning)
+        if tried["early_stopping"]:
+            trial.set_user_attr("best_epoch", best_epoch(self._history, stopping=True))
+        return _value(tried, self._history)
 
     def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
         entry = _entry(epoch, logs)
@@ -319,14 +342,13 @@ class _Attempt:
 def outcome_of(trial: FrozenTrial) -> Outcome:
     """How a finished trial went."""
     history = trial.user_attrs.get("history", [])
-    tried = set(Hyperparameters.__dataclass_fields__) <= set(trial.params)
     return Outcome(
         number=trial.number,
         place=trial.user_attrs["place"],
         state=trial.state.name,
         value=trial.value if trial.state is TrialState.COMPLETE else None,
         last=history[-1]["val_accuracy"] if history else None,
-        hyperparameters=Hyperparameters(**trial.params) if tried else None,
+        hyperparameters=dict(trial.params),
         epochs=len(history),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
         failure=trial.user_attrs.get("failure"),

@@ -1,0 +1,21 @@
+"""How a run ends that can't go on: one line for whatever a user can cause, and an exit code."""
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; nothing was created or changed. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """The run had to stop; what it had finished is kept. Exit code 1."""
+
+    exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system ended the run; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code

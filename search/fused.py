@@ -1,0 +1,87 @@
+"""Adam and dropout as Keras has them, in fewer and faster kernels, their rates variables."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from search.model import MOMENTUM
+
+_STEP_BITS = 24  # of a dropout layer's counter: 16 million steps
+
+
+def optimizer_for(name: str, decay: tf.Variable | None) -> keras.optimizers.Optimizer:
+    """What the network's own optimizer does; weight decay, if any, is a variable.
+
+    Weights decay, biases and the normalization's scales do not.
+    """
+    if name == "sgd":
+        optimizer = keras.optimizers.SGD(momentum=MOMENTUM, nesterov=True)
+    else:
+        optimizer = keras.optimizers.Nadam() if name == "nadam" else FusedAdam()
+    if decay is not None:
+        optimizer.weight_decay = decay
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]
+    """Keras' Adam, a variable's whole update in TensorFlow's one kernel for it.
+
+    The same numbers (Kingma and Ba 2015) in a third of the time.
+    """
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Update `variable`, its momentum and its velocity."""
+        dtype = variable.dtype
+        step = tf.cast(self.iterations + 1, dtype)
+        index = self._get_variable_index(variable)
+        tf.raw_ops.ResourceApplyAdam(
+            var=handle_of(variable),
+            m=handle_of(self._momentums[index]),
+            v=handle_of(self._velocities[index]),
+            beta1_power=tf.pow(tf.constant(self.beta_1, dtype), step),
+            beta2_power=tf.pow(tf.constant(self.beta_2, dtype), step),
+            lr=tf.cast(learning_rate, dtype),
+            beta1=tf.constant(self.beta_1, dtype),
+            beta2=tf.constant(self.beta_2, dtype),
+            epsilon=tf.constant(self.epsilon, dtype),
+            grad=gradient,
+        )
+
+
+def handle_of(variable: Any) -> Any:
+    """The resource behind a TensorFlow or a Keras variable."""
+    return variable.handle if isinstance(variable, tf.Variable) else variable.value.handle
+
+
+class Dropout(keras.layers.Layer):  # type: ignore[misc]
+    """Dropout (Srivastava et al. 2014) whose rate and seed are variables of a compiled graph.
+
+    Keras' layer draws a float32 an activation and selects by it, a tenth of a step's time. Sixteen
+    random bits an activation and a product take half as long; the rate is rounded to 1/65536.
+    """
+
+    def build(self, input_shape: Any) -> None:
+        """Make the variables."""
+        self._threshold = tf.Variable(0, dtype=tf.int32)
+        self._state = tf.Variable([0, 0], dtype=tf.int32)
+
+    def set(self, rate: float, seed: int, index: int) -> None:
+        """Become a network's dropout layer number `index`, from 0."""
+        self._threshold.assign(min(round(rate * 2**16), 2**16 - 1))
+        self._state.assign([seed, index << _STEP_BITS])
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """In training, `inputs` with some dropped and the others scaled up; else as they are."""
+        if not training:
+            return inputs
+        seed = self._state.assign_add([0, 1])
+        size = tf.size(inputs)
+        words = tf.random.stateless_uniform(
+            [(size + 1) // 2], seed=seed, minval=None, maxval=None, dtype=tf.int32
+        )
+        bits = tf.reshape(tf.bitcast(words, tf.uint16), [-1])[:size]
+        kept = tf.reshape(bits, tf.shape(inputs)) >= tf.cast(self._threshold, tf.uint16)
+        scale = 1 / (1 - tf.cast(self._threshold, tf.float32) / 2**16)
+        return inputs * (tf.cast(kept, tf.float32) * scale)
