@@ -9,7 +9,7 @@ from search import own_model
 from search.errors import InputError, Interrupted, RunError
 from search.options import Option, refusal
 from search.recipe import HYPERPARAMETERS, differing, space_of
-from search.space import Space, text_of
+from search.space import SWITCH, Space
 from search.urls import is_postgresql, redact, same_database
 
 __all__ = ["InputError", "Interrupted", "RunError", "StudyConfig"]
@@ -164,7 +164,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name, option in options().items():
             if name in HYPERPARAMETERS:
-                object.__setattr__(self, name, in_notation(getattr(self, name)))
+                object.__setattr__(self, name, in_notation(name, getattr(self, name)))
             wrong = refusal(flag(name), option, _kind(name), getattr(self, name), defaults()[name])
             if wrong is not None:
                 raise InputError(wrong)
@@ -240,11 +240,21 @@ def defaults() -> dict[str, Any]:
     return {f.name: f.default for f in fields(StudyConfig)}
 
 
-def in_notation(value: Any) -> Any:
-    """A list, a number or a switch as the text that means the same; all else as it is."""
+def in_notation(name: str, value: Any) -> Any:
+    """A list or a number as the text that means the same to the hyperparameter `name`.
+
+    True and False, too, where it is one that is on or off; all else stays as it is.
+    """
+    switch = HYPERPARAMETERS[name].domain is SWITCH
+
+    def text(item: Any) -> str:
+        return str(item).lower() if switch and isinstance(item, bool) else str(item)
+
     if isinstance(value, list | tuple):
-        return ",".join(str(in_notation(item)) for item in value)
-    return text_of(value) if isinstance(value, int | float) else value
+        return ",".join(map(text, value))
+    if isinstance(value, int | float) and (switch or not isinstance(value, bool)):
+        return text(value)
+    return value
 
 
 def flag(name: str) -> str:

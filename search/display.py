@@ -85,9 +85,10 @@ class Lines(Quiet):
         """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""
         last = outcome.last if outcome.value is None else outcome.value
         value = "    --" if last is None else f"{last:.4f}"
+        tried = describe(outcome.hyperparameters or {})
         text = (
             f"trial {outcome.number:4d}  {outcome.state:8s}  val_accuracy {value}"
-            f"  {describe(outcome.hyperparameters)}  {outcome.epochs} ep {outcome.seconds:5.1f} s"
+            f"  {tried}  {outcome.epochs} ep {outcome.seconds:5.1f} s"
             f"  best {'--' if best is None else f'{best:.4f}'}"
         )
         if outcome.failure:

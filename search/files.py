@@ -40,7 +40,7 @@ def read_file(path: str) -> dict[str, Any]:
                 f"did you mean {near.replace('_', '-')}?"
             )
         if name in HYPERPARAMETERS:
-            value = in_notation(value)
+            value = in_notation(name, value)
         settings[name] = from_text(name, value) if isinstance(value, str) else value
     return settings
 

@@ -19,7 +19,7 @@ class Outcome:
     state: str
     value: float | None
     last: float | None
-    hyperparameters: Mapping[str, Value]
+    hyperparameters: Mapping[str, Value] | None
     epochs: int
     seconds: float
     failure: str | None

@@ -25,7 +25,7 @@ from search.imports import silent_stderr
 from search.recipe import HYPERPARAMETERS
 from search.space import SWITCH, Domain, Parameter, Value, parse, text_of
 
-NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+NAME = r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 _TAKEN = {
     *(name for name, known in HYPERPARAMETERS.items() if not known.network),
     *("epochs", "seed", "validation_split", "dataset", "train_samples", "validation_samples"),

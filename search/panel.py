@@ -187,8 +187,8 @@ class Panel(Lines):
             yield self._doing
 
 
-def _stands(value: float, number: int, params: Mapping[str, Value]) -> str:
-    return f"{value:.4f}  trial {number}  {describe(params)}"
+def _stands(value: float, number: int, params: Mapping[str, Value] | None) -> str:
+    return f"{value:.4f}  trial {number}  {describe(params or {})}"
 
 
 def _short(line: str) -> Text:

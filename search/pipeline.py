@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search import (
     data,
     engine,
+    facts,
     presentation,
     promotion,
     ranking,
@@ -111,7 +112,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     with runner.sole_runner(config) as keep:
         study = storage.open_study(config, settings)
         if "facts" not in study.user_attrs:
-            study.set_user_attr("facts", tracking.facts_of(config, dataset))
+            study.set_user_attr("facts", facts.facts_of(config, dataset))
         ledgers = Ledgers(study, config)
         ledger, parent = ledgers.tracking, ledgers.parent
         try:

@@ -56,7 +56,7 @@ def reference(trials: list[FrozenTrial], wanted: Mapping[str, Value] | None) -> 
 
 def reference_of(study: optuna.Study) -> Mapping[str, Value]:
     """What a trial of the reference configuration has for params; nothing where there is none."""
-    found: Mapping[str, Value] = study.user_attrs["facts"].get("reference", REFERENCE)
+    found: Mapping[str, Value] = study.user_attrs.get("facts", {}).get("reference", REFERENCE)
     return found
 
 

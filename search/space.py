@@ -265,7 +265,10 @@ class Domain:
 def words(*names: str) -> Domain:
     """The domain of a hyperparameter that is one of these words."""
     return Domain(
-        None, f"of {', '.join(names)}", ",".join(names[:2]), words={name: name for name in names}
+        None,
+        f"one of {', '.join(names)}",
+        ",".join(names[:2]),
+        words={name: name for name in names},
     )
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import mlflow
 import optuna
 import requests
-from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import _get_latest_schema_revision
@@ -41,13 +40,11 @@ from search.contract import (
     params_of,
     tags_of,
 )
-from search.data import Dataset
 from search.database import (
     create_sqlite,
     other_schema,
     tune_sqlite,
 )
-from search.recipe import LOSS, OUTPUT_ACTIVATION, shared
 from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
@@ -374,29 +371,3 @@ def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
         for name in METRICS.values()
         if name in entry
     ]
-
-
-def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:
-    """What the runs of all trials of a study share, as the study keeps it."""
-    x, y = dataset.train
-    described = from_numpy(
-        features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
-    )
-    return {
-        "params": {
-            "epochs": config.epochs,
-            **shared(config.space),
-            "validation_split": config.validation_split,
-            **({} if config.model else {"output_activation": OUTPUT_ACTIVATION}),
-            **({"model": config.model} if config.model else {}),
-            "loss": LOSS,
-            "dataset": config.dataset,
-            "train_samples": dataset.train_size,
-            "validation_samples": len(dataset.x_all) - dataset.train_size,
-            "test_samples": len(dataset.x_test),
-            "num_classes": dataset.classes,
-        },
-        "dataset": described._to_mlflow_entity().to_dictionary(),
-        "space": {name: str(p) for name, p in config.space.searched().items()},
-        "reference": config.space.reference() or {},
-    }

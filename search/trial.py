@@ -348,7 +348,7 @@ def outcome_of(trial: FrozenTrial) -> Outcome:
         state=trial.state.name,
         value=trial.value if trial.state is TrialState.COMPLETE else None,
         last=history[-1]["val_accuracy"] if history else None,
-        hyperparameters=dict(trial.params),
+        hyperparameters=dict(trial.params) or None,
         epochs=len(history),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
         failure=trial.user_attrs.get("failure"),

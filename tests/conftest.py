@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from search.recipe import complete
 from search.urls import sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
         "y_test": np.arange(10) % 2,
         **changed,
     }
+
+
+def plain(
+    hidden_units: int = 512, dropout_rate: float = 0.2, learning_rate: float = 0.001, **others: Any
+) -> dict[str, Any]:
+    """The plain network's hyperparameters, but for what is given."""
+    core = {
+        "hidden_units": hidden_units,
+        "dropout_rate": dropout_rate,
+        "learning_rate": learning_rate,
+    }
+    return dict(complete({**core, **others}))
 
 
 @pytest.hookimpl(tryfirst=True)

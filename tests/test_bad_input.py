@@ -102,7 +102,13 @@ def check_refusal(stdout: str, stderr: str, fragments: tuple[str, ...]) -> None:
 
 TRIALS = ("--n-trials must be a whole number", "for example --n-trials 50")
 EPOCHS = ("--epochs must be a whole number", "for example --epochs 5")
-BATCH = ("--batch-size must be a whole number", "for example --batch-size 128")
+BATCH = ("--batch-size must be whole numbers from 1 to 1000000000", "for example 64,128,256")
+SCHEDULE = ("--schedule must be one of constant, cosine, one_cycle, plateau", "constant,cosine")
+SWITCH = ("--batch-normalization must be true or false (a value or a list)", "true,false")
+LAYERS = ("--hidden-layers must be whole numbers from 1 to 5", "for example 1:5")
+STOPPING = ("--early-stopping must be off or whole numbers, 1 or more", "for example 3")
+DECAY = ("--weight-decay must be numbers from 0 to 1", "for example 1e-4:1e-1:log")
+MODEL_OF = ("--model must be MODULE:FUNCTION, a module that Python finds", "for example --model")
 SEED = ("--seed must be a whole number from 0 to 2147483647", "for example --seed 0")
 PATIENCE = ("--patience must be a whole number", "for example --patience 2")
 WORKERS = ("--workers must be auto or a whole number from 1 to 256", "for example --workers 2")
@@ -141,7 +147,14 @@ VALUES = [
     *[("n_trials", text, TRIALS) for text in ("0", "-1", "1.5", "abc", "", " ", "1e3", "0x10")],
     *[("n_trials", text, TRIALS) for text in ("inf", "nan", "5 trials", "½", "--n-trials")],
     *[("epochs", text, EPOCHS) for text in ("0", "-5", "2.0", "five", "")],
-    *[("batch_size", text, BATCH) for text in ("0", "-128", "12.5", "big", "")],
+    ("batch_size", "", ("--batch-size must be text, not empty", "--batch-size 128")),
+    *[("batch_size", text, BATCH) for text in ("0", "-128", "12.5", "big")],
+    *[("schedule", text, SCHEDULE) for text in ("linear", "Cosine", "cosine,", "constant:cosine")],
+    *[("batch_normalization", text, SWITCH) for text in ("yes", "1", "True", "true:false")],
+    *[("hidden_layers", text, LAYERS) for text in ("0", "6", "1:9", "two")],
+    *[("early_stopping", text, STOPPING) for text in ("never", "-1", "off:3", "2.5")],
+    *[("weight_decay", text, DECAY) for text in ("-1", "2", "nan", "adamw")],
+    *[("model", text, MODEL_OF) for text in ("mine", "mine.py:build", "a/b:c", "mine:", ":build")],
     *[("seed", text, SEED) for text in ("-1", "2147483648", "0.5", "random", "")],
     *[("workers", text, WORKERS) for text in ("0", "-1", "257", "1.5", "all", "")],
     *[("max_failures", text, FAILURES) for text in ("0", "-1", "none", "")],
@@ -222,7 +235,8 @@ def test_a_number_too_large_to_use_is_refused(refused: Refused, name: str, digit
     with pytest.raises(InputError):  # first, since a run of so many trials would fill the memory
         StudyConfig(**{name: from_text(name, text)})
     option = "--" + name.replace("_", "-")
-    refused(command(**{name: text}), f"error: {option} must be a whole number", "but got")
+    rule = "whole numbers" if name == "batch_size" else "a whole number"
+    refused(command(**{name: text}), f"error: {option} must be {rule}", "but got")
 
 
 @pytest.mark.parametrize("name", ["study_name", "experiment", "model_name"])
@@ -263,6 +277,123 @@ def test_a_grid_of_ranges_is_refused(refused: Refused) -> None:
         "error: --sampler grid: a grid takes lists and values only",
         "but dropout_rate is the range 0:0.5",
         "give a list, for example --dropout-rate 0.1,0.3",
+    )
+
+
+# ---- what would change nothing ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "fragments"),
+    [
+        (
+            {"filters": "8,16"},
+            ("--filters matters only with architecture cnn", "'8,16'", "--architecture cnn, too"),
+        ),
+        ({"conv_blocks": "3"}, ("--conv-blocks matters only with architecture cnn", "dense")),
+        (
+            {"augmentation_strength": "0.5"},
+            ("only with augmentation shift or affine or elastic", "--augmentation elastic, too"),
+        ),
+    ],
+)
+def test_a_hyperparameter_that_matters_in_no_trial_is_refused(
+    refused: Refused, changed: dict[str, str], fragments: tuple[str, ...]
+) -> None:
+    refused(command(**changed), *fragments)
+
+
+def test_a_presets_own_hyperparameter_that_does_not_matter_is_left_out(folder: Path) -> None:
+    config = cli.build_config({"preset": "wide", "augmentation": "none"})
+    assert "augmentation_strength" not in config.space.searched()
+
+
+@pytest.mark.parametrize(
+    ("changed", "option"),
+    [
+        ({"architecture": "dense,cnn"}, "--architecture"),
+        ({"augmentation": "shift"}, "--augmentation"),
+    ],
+)
+def test_what_needs_images_is_refused_for_other_examples(
+    refused: Refused, changed: dict[str, str], option: str
+) -> None:
+    refused(
+        command(**changed),
+        f"error: {option} {changed[option[2:]].split(',')[-1]} needs images",
+        "those of tiny.npz have the shape (4,)",
+        f"leave {option} at its default",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wid", "did you mean wide?"),
+        ("../wide", "did you mean wide?"),
+        ("", "look with python study.py presets"),
+    ],
+)
+def test_an_unknown_preset_is_refused(refused: Refused, name: str, said: str) -> None:
+    rule = "error: --preset must be one of cnn, default, grid, wide"
+    refused(command(preset=name), rule, f"but got {name!r}", said)
+
+
+# ---- one's own model -------------------------------------------------------------------------
+
+SPACED = "SPACE = {'units': '2,4'}\n"
+BUILD = "def build(hyperparameters, shape, classes): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "fragments"),
+    [
+        (None, ("a module that can be imported (ModuleNotFoundError: No module", "its folder")),
+        ("import nothing_like_it", ("(ModuleNotFoundError: No module named 'nothing_like_it')",)),
+        ("1 / 0", ("(ZeroDivisionError: division by zero)", "mend it")),
+        ("def build(:", ("(SyntaxError: invalid syntax", "mend it")),
+        (SPACED, ("has no function build", "define it")),
+        (SPACED + "build = 3", ("has no function build", "define it")),
+        (BUILD, ("has no SPACE", "declare it, for example SPACE = {")),
+        (BUILD + "SPACE = ['units']", ("has no SPACE", "declare it")),
+        (BUILD + "SPACE = {'units': '2:'}", ("SPACE is valid: units must be", "but got '2:'")),
+        (BUILD + "SPACE = {'units': '4:2'}", ("units must be a range from low to high", "'4:2'")),
+        (BUILD + "SPACE = {'epochs': '2'}", ("names that are free, but 'epochs' is not",)),
+        (BUILD + "SPACE = {'learning_rate': 1}", ("but 'learning_rate' is not", "another name")),
+        (BUILD + "SPACE = {'a b': 1}", ("names that are free, but 'a b' is not",)),
+        (BUILD + "SPACE = {1: 1}", ("names that are free, but 1 is not",)),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused(
+    folder: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    source: str | None,
+    fragments: tuple[str, ...],
+) -> None:
+    module = f"own_{abs(hash(request.node.name))}"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    if source is not None:
+        (folder / f"{module}.py").write_text(source)
+    name = f"{module}:build"
+    arguments = [word for word in command(model=name) if word not in ("--hidden-units", "4,8")]
+    arguments = [word for word in arguments if word not in ("--dropout-rate", "0.1,0.3")]
+    refused(arguments, "error: --model must name", f"but got {name!r}", *fragments)
+
+
+def test_a_networks_option_is_refused_beside_an_own_model(
+    folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (folder / "own_whole.py").write_text(BUILD + SPACED)
+    refused(
+        command(model="own_whole:build"),
+        "error: --hidden-units must be left out with --model",
+        "but got '4,8'",
+        "declare it there",
     )
 
 

@@ -13,7 +13,10 @@ from conftest import ROOT, start
 from optuna.trial import TrialState
 from test_engine import running_owners, wait_for
 
-from search import cli, signals
+from search import cli, files, signals
+from search.config import StudyConfig
+from search.recipe import HYPERPARAMETERS, REFERENCE
+from search.space import is_fixed
 
 FILE = 'n-trials = 11\nstorage = "sqlite:///file.db"\nseed = 3\nhidden-units = [8, 16]\n'
 
@@ -31,24 +34,65 @@ def test_the_command_line_wins_over_the_environment_the_file_and_the_default(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, str | None] = {"storage": "sqlite:///given.db"}
-    assert cli.build_config(None, {}).storage == "sqlite:///study.db"
-    assert cli.build_config(file, {}).storage == "sqlite:///file.db"
+    assert cli.build_config({}).storage == "sqlite:///study.db"
+    assert cli.build_config({"config": file}).storage == "sqlite:///file.db"
     monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///environment.db")
-    assert cli.build_config(file, {}).storage == "sqlite:///environment.db"
-    assert cli.build_config(file, given).storage == "sqlite:///given.db"
+    assert cli.build_config({"config": file}).storage == "sqlite:///environment.db"
+    assert cli.build_config({"config": file, **given}).storage == "sqlite:///given.db"
 
 
 def test_an_empty_variable_of_the_environment_says_nothing(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPTUNA_STORAGE", "")
-    assert cli.build_config(file, {}).storage == "sqlite:///file.db"
+    assert cli.build_config({"config": file}).storage == "sqlite:///file.db"
 
 
 def test_the_file_gives_what_the_command_line_does_not(file: str) -> None:
-    config = cli.build_config(file, {"n_trials": "7", "workers": "auto"})
+    config = cli.build_config({"config": file, "n_trials": "7", "workers": "auto"})
     assert (config.n_trials, config.seed, config.workers) == (7, 3, None)
-    assert str(config.space.hidden_units) == "8,16"
+    assert str(config.space.parameters["hidden_units"]) == "8,16"
+
+
+def test_a_preset_is_overruled_by_the_file_and_both_by_the_command_line(file: str) -> None:
+    config = cli.build_config({"preset": "cnn"})
+    assert (config.study_name, config.n_trials, config.hidden_units) == ("mnist-cnn", 10, "128,256")
+    config = cli.build_config({"preset": "cnn", "config": file, "n_trials": "3"})
+    assert (config.study_name, config.n_trials, config.hidden_units) == ("mnist-cnn", 3, "8,16")
+    assert config.space.fixed()["architecture"] == "cnn"
+
+
+@pytest.mark.parametrize("name", files.presets())
+def test_every_preset_is_valid_and_has_a_line(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = cli.build_config({"preset": name})
+    assert config.study_name == ("mnist-dnn" if name == "default" else f"mnist-{name}")
+    assert cli.main(["presets"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == name]
+    assert len(line.split()) > 5
+
+
+def test_the_default_preset_is_what_the_command_does_without_one() -> None:
+    assert cli.build_config({"preset": "default"}) == StudyConfig()
+
+
+def test_the_grid_preset_is_the_classic_table() -> None:
+    grid = cli.build_config({"preset": "grid"}).space.grid()
+    assert {(p["hidden_units"], p["dropout_rate"]) for p in grid} == {
+        (units, dropout) for units in (128, 256, 512, 1024) for dropout in (0.1, 0.2, 0.3, 0.5)
+    }
+    assert len(grid) == 16
+    assert {p["learning_rate"] for p in grid} == {0.001}
+    assert grid[0] == REFERENCE
+
+
+def test_the_wide_preset_opens_everything_of_a_dense_network() -> None:
+    config = cli.build_config({"preset": "wide"})
+    opened = {name for name, known in config.space.searched().items() if not is_fixed(known)}
+    of_a_cnn = {"architecture", "conv_blocks", "filters"}
+    assert set(HYPERPARAMETERS) - opened - of_a_cnn == {"early_stopping"}
+    assert config.space.reference() is not None
 
 
 # ---- exit codes ----------------------------------------------------------------------------------

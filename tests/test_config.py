@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from search import config, urls
+from search import config, files, urls
 from search.config import InputError, RunError, StudyConfig
 
 DIGEST = "mnist (0123456789ab)"
@@ -41,7 +41,7 @@ def test_every_setting_says_what_it_is_for(name: str) -> None:
         ({"n_trials": None}, "--n-trials must be a whole number"),
         ({"n_trials": "5"}, "--n-trials must be a whole number"),
         ({"epochs": -1}, "--epochs must be a whole number"),
-        ({"batch_size": 0}, "--batch-size must be a whole number"),
+        ({"batch_size": 0}, "--batch-size must be whole numbers from 1 to 1000000000"),
         ({"seed": -1}, "--seed must be a whole number from 0 to 2147483647"),
         ({"seed": 2**31}, "--seed must be a whole number from 0 to 2147483647"),
         ({"timeout": -0.1}, "--timeout must be a number, 0 or more"),
@@ -56,7 +56,9 @@ def test_every_setting_says_what_it_is_for(name: str) -> None:
         ({"dataset": " "}, "--dataset must be text, not empty"),
         ({"dataset": "a\0b"}, "--dataset must be text, not empty"),
         ({"storage": 3}, "--storage must be text, not empty"),
-        ({"hidden_units": 512}, "--hidden-units must be text, not empty"),
+        ({"hidden_units": None}, "--hidden-units must be text, not empty"),
+        ({"hidden_units": [64, 0]}, "--hidden-units must be whole numbers from 1 to 65536"),
+        ({"model": "mine.build"}, "--model must be MODULE:FUNCTION"),
         ({"dropout_rate": "1"}, "--dropout-rate must be numbers from 0 to below 1"),
     ],
 )
@@ -96,11 +98,22 @@ def test_a_grid_of_ranges_is_refused() -> None:
 
 def test_the_space_is_what_the_options_describe() -> None:
     space = StudyConfig(hidden_units="64", dropout_rate="0:0.5", learning_rate="1e-3").space
-    assert {name: str(parameter) for name, parameter in space.as_dict().items()} == {
+    assert {name: str(parameter) for name, parameter in space.searched().items()} == {
         "hidden_units": "64",
         "dropout_rate": "0:0.5",
         "learning_rate": "0.001",
     }
+
+
+def test_hyperparameters_may_be_given_as_python_values() -> None:
+    given = StudyConfig(
+        hidden_units=[64, 128],  # type: ignore[arg-type]
+        dropout_rate=0.2,  # type: ignore[arg-type]
+        batch_normalization=(False, True),  # type: ignore[arg-type]
+    )
+    assert given == StudyConfig(
+        hidden_units="64,128", dropout_rate="0.2", batch_normalization="false,true"
+    )
 
 
 def fingerprint(**given: Any) -> dict[str, Any]:
@@ -116,6 +129,10 @@ def fingerprint(**given: Any) -> dict[str, Any]:
         {"validation_split": 0.2},
         {"epochs": 6},
         {"batch_size": 64},
+        {"batch_size": "64,128"},
+        {"hidden_layers": "1:3"},
+        {"optimizer": "sgd"},
+        {"early_stopping": 3},
         {"seed": 1},
     ],
 )
@@ -134,10 +151,27 @@ def test_what_decides_a_trial_changes_the_fingerprint(changed: dict[str, Any]) -
         {"hidden_units": "128, 256,512,1024"},
         {"learning_rate": "0.0001:0.01:log"},
         {"model_name": "other"},
+        {"optimizer": "adam", "hidden_layers": 1, "early_stopping": "off"},
+        {"filters": "8,16"},  # of a dense network
     ],
 )
 def test_what_may_change_leaves_the_fingerprint(changed: dict[str, Any]) -> None:
     assert fingerprint() == fingerprint(**changed)
+
+
+def test_a_study_of_before_the_recipe_was_open_has_the_same_fingerprint() -> None:
+    assert fingerprint() == {
+        "hidden_units": "128,256,512,1024",
+        "dropout_rate": "0:0.5",
+        "learning_rate": "0.0001:0.01:log",
+        "grid": False,
+        "dataset": DIGEST,
+        "experiment": "MNIST_Classification",
+        "validation_split": 0.1,
+        "epochs": 5,
+        "batch_size": 128,
+        "seed": 0,
+    }
 
 
 def test_a_grid_has_a_fingerprint_of_its_own() -> None:
@@ -183,25 +217,29 @@ def test_text_becomes_a_settings_own_type_or_stays_to_be_refused(
 def read(folder: Path, text: str) -> dict[str, Any]:
     path = folder / "study.toml"
     path.write_text(text, encoding="utf-8")
-    return config.read_file(str(path))
+    return files.read_file(str(path))
 
 
 def test_a_file_gives_settings_with_either_spelling_of_a_key(tmp_path: Path) -> None:
     assert read(tmp_path, 'n-trials = 7\nbatch_size = 64\nstudy-name = "a"\n') == {
         "n_trials": 7,
-        "batch_size": 64,
+        "batch_size": "64",
         "study_name": "a",
     }
 
 
 def test_a_file_may_write_hyperparameters_as_lists_numbers_or_text(tmp_path: Path) -> None:
     settings = read(
-        tmp_path, 'hidden-units = [64, 128]\ndropout-rate = 0.2\nlearning-rate = "1e-4:1e-2:log"\n'
+        tmp_path,
+        'hidden-units = [64, 128]\ndropout-rate = 0.2\nlearning-rate = "1e-4:1e-2:log"\n'
+        'batch-normalization = [false, true]\nactivation = ["relu", "gelu"]\n',
     )
     assert settings == {
         "hidden_units": "64,128",
         "dropout_rate": "0.2",
         "learning_rate": "1e-4:1e-2:log",
+        "batch_normalization": "false,true",
+        "activation": "relu,gelu",
     }
     StudyConfig(**settings)
 

@@ -26,16 +26,17 @@ from search.panel import Panel
 from search.pipeline import Result, Winner
 from search.promotion import Verdict
 from search.ranking import Finalist
+from search.recipe import REFERENCE
 from search.sampling import distributions
-from search.space import REFERENCE, Hyperparameters
+from search.space import Value
 
-TRIED = Hyperparameters(1024, 0.25, 0.0005)
+TRIED: dict[str, Value] = {"hidden_units": 1024, "dropout_rate": 0.25, "learning_rate": 0.0005}
 
 
-def trial(number: int, tried: Hyperparameters, value: float) -> FrozenTrial:
+def trial(number: int, tried: dict[str, Value], value: float) -> FrozenTrial:
     made = create_trial(
         state=TrialState.COMPLETE,
-        params=tried.as_dict(),
+        params=tried,
         distributions=dict(distributions(StudyConfig().space)),
         value=value,
     )

@@ -16,7 +16,7 @@ from conftest import EPOCHS, TRIALS, command, copy_databases, start
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from search.space import REFERENCE
+from search.recipe import REFERENCE
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_every_run_names_its_dataset(finished: dict[str, Any]) -> None:
 
 
 def test_the_first_trial_is_the_reference(finished: dict[str, Any]) -> None:
-    assert finished["trials"][0].params == REFERENCE.as_dict()
+    assert finished["trials"][0].params == REFERENCE
 
 
 def test_the_states_of_a_search_are_all_complete_or_pruned(finished: dict[str, Any]) -> None:

@@ -3,19 +3,19 @@
 import keras
 import numpy as np
 import pytest
+from conftest import plain
 
 from search import model
-from search.space import REFERENCE, Hyperparameters
 
 
 def test_512_units_on_784_pixels_have_407050_trainable_parameters() -> None:
-    network = model.build(REFERENCE, features=784, classes=10, seed=0)
+    network = model.build(plain(), shape=(28, 28), classes=10, seed=0)
     assert model.trainable_parameters(network) == 407_050
     assert sum(weights.size for weights in network.get_weights()) == 407_050
 
 
 def test_the_layers_are_dense_relu_dropout_dense_softmax() -> None:
-    network = model.build(Hyperparameters(24, 0.3, 0.004), features=5, classes=3, seed=0)
+    network = model.build(plain(24, 0.3, 0.004), shape=(5,), classes=3, seed=0)
     assert type(network) is keras.Sequential
     assert (network.input_shape, network.output_shape) == ((None, 5), (None, 3))
     hidden, dropout, output = network.layers
@@ -30,7 +30,7 @@ def test_the_layers_are_dense_relu_dropout_dense_softmax() -> None:
 
 
 def test_it_is_compiled_with_plain_adam_and_the_loss_for_integer_labels() -> None:
-    network = model.build(Hyperparameters(24, 0.3, 0.004), features=5, classes=3, seed=0)
+    network = model.build(plain(24, 0.3, 0.004), shape=(5,), classes=3, seed=0)
     assert type(network.optimizer) is keras.optimizers.Adam
     assert float(network.optimizer.learning_rate) == pytest.approx(0.004)
     assert network.loss == "sparse_categorical_crossentropy"
@@ -43,7 +43,7 @@ def test_it_is_compiled_with_plain_adam_and_the_loss_for_integer_labels() -> Non
 
 
 def test_its_output_is_a_probability_for_every_class() -> None:
-    network = model.build(Hyperparameters(24, 0.3, 0.004), features=5, classes=3, seed=0)
+    network = model.build(plain(24, 0.3, 0.004), shape=(5,), classes=3, seed=0)
     probabilities = network.predict(np.random.default_rng(0).normal(size=(9, 5)), verbose=0)
     assert probabilities.shape == (9, 3)
     assert probabilities.sum(axis=1) == pytest.approx(np.ones(9), rel=1e-5)
@@ -51,7 +51,7 @@ def test_its_output_is_a_probability_for_every_class() -> None:
 
 
 def weights(seed: int, dropout: float = 0.2) -> list[bytes]:
-    network = model.build(Hyperparameters(24, dropout, 0.004), features=5, classes=3, seed=seed)
+    network = model.build(plain(24, dropout, 0.004), shape=(5,), classes=3, seed=seed)
     return [array.tobytes() for array in network.get_weights()]
 
 

@@ -15,7 +15,7 @@ from search import pipeline, ranking, sampling, training
 from search.config import StudyConfig
 from search.contract import repeat_attr
 from search.listener import Listener
-from search.space import REFERENCE
+from search.recipe import REFERENCE
 
 DISTRIBUTIONS = {
     "hidden_units": CategoricalDistribution((128, 512)),
@@ -47,7 +47,7 @@ def study_of(
             create_trial(
                 state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
                 value=value,
-                params=REFERENCE.as_dict() if number == reference else OTHER,
+                params=REFERENCE if number == reference else OTHER,
                 distributions=DISTRIBUTIONS,
                 user_attrs={"trainable_parameters": 1, **attrs},
             )

@@ -6,6 +6,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from search import InputError, StudyConfig, data, storage, tracking
+from search.facts import facts_of
 from search.tracking import Tracking
 
 SETTINGS = {"epochs": 400}
@@ -42,7 +43,7 @@ def test_a_run_is_written_from_its_trial_and_writing_it_again_changes_nothing(
     study = storage.open_study(StudyConfig(), SETTINGS)
     parent = ledger.parent_run(study, SETTINGS)
     config = StudyConfig(dataset=str(clouds), epochs=400)
-    facts = tracking.facts_of(config, data.load(str(clouds), 0.1))
+    facts = facts_of(config, data.load(str(clouds), 0.1))
     trial = finished_trial(epochs=400)  # 1,600 metrics: more than MLflow takes in a call
     run_id = ledger.create_run(parent, "trial-0000", 0)
     for _ in range(2):

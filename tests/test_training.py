@@ -8,17 +8,17 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from conftest import plain
 from numpy.typing import NDArray
 
-from search import data, model, training
-from search.space import Hyperparameters
+from search import data, graph, model, training
 
 FEATURES, CLASSES, BATCH = 20, 4, 32
 WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
 Weights = list[NDArray[Any]]
 
 
-def examples(count: int, seed: int = 0) -> training.Examples:
+def examples(count: int, seed: int = 0) -> graph.Examples:
     random = np.random.default_rng(seed)
     y = random.integers(0, CLASSES, count).astype(np.int32)
     x = random.normal(size=(count, FEATURES)) + np.eye(CLASSES, FEATURES)[y] * 2
@@ -26,19 +26,24 @@ def examples(count: int, seed: int = 0) -> training.Examples:
 
 
 def network(dropout: float = 0.0, rate: float = 0.001, units: int = 16) -> keras.Sequential:
-    return model.build(Hyperparameters(units, dropout, rate), FEATURES, CLASSES, seed=3)
+    return model.build(plain(units, dropout, rate), (FEATURES,), CLASSES, seed=3)
 
 
-def train(net: keras.Sequential, data: training.Examples, **options: Any) -> training.History:
-    return training.train(net, data, **{"epochs": 1, "batch_size": BATCH, "seed": 7, **options})
+def train(
+    net: keras.Sequential, data: graph.Examples, batch_size: int = BATCH, **options: Any
+) -> training.History:
+    """Train a plain network; what it is told of its rates are the network's own."""
+    return training.train(
+        net, data, plain(batch_size=batch_size), **{"epochs": 1, "seed": 7, **options}
+    )
 
 
-def plain_fit(net: keras.Sequential, data: training.Examples, epochs: int, seed: int = 7) -> Any:
+def plain_fit(net: keras.Sequential, data: graph.Examples, epochs: int, seed: int = 7) -> Any:
     """Keras' own loop over the same examples in the same order."""
     x, y = data
     losses = []
     for epoch in range(epochs):
-        order = training.epoch_order(len(x), seed, epoch).numpy()
+        order = graph.epoch_order(len(x), seed, epoch).numpy()
         history = net.fit(x[order], y[order], batch_size=BATCH, shuffle=False, verbose=0)
         losses.append(history.history["loss"][0])
     return losses
@@ -54,7 +59,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 @pytest.fixture
 def no_graphs() -> None:
-    training._mine.graphs.clear()
+    graph._mine.graphs.clear()
 
 
 @pytest.mark.parametrize("count", [WHOLE, RAGGED])
@@ -76,10 +81,10 @@ def test_later_epochs_have_an_order_of_their_own_and_the_same_numbers() -> None:
     losses = plain_fit(plain, examples(RAGGED), epochs=3)
     assert same(ours.get_weights(), plain.get_weights())
     assert history["loss"] == pytest.approx(losses, rel=1e-5)
-    orders = [training.epoch_order(RAGGED, 7, epoch).numpy() for epoch in range(3)]
+    orders = [graph.epoch_order(RAGGED, 7, epoch).numpy() for epoch in range(3)]
     assert all(sorted(order) == list(range(RAGGED)) for order in orders)
     assert len({order.tobytes() for order in orders}) == 3
-    assert list(training.epoch_order(100, 7, 0)) != list(training.epoch_order(100, 8, 0))
+    assert list(graph.epoch_order(100, 7, 0)) != list(graph.epoch_order(100, 8, 0))
 
 
 def test_the_numbers_hold_after_other_rates_used_the_graph(no_graphs: None) -> None:
@@ -87,13 +92,13 @@ def test_the_numbers_hold_after_other_rates_used_the_graph(no_graphs: None) -> N
     ours, plain = network(), network()
     train(ours, examples(WHOLE))
     plain_fit(plain, examples(WHOLE), epochs=1)
-    assert len(training._mine.graphs) == 1
+    assert len(graph._mine.graphs) == 1
     assert same(ours.get_weights(), plain.get_weights())
 
 
 def test_the_last_smaller_batch_is_trained_on() -> None:
     x, y = examples(BATCH + 1)
-    last = training.epoch_order(len(x), 7, 0).numpy()[-1]
+    last = graph.epoch_order(len(x), 7, 0).numpy()[-1]
     changed = x.copy()
     changed[last] += 5
     one, other = network(), network()
@@ -130,30 +135,34 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
     no_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = []
-    epoch_order = training.epoch_order
+    epoch_order = graph.epoch_order
 
     def counting(*arguments: Any) -> Any:
         traced.append(arguments)  # Python runs when the epoch is traced, not when it is trained
         return epoch_order(*arguments)
 
-    monkeypatch.setattr(training, "epoch_order", counting)
+    monkeypatch.setattr(graph, "epoch_order", counting)
     for dropout, rate in ((0.0, 0.001), (0.4, 0.002), (0.1, 0.1)):
         train(network(dropout, rate), examples(RAGGED), epochs=2)
-    assert len(training._mine.graphs) == len(traced) == 1
+    assert len(graph._mine.graphs) == len(traced) == 1
     train(network(units=17), examples(RAGGED))
     train(network(units=17), examples(RAGGED), batch_size=16)
-    assert len(training._mine.graphs) == len(traced) == 3
+    assert len(graph._mine.graphs) == len(traced) == 3
+
+
+def keep(units: int) -> None:
+    graph.graph_for(network(units=units), graph.plan_of(plain(), examples(9), (FEATURES,)))
 
 
 def test_the_graph_not_used_for_longest_is_dropped_first(no_graphs: None) -> None:
-    for units in range(1, training._COMPILED_GRAPHS + 1):
-        training._graph_for(network(units=units), np.float32, BATCH)
-    first, second = list(training._mine.graphs)[:2]
-    training._graph_for(network(units=1), np.float32, BATCH)
-    training._graph_for(network(units=99), np.float32, BATCH)
-    assert len(training._mine.graphs) == training._COMPILED_GRAPHS
-    assert first in training._mine.graphs
-    assert second not in training._mine.graphs
+    for units in range(1, graph._GRAPHS + 1):
+        keep(units)
+    first, second = list(graph._mine.graphs)[:2]
+    keep(1)
+    keep(99)
+    assert len(graph._mine.graphs) == graph._GRAPHS
+    assert first in graph._mine.graphs
+    assert second not in graph._mine.graphs
 
 
 def test_the_same_seed_gives_the_same_history_to_the_last_bit_after_other_trials() -> None:

@@ -37,7 +37,7 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
     import keras
 
     from search import data, model, training
-    from search.space import REFERENCE
+    from search.recipe import REFERENCE
 
     training.limit_threads(1)
     dataset = data.load("mnist", 0.1)

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from servers import MlflowServer, Postgres, free_port
 
-from search import StudyConfig, data, pool, sampling, storage, tracking
+from search import StudyConfig, data, pool, sampling, storage
+from search.facts import facts_of
 from search.tracking import Tracking
 
 EPOCHS = 5
@@ -233,7 +234,7 @@ def main() -> None:
             )
             study = storage.open_study(config, config.settings("tiny"))
             dataset = data.load(config.dataset, config.validation_split)
-            study.set_user_attr("facts", tracking.facts_of(config, dataset))
+            study.set_user_attr("facts", facts_of(config, dataset))
             mirror = Tracking(config).open()
             return config, study, mirror.parent_run(study, {})
 
