@@ -37,11 +37,11 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
     import keras
 
     from search import data, model, training
-    from search.recipe import REFERENCE
+    from search.recipe import REFERENCE, complete
 
     training.limit_threads(1)
     dataset = data.load("mnist", 0.1)
-    network = model.build(REFERENCE, dataset.features, dataset.classes, seed=0)
+    network = model.build(complete(REFERENCE), dataset.sample_shape, dataset.classes, seed=0)
     floors: list[float] = []
     loops: list[float] = []
 
@@ -58,9 +58,9 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
     training.train(
         network,
         dataset.train,
+        complete({"batch_size": BATCH}),
         validation=dataset.validation,
         epochs=rounds + 1,
-        batch_size=BATCH,
         seed=0,
         callbacks=[Turns()],
     )

@@ -25,7 +25,7 @@ def main() -> None:
 
     import search.trial  # noqa: F401  all that a worker imports
     from search import data, model, training
-    from search.space import Hyperparameters
+    from search.recipe import complete
 
     training.limit_threads(1)
     print("| after | resident MB | shared files | own |")
@@ -39,13 +39,14 @@ def main() -> None:
     dataset = data.load("mnist", 0.1)
     for trial in range(1, trials + 1):
         width = (128, 256, 512, 1024)[trial % 4]
-        network = model.build(Hyperparameters(width, 0.2, 1e-3), dataset.features, 10, trial)
+        tried = complete({"hidden_units": width})
+        network = model.build(tried, dataset.sample_shape, 10, trial)
         training.train(
             network,
             dataset.train,
+            tried,
             validation=dataset.validation,
             epochs=1,
-            batch_size=128,
             seed=trial,
         )
         if trial in (1, 10, 30, 100, 300, 1000):

@@ -10,6 +10,7 @@ import argparse
 import csv
 import time
 from pathlib import Path
+from typing import Any
 
 import keras
 import optuna
@@ -17,7 +18,7 @@ import tensorflow as tf
 
 from search import data, model, training
 from search.config import StudyConfig
-from search.space import REFERENCE, Hyperparameters
+from search.recipe import REFERENCE, complete
 
 TABLE = Path(__file__).with_name("curves.csv")
 EPOCHS = 5
@@ -32,20 +33,20 @@ FIELDS = [
 ]
 
 
-def configurations(count: int, repeats: int) -> dict[str, Hyperparameters]:
+def configurations(count: int, repeats: int) -> dict[str, Any]:
     """The configurations by name; the name ends in the training's seed."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=20261122))
     space = StudyConfig().space
-    found = {f"reference-{seed}": REFERENCE for seed in range(repeats)}
+    found = {f"reference-{seed}": complete(REFERENCE) for seed in range(repeats)}
     found.update({f"random-{i}": space.suggest(study.ask()) for i in range(count)})
     return found
 
 
-def record(name: str, hyperparameters: Hyperparameters, dataset: data.Dataset) -> dict[str, object]:
+def record(name: str, tried: dict[str, Any], dataset: data.Dataset) -> dict[str, object]:
     """Train one configuration and return its row."""
     seed = int(name.rsplit("-", 1)[1])
-    network = model.build(hyperparameters, dataset.features, dataset.classes, seed)
+    network = model.build(tried, dataset.sample_shape, dataset.classes, seed)
     test: list[float] = []
     batches = tf.data.Dataset.from_tensor_slices((dataset.x_test, dataset.y_test)).batch(2000)
 
@@ -57,13 +58,13 @@ def record(name: str, hyperparameters: Hyperparameters, dataset: data.Dataset) -
     history = training.train(
         network,
         dataset.train,
+        tried,
         validation=dataset.validation,
         epochs=EPOCHS,
-        batch_size=128,
         seed=seed,
         callbacks=[TestToo()],
     )
-    row: dict[str, object] = {"name": name, **hyperparameters.as_dict()}
+    row: dict[str, object] = {"name": name, **{key: tried[key] for key in REFERENCE}}
     row.update({f"val_{i + 1}": f"{v:.6f}" for i, v in enumerate(history["val_accuracy"])})
     row.update({f"test_{i + 1}": f"{v:.6f}" for i, v in enumerate(test)})
     row["seconds"] = f"{time.process_time() - began:.2f}"
