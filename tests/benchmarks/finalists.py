@@ -27,7 +27,7 @@ import replay
 from search import ranking, sampling, storage
 from search.config import StudyConfig
 from search.listener import Listener
-from search.space import Hyperparameters
+from search.recipe import REFERENCE, complete
 
 TABLE = Path(__file__).with_name("finalists.csv")
 FINALISTS, REPEATS, JUDGES = 3, 4, 3
@@ -53,12 +53,12 @@ class Clock(Listener):
 def judge(params: dict[str, Any], seed: int) -> float:
     """The test accuracy of a configuration, trained on all training data."""
     from search import data, model, training
-    from search.space import Hyperparameters
 
-    training.limit_threads(1)
+    training.one_thread_each(1)
     dataset = data.load("mnist", 0.1)
-    network = model.build(Hyperparameters(**params), dataset.features, dataset.classes, seed)
-    training.train(network, (dataset.x_all, dataset.y_all), epochs=5, batch_size=128, seed=seed)
+    tried = complete(params)
+    network = model.build(tried, dataset.sample_shape, dataset.classes, seed)
+    training.train(network, (dataset.x_all, dataset.y_all), tried, epochs=5, seed=seed)
     return training.evaluate(network, (dataset.x_test, dataset.y_test))["accuracy"]
 
 
@@ -165,14 +165,14 @@ def replayed(studies: int) -> None:
         )
         random = np.random.default_rng([seed, 1])
         trials = study.get_trials(deepcopy=False)
-        first = ranking.reference(trials)
+        first = ranking.reference(trials, REFERENCE)
         known = -1 if first is None else first.number
         test[known] = certain  # the reference was recorded on many seeds
         values = {
             trial.number: [
                 random.choice(finals)
                 if trial.number == known
-                else landscape.draw(Hyperparameters(**trial.params), random)[0][-1]
+                else landscape.draw(trial.params, random)[0][-1]
                 for _ in range(max(repeats))
             ]
             for trial in ranking.candidates(trials, StudyConfig(finalists=max(counts)))

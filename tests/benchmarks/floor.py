@@ -39,7 +39,7 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
     from search import data, model, training
     from search.recipe import REFERENCE, complete
 
-    training.limit_threads(1)
+    training.one_thread_each(1)
     dataset = data.load("mnist", 0.1)
     network = model.build(complete(REFERENCE), dataset.sample_shape, dataset.classes, seed=0)
     floors: list[float] = []

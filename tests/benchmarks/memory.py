@@ -27,7 +27,7 @@ def main() -> None:
     from search import data, model, training
     from search.recipe import complete
 
-    training.limit_threads(1)
+    training.one_thread_each(1)
     print("| after | resident MB | shared files | own |")
     print("|---|---|---|---|")
 

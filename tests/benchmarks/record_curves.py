@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
 
-    training.limit_threads(1)
+    training.one_thread_each(1)
     dataset = data.load("mnist", 0.1)
     wanted = configurations(arguments.configurations, arguments.repeats)
     done = set()

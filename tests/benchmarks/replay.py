@@ -9,7 +9,7 @@ the same sampler without pruning.
 import argparse
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 
 from search import sampling, storage
 from search.config import StudyConfig
-from search.space import Hyperparameters
+from search.space import Value
 
 TABLE = Path(__file__).with_name("curves.csv")
 EPOCHS = 5
@@ -50,7 +50,10 @@ PRUNERS: dict[str, Callable[[], BasePruner]] = {
 }
 
 
-def load() -> tuple[dict[Hyperparameters, Curve], list[Curve]]:
+Point = tuple[int, float, float]  # hidden units, dropout rate, learning rate
+
+
+def load() -> tuple[dict[Point, Curve], list[Curve]]:
     """The random configurations' curves, and the reference's on many seeds."""
     curves, reference = {}, []
     with TABLE.open() as file:
@@ -62,7 +65,7 @@ def load() -> tuple[dict[Hyperparameters, Curve], list[Curve]]:
             if row["name"].startswith("reference"):
                 reference.append(curve)
             else:
-                point = Hyperparameters(
+                point = (
                     int(row["hidden_units"]),
                     float(row["dropout_rate"]),
                     float(row["learning_rate"]),
@@ -78,20 +81,20 @@ class Landscape:
     the deviation of a random seed of the reference from the reference's mean: training's own noise.
     """
 
-    def __init__(self, curves: dict[Hyperparameters, Curve], reference: list[Curve]) -> None:
+    def __init__(self, curves: dict[Point, Curve], reference: list[Curve]) -> None:
         self._curves = curves
         vals = np.array([val for val, _ in reference])
         self._noise = vals - vals.mean(axis=0)
 
-    def draw(self, wanted: Hyperparameters, random: np.random.Generator) -> tuple[Any, float]:
+    def draw(self, wanted: Mapping[str, Value], random: np.random.Generator) -> tuple[Any, float]:
         """A val_accuracy curve with noise, and the expected final test accuracy."""
 
-        def distance(point: Hyperparameters) -> float:
-            dropout = (point.dropout_rate - wanted.dropout_rate) / 0.5
-            rate = math.log10(point.learning_rate / wanted.learning_rate) / 2
+        def distance(point: Point) -> float:
+            dropout = (point[1] - float(wanted["dropout_rate"])) / 0.5
+            rate = math.log10(point[2] / float(wanted["learning_rate"])) / 2
             return dropout**2 + rate**2
 
-        same = [point for point in self._curves if point.hidden_units == wanted.hidden_units]
+        same = [point for point in self._curves if point[0] == wanted["hidden_units"]]
         near = [self._curves[point] for point in sorted(same, key=distance)[:3]]
         val = np.mean([val for val, _ in near], axis=0) + random.choice(self._noise)
         return val, mean(test[-1] for _, test in near)
