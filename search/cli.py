@@ -285,7 +285,7 @@ def run_reproduce(config: StudyConfig, number: int | None, moved: str | None) ->
 
     done = reproduce.reproduce(config, number, moved, functools.partial(print, flush=True))
     if not done.differences:
-        print(f"the same to the last digit: val_accuracy {done.values[-1]!r}, every epoch")
+        print(f"the same to the last digit: val_accuracy {done.value!r}, every epoch")
     else:
         print(f"not the same: {'; '.join(done.differences)}")
     if done.changed is None:

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from search.model import MOMENTUM
+from search.model import MOMENTUM, UNDECAYED
 
 _STEP_BITS = 24  # of a dropout layer's counter: 16 million steps
 
@@ -21,7 +21,7 @@ def optimizer_for(name: str, decay: tf.Variable | None) -> keras.optimizers.Opti
         optimizer = keras.optimizers.Nadam() if name == "nadam" else FusedAdam()
     if decay is not None:
         optimizer.weight_decay = decay
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
     return optimizer
 
 

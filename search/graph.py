@@ -94,7 +94,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         probabilities = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
         self.compute_metrics(None, tf.zeros(1, tf.int32), probabilities)
-        self._fresh = [0 if v.shape else float(v.numpy()) for v in optimizer.variables]
+        # All begin with zeros but for numbers such as Nadam's product of momentums.
+        self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
 
     def call(self, x: Any, training: bool = False) -> Any:
         """Probabilities."""
@@ -273,15 +274,18 @@ def _is_plain_dropout(layer: keras.layers.Layer) -> bool:
 
 def _architecture(model: keras.Sequential) -> str:
     """What is equal for networks that can share a graph: all but seeds, dropout rates and names."""
+    names: list[str] = []
 
     def alike(config: Any, inside: str = "") -> Any:
         if isinstance(config, dict):
             kind = config.get("class_name", inside)
+            if isinstance(config.get("name"), str) and kind != "DTypePolicy":
+                names.append(config["name"])
             left_out = {"seed", "rate"} if kind == "Dropout" else {"seed"}
             return {k: alike(v, kind) for k, v in config.items() if k not in left_out}
         return [alike(item) for item in config] if isinstance(config, list | tuple) else config
 
     text = json.dumps(alike(model.get_config()), default=str)
-    for index, layer in enumerate((model, *_leaves(model))):
-        text = text.replace(json.dumps(layer.name), f"#{index}")
+    for index, name in enumerate(names):
+        text = text.replace(json.dumps(name), f"#{index}")
     return text

@@ -11,6 +11,7 @@ from search import own_model
 from search.recipe import LOSS, OUTPUT_ACTIVATION
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
+UNDECAYED = ["bias", "gamma", "beta"]
 _seeding = threading.Lock()
 
 
@@ -104,15 +105,22 @@ def _activated(
 
 
 def _optimizer(tried: Mapping[str, Any]) -> keras.optimizers.Optimizer:
-    """Keras' own; its learning rate is the schedule's highest."""
-    rate, decay = tried["learning_rate"], tried["weight_decay"] or None
+    """Keras' own; its learning rate is the schedule's highest.
+
+    Weights decay, biases and the normalization's scales do not.
+    """
+    rate, decay = tried["learning_rate"], tried["weight_decay"]
     if tried["optimizer"] == "sgd":
-        return keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True, weight_decay=decay)
-    if tried["optimizer"] == "nadam":
-        return keras.optimizers.Nadam(rate, weight_decay=decay)
-    if tried["optimizer"] == "adamw":
-        return keras.optimizers.AdamW(rate, weight_decay=decay or 0.0)
-    return keras.optimizers.Adam(rate, weight_decay=decay)
+        optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True)
+    elif tried["optimizer"] == "adamw":
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=decay)
+    else:
+        kind = keras.optimizers.Nadam if tried["optimizer"] == "nadam" else keras.optimizers.Adam
+        optimizer = kind(rate)
+    if decay:
+        optimizer.weight_decay = decay
+        optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
+    return optimizer
 
 
 def _own(

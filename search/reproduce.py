@@ -1,5 +1,6 @@
 """Train a trial again from what its study holds, and compare every epoch to the last digit."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +18,14 @@ _COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 class Reproduction:
     """A trial trained again.
 
-    values: val_accuracy of every epoch. differences: what of which epoch differs, empty where all
-    is the same to the last digit. changed: what of the environment is another one than then;
-    None where that was not recorded.
+    values: val_accuracy of every epoch; value: of the weights that it ends with. differences: what
+    of which epoch differs, empty where all is the same to the last digit. changed: what of the
+    environment is another one than then; None where that was not recorded.
     """
 
     trial: int
     values: list[float]
+    value: float
     differences: list[str]
     changed: list[str] | None
 
@@ -74,15 +76,16 @@ def reproduce(
     config = replace(config, epochs=settings["epochs"], model=model)
     now: list[dict[str, float]] = []
     recorded = trial.user_attrs.get("environment")
-    diverged = []
+    diverged, value = [], math.nan
     try:
         facts = study.user_attrs["facts"]
-        train_again(config, dataset, trial, facts, seed, now, only=len(then))
+        value = train_again(config, dataset, trial, facts, seed, now, only=len(then))
     except training.TrainingDiverged as error:
         diverged.append(f"epoch {len(now)}: {error}")
     return Reproduction(
         trial=trial.number,
         values=[entry["val_accuracy"] for entry in now],
+        value=value,
         differences=[
             *diverged,
             *(

@@ -119,7 +119,12 @@ def check_pair(client: MlflowClient, trial: optuna.trial.FrozenTrial, run: Any) 
     if trial.state is not TrialState.FAIL:
         assert len(reported) == len(history) > 0
     if trial.state is TrialState.COMPLETE:
-        assert trial.value == history[-1]["val_accuracy"] == run.data.metrics["val_accuracy"]
+        assert run.data.metrics["val_accuracy"] == history[-1]["val_accuracy"]
+        best = trial.user_attrs.get("best_epoch", len(history) - 1)
+        assert trial.value == history[best]["val_accuracy"]
+        if "best_epoch" in trial.user_attrs:
+            assert trial.value == max(entry["val_accuracy"] for entry in history)
+            assert run.data.tags["optuna.best_epoch"] == str(best)
 
 
 def check_repeats(client: MlflowClient, trials: list[Any], by_repeat: dict[Any, Any]) -> None:
