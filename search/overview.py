@@ -127,7 +127,10 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         pruned=states.count(TrialState.PRUNED),
         failed=states.count(TrialState.FAIL),
         unfinished=len([state for state in states if not state.is_finished()]),
-        space={name: settings[name] for name in study.user_attrs["facts"].get("space", REFERENCE)},
+        space={
+            name: settings[name]
+            for name in study.user_attrs.get("facts", {}).get("space", REFERENCE)
+        },
         best=row(complete[0]) if complete else None,
         reference=None if first is None else row(first),
         top=[row(trial) for trial in complete[:_TOP]],

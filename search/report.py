@@ -131,13 +131,14 @@ def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     varied = [name for name, allowed in found.space.items() if {*allowed} & {",", ":"}]
     if not varied:
         return
+    common = [name for name in varied if all(name in trial.params for trial in copy.trials)]
     every = f"val_accuracy after epoch {epoch}, which all {len(copy.trials)} finished trials have"
     if found.importances is not None:
         name, share = next(iter(found.importances.shares.items()))
         yield Chart(
             "Which hyperparameters matter",
             f"Importance for {every}: most of all {name} ({share:.0%}).",
-            visualization.plot_param_importances(copy, params=varied),
+            visualization.plot_param_importances(copy, params=common),
         )
     yield Chart(
         "Each hyperparameter alone",
@@ -145,12 +146,13 @@ def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
         visualization.plot_slice(copy, params=varied, target_name=_ACCURACY),
         wide=True,
     )
-    yield Chart(
-        "All hyperparameters together",
-        f"One line a trial, from its {', '.join(varied)} to {every}.",
-        visualization.plot_parallel_coordinate(copy, params=varied, target_name=_ACCURACY),
-        wide=True,
-    )
+    if common:
+        yield Chart(
+            "All hyperparameters together",
+            f"One line a trial, from its {', '.join(common)} to {every}.",
+            visualization.plot_parallel_coordinate(copy, params=common, target_name=_ACCURACY),
+            wide=True,
+        )
 
 
 def _curves(study: optuna.Study, found: Overview) -> go.Figure:

@@ -7,9 +7,11 @@ import optuna
 import pytest
 from conftest import TRIALS, command
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
-from search import overview, report, sampling, storage
+from search import data, display, overview, report, sampling, storage
 from search.config import StudyConfig
+from search.facts import facts_of
 
 TITLES = [
     "History of the search",
@@ -159,3 +161,50 @@ def test_trials_are_compared_after_the_last_epoch_that_all_of_them_have() -> Non
         (0.1, 0.5),
         (0.2, 0.7),
     ]
+
+
+def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
+    in_folder: Path, browser: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = StudyConfig(
+        architecture="dense,cnn",
+        filters="8,16",
+        activation="relu,gelu",
+        batch_normalization="false,true",
+        augmentation="none,shift",
+        augmentation_strength="0.5:1.5",
+    )
+    study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
+    dataset = data.load("mnist", 0.1)
+    study.set_user_attr("facts", facts_of(config, dataset))
+    distributions = sampling.distributions(config.space)
+    for number in range(12):
+        proposal = optuna.create_study(sampler=optuna.samplers.RandomSampler(number)).ask()
+        config.space.suggest(proposal)
+        study.add_trial(
+            create_trial(
+                params=proposal.params,
+                distributions={name: distributions[name] for name in proposal.params},
+                value=0.5 + number / 100,
+                intermediate_values={0: 0.5 + number / 100},
+                user_attrs={"history": [{"epoch": 0, "val_accuracy": 0.5 + number / 100}]},
+            )
+        )
+    found = overview.of(study, config)
+    assert found.importances is not None
+    of_some = {"filters", "conv_blocks", "augmentation_strength"}
+    assert set(found.importances.shares) == set(distributions) - of_some
+    path = in_folder / "report.html"
+    report.write(path, study, config, None)
+    page = opened(browser, path)
+    titles = page.locator("h2").all_inner_texts()
+    assert {"Which hyperparameters matter", "All hyperparameters together"} <= set(titles)
+    table = page.locator("table").inner_text()
+    assert "filters" in table
+    assert "gelu" in table
+    page.close()
+    display.show(Console(), found)
+    shown = capsys.readouterr().out
+    assert "architecture dense,cnn" in shown
+    assert "gelu" in shown
+    assert "| gelu |" in overview.markdown(found, [])

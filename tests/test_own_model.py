@@ -1,0 +1,89 @@
+"""A network of the user's own, as the README writes it, through the real command."""
+
+import re
+import shutil
+from pathlib import Path
+
+import invariants
+import mlflow
+import numpy as np
+import pytest
+from conftest import ROOT, command
+
+README = (ROOT / "README.md").read_text()
+SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", README, re.DOTALL)
+COMMAND = re.search(r"    python study.py (--model mine:build .*)", README)
+SMALL = ("--dataset", "digits.npz", "--n-trials", "4", "--epochs", "2", "--report", "none")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, digits: Path) -> Path:
+    """The README's mine.py beside some digits."""
+    assert SOURCE is not None
+    (tmp_path / "mine.py").write_text(SOURCE[1])
+    shutil.copy(digits, tmp_path / "digits.npz")
+    return tmp_path
+
+
+def test_the_readmes_example_has_twenty_lines_or_so() -> None:
+    assert SOURCE is not None
+    assert len(SOURCE[1].strip().splitlines()) <= 21
+
+
+def test_the_readmes_own_network_is_searched_registered_and_reproduced(folder: Path) -> None:
+    assert COMMAND is not None
+    options = COMMAND[1].split()
+    name = options[options.index("--study-name") + 1]
+    code, out, err = command(folder, *options, *SMALL, "--workers", "2")
+    assert (code, err) == (0, "")
+    assert "pooling " in out
+    found = invariants.check(folder, 4, study_name=name)
+    searched = {"filters", "kernel", "dropout", "pooling", "learning_rate", "optimizer"}
+    for trial in found["trials"]:
+        assert set(trial.params) == searched
+        params = found["runs"][trial.number].data.params
+        assert params["model"] == "mine:build"
+        assert params["schedule"] == "one_cycle"
+        assert not {"hidden_units", "dropout_rate", "activation", "output_activation"} & set(params)
+
+    code, out, err = command(folder, "reproduce", "--study-name", name, "--trial", "1")
+    assert (code, err) == (0, "")
+    assert "the same to the last digit" in out
+    for verb in (("show",), ("report",), ("doctor",)):
+        code, out, err = command(folder, *verb, "--study-name", name)
+        assert (code, err) == (0, ""), verb
+
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    model = mlflow.keras.load_model("models:/MNIST_DNN_Model@production")
+    with np.load(folder / "digits.npz") as data:
+        x = data["x_test"].reshape(-1, 784).astype("float32") / 255
+        accuracy = np.mean(model.predict(x, verbose=0).argmax(axis=1) == data["y_test"])
+    assert accuracy == pytest.approx(found["winner"].data.metrics["test_accuracy"], abs=1e-6)
+
+
+def test_another_source_is_another_model(folder: Path) -> None:
+    options = ("--model", "mine:build", *SMALL, "--n-trials", "1", "--workers", "1")
+    assert command(folder, *options)[0] == 0
+    before = invariants.dump(folder)
+    with (folder / "mine.py").open("a") as file:
+        file.write("# changed\n")
+    code, out, err = command(folder, *options)
+    assert (code, out) == (2, "")
+    assert "exists with other settings (stored -> given): model: mine:build (" in err
+    code, out, err = command(folder, "reproduce")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "mine:build must be the model of the study" in err
+    assert "bring back its source as it was" in err
+    assert invariants.dump(folder) == before
+
+
+def test_a_network_that_does_not_fit_fails_its_trials_with_the_reason(folder: Path) -> None:
+    source = (folder / "mine.py").read_text().replace("Dense(classes", "Dense(classes + 1")
+    (folder / "mine.py").write_text(source)
+    options = ("--model", "mine:build", *SMALL, "--workers", "1", "--max-failures", "2")
+    code, _, err = command(folder, *options)
+    assert code == 1
+    assert "2 trials in a row failed" in err
+    assert "mine:build must return a model that gives a probability for each of 10 classes" in err
+    found = invariants.check(folder, 0, registered=False)
+    assert len(found["trials"]) == 2
