@@ -7,12 +7,12 @@ from typing import Any, get_args
 
 from search import own_model
 from search.errors import InputError, Interrupted, RunError
-from search.options import Option, refusal
+from search.options import Option, flag, refusal
 from search.recipe import HYPERPARAMETERS, differing, space_of
 from search.space import SWITCH, Space
 from search.urls import is_postgresql, redact, same_database
 
-__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig"]
+__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "flag"]
 
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 """The modules of keras.datasets, beside mnist, that hold images with integer labels."""
@@ -165,7 +165,7 @@ class StudyConfig:
         for name, option in options().items():
             if name in HYPERPARAMETERS:
                 object.__setattr__(self, name, in_notation(name, getattr(self, name)))
-            wrong = refusal(flag(name), option, _kind(name), getattr(self, name), defaults()[name])
+            wrong = refusal(name, option, _kind(name), getattr(self, name), defaults()[name])
             if wrong is not None:
                 raise InputError(wrong)
         _ = self.space
@@ -216,7 +216,7 @@ class StudyConfig:
         The sampler and the pruner may change, but a grid stays a grid.
         """
         model = {} if self.model is None else {"model": own_model.load(self.model).fingerprint}
-        size = self.space.parameters["batch_size"]
+        size = str(self.space.parameters["batch_size"])
         return {
             **{name: str(parameter) for name, parameter in differing(self.space).items()},
             **model,
@@ -225,7 +225,7 @@ class StudyConfig:
             "experiment": self.experiment,
             "validation_split": self.validation_split,
             "epochs": self.epochs,
-            "batch_size": self.space.fixed().get("batch_size", str(size)),
+            "batch_size": self.space.fixed().get("batch_size", size),
             "seed": self.seed,
         }
 
@@ -255,11 +255,6 @@ def in_notation(name: str, value: Any) -> Any:
     if isinstance(value, int | float) and (switch or not isinstance(value, bool)):
         return text(value)
     return value
-
-
-def flag(name: str) -> str:
-    """The command line's word for the setting `name`."""
-    return "--" + name.replace("_", "-")
 
 
 def _kind(name: str) -> type:

@@ -28,14 +28,19 @@ class Option:
     none: str = "none"
 
 
-def refusal(flag: str, option: Option, kind: type, value: Any, default: Any) -> str | None:
-    """What is wrong with `value` of the setting that the command line calls `flag`, if anything.
+def flag(name: str) -> str:
+    """The command line's word for the setting `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def refusal(name: str, option: Option, kind: type, value: Any, default: Any) -> str | None:
+    """What is wrong with `value` of the setting `name`, if anything.
 
     kind: int, float or str. default: the setting's own, which serves as an example.
     """
     if value is None and default is None:
         return None
-    remedy = f"; for example {flag} {2 if default is None else default}"
+    remedy = f"; for example {flag(name)} {2 if default is None else default}"
     if isinstance(value, str) and option.choices:
         near = difflib.get_close_matches(value, option.choices, n=1)
         remedy = f"; did you mean {near[0]}?" if near else remedy
@@ -43,7 +48,7 @@ def refusal(flag: str, option: Option, kind: type, value: Any, default: Any) -> 
     fits = isinstance(value, accepted) and not isinstance(value, bool)
     if fits and _holds(value, option):
         return None
-    return f"{flag} must be {_rule(option, kind)}, but got {value!r}{remedy}"
+    return f"{flag(name)} must be {_rule(option, kind)}, but got {value!r}{remedy}"
 
 
 def _holds(value: Any, option: Option) -> bool:

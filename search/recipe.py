@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from search.options import flag
 from search.space import (
     SWITCH,
     Condition,
@@ -14,7 +15,6 @@ from search.space import (
     Parameter,
     Space,
     Value,
-    is_fixed,
     parse,
     words,
 )
@@ -205,18 +205,13 @@ def space_of(notation: Mapping[str, str], own: Mapping[str, Parameter] | None = 
         try:
             parameters[name] = parse(hyperparameter.domain, notation[name])
         except ValueError as error:
-            raise ValueError(f"{option(name)} {error}") from None
+            raise ValueError(f"{flag(name)} {error}") from None
     return Space(
         parameters,
         {name: h.condition for name, h in known.items() if h.condition is not None},
         frozenset({*REFERENCE, *(own or {})} & set(parameters)),
         {name: REFERENCE.get(name, h.plain) for name, h in known.items()},
     )
-
-
-def option(name: str) -> str:
-    """The command line's word for `name`."""
-    return "--" + name.replace("_", "-")
 
 
 def differing(space: Space) -> dict[str, Parameter]:
@@ -227,11 +222,7 @@ def differing(space: Space) -> dict[str, Parameter]:
         if space.asks(name)
         or (
             space.can_matter(name)
-            and (
-                not is_fixed(parameter)
-                or name in space.conditions
-                or HYPERPARAMETERS[name].plain not in parameter
-            )
+            and (name in space.conditions or HYPERPARAMETERS[name].plain not in parameter)
         )
     }
 
@@ -248,7 +239,7 @@ def needs_images(space: Space) -> list[str]:
     for name, plain in (("architecture", "dense"), ("augmentation", "none")):
         if name in space.parameters:
             others = [v for v in getattr(space.parameters[name], "values", ()) if v != plain]
-            found += [f"{option(name)} {value}" for value in others]
+            found += [f"{flag(name)} {value}" for value in others]
     return found
 
 

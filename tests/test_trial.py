@@ -59,7 +59,7 @@ def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> 
         assert (outcome.number, outcome.place) == (trial.number, trial.user_attrs["place"])
         assert outcome.value == outcome.last == trial.value
         assert outcome.hyperparameters is not None
-        assert outcome.hyperparameters.as_dict() == trial.params
+        assert outcome.hyperparameters == trial.params
         assert (outcome.epochs, outcome.failure) == (2, None)
 
 
