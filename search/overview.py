@@ -1,6 +1,7 @@
 """What a study has found so far, read from its ledgers: for the terminal, scripts and both UIs."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from search import production, ranking, runner, storage
 from search.config import StudyConfig
 from search.production import Production
 from search.ranking import Finalist
-from search.recipe import REFERENCE, short
+from search.recipe import REFERENCE, short, unusual
 from search.space import Value
 from search.urls import redact
 
@@ -61,7 +62,8 @@ class Overview:
     """A study at a glance.
 
     running: host and pid of another process that runs the study now, None where there is none.
-    space: what each hyperparameter may be. best: the COMPLETE trial with the highest val_accuracy.
+    space: what each hyperparameter that is searched may be; fixed: what all trials have in common
+    that a plain network has not. best: the COMPLETE trial with the highest val_accuracy.
     reference: the trial of the reference configuration. top: the best COMPLETE trials, best first.
     finalists: the trials that were trained again, the best mean first; it won. registered: the
     winner's model and version. failures: the FAIL trials. production: the version of the model
@@ -78,6 +80,7 @@ class Overview:
     failed: int
     unfinished: int
     space: dict[str, str]
+    fixed: dict[str, Value]
     best: Row | None
     reference: Row | None
     top: list[Row]
@@ -115,6 +118,7 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
     states = [trial.state for trial in trials]
     complete = ranking.ranked(trials)
     settings = study.user_attrs["settings"]
+    facts = study.user_attrs.get("facts", {})
     epochs = int(settings["epochs"])
     first, won = ranking.reference(trials, ranking.reference_of(study)), ranking.winner(study)
     return Overview(
@@ -127,10 +131,8 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         pruned=states.count(TrialState.PRUNED),
         failed=states.count(TrialState.FAIL),
         unfinished=len([state for state in states if not state.is_finished()]),
-        space={
-            name: settings[name]
-            for name in study.user_attrs.get("facts", {}).get("space", REFERENCE)
-        },
+        space={name: settings[name] for name in facts.get("space", REFERENCE)},
+        fixed=unusual(facts.get("params", {})),
         best=row(complete[0]) if complete else None,
         reference=None if first is None else row(first),
         top=[row(trial) for trial in complete[:_TOP]],
@@ -238,11 +240,13 @@ def sentences(found: Overview) -> list[str]:
         f"Study {found.study} searched {space}: {found.complete} trials complete, {found.pruned} "
         f"pruned, {found.failed} failed{unfinished}. {state}".rstrip()
     ]
+    if found.fixed:
+        lines[0] += f" All trials have {_listed(found.fixed)}."
     if found.best is None:
         return [*lines, "No trial has completed yet."]
     lines.append(
         f"The best is trial {found.best.number} with val_accuracy {found.best.val_accuracy:.4f}: "
-        f"{_tried(found.best)}."
+        f"{_listed(found.best.hyperparameters)}."
     )
     if found.reference is not None:
         if found.reference.number != found.best.number:
@@ -289,5 +293,5 @@ def markdown(found: Overview, more: list[str]) -> str:
     return "\n\n".join([*parts, *more])
 
 
-def _tried(shown: Row) -> str:
-    return ", ".join(f"{name} {short(value)}" for name, value in shown.hyperparameters.items())
+def _listed(values: Mapping[str, Value]) -> str:
+    return ", ".join(f"{name} {short(value)}" for name, value in values.items())

@@ -233,6 +233,15 @@ def shared(space: Space) -> dict[str, Value]:
     return {name: value for name, value in space.fixed().items() if name in shown}
 
 
+def unusual(shared: Mapping[str, Any]) -> dict[str, Value]:
+    """What of `facts["params"]` a plain network has not."""
+    return {
+        name: value
+        for name, value in shared.items()
+        if name == "model" or (name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].plain)
+    }
+
+
 def needs_images(space: Space) -> list[str]:
     """What of `space` can be used with images only, each as on the command line."""
     found = []

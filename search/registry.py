@@ -20,7 +20,7 @@ from search import environment, evaluation
 from search.config import StudyConfig
 from search.contract import COMMIT, METRICS, MODEL_URI, NUMBER, STUDY, STUDY_UID, best_epoch
 from search.data import Dataset, scaled
-from search.recipe import HYPERPARAMETERS, complete
+from search.recipe import complete, unusual
 from search.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -36,30 +36,19 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
     lineage.settings is the fingerprint of the study's settings, a SHA-256 of their JSON.
     """
     settings = json.dumps(study.user_attrs["settings"], sort_keys=True)
+    shared = study.user_attrs["facts"]["params"]
     commit = environment.commit()
     return {
         STUDY: study.study_name,
         STUDY_UID: study.user_attrs["study_uid"],
         NUMBER: str(trial.number),
-        "lineage.hyperparameters": json.dumps(_recipe(study, trial)),
+        "lineage.hyperparameters": json.dumps({**unusual(shared), **trial.params}),
         "lineage.val_accuracy": repr(trial.value),
         "lineage.seed": str(trial.user_attrs["seed"]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
         "lineage.dataset": dataset.digest,
         "lineage.environment": json.dumps(environment.here()),
         **({} if commit is None else {COMMIT: commit}),
-    }
-
-
-def _recipe(study: "optuna.Study", trial: "FrozenTrial") -> dict[str, Any]:
-    """What `trial` tried, and what all trials have in common that a plain network has not."""
-    return {
-        **{
-            name: value
-            for name, value in study.user_attrs["facts"]["params"].items()
-            if name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].plain
-        },
-        **trial.params,
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from mlflow.tracking import MlflowClient
 
-from search import pipeline, reproduce
+from search import overview, pipeline, reproduce
 from search.config import StudyConfig
 from search.recipe import HYPERPARAMETERS, describe, short
 
@@ -107,6 +107,8 @@ def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
             hits = loaded.predict(x, verbose=0).argmax(axis=1) == arrays["y_test"]
             assert hits.mean() == pytest.approx(result.winner.test_accuracy, abs=1e-6)
     assert result.winner.test_accuracy > 0.15  # a tenth by chance
+    unusual = {n: v for n, v in changed.items() if v != HYPERPARAMETERS[n].plain}
+    assert overview.read(settings).fixed == {"batch_size": 64, **unusual}
 
     again = reproduce.reproduce(settings, None, None, quietly)
     assert again.differences == []
