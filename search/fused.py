@@ -5,23 +5,19 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from search.model import MOMENTUM, UNDECAYED
+from search.model import MOMENTUM, decay_weights
 
 _STEP_BITS = 24  # of a dropout layer's counter: 16 million steps
 
 
 def optimizer_for(name: str, decay: tf.Variable | None) -> keras.optimizers.Optimizer:
-    """What the network's own optimizer does; weight decay, if any, is a variable.
-
-    Weights decay, biases and the normalization's scales do not.
-    """
+    """What the network's own optimizer does; weight decay, if any, is a variable."""
     if name == "sgd":
         optimizer = keras.optimizers.SGD(momentum=MOMENTUM, nesterov=True)
     else:
         optimizer = keras.optimizers.Nadam() if name == "nadam" else FusedAdam()
     if decay is not None:
-        optimizer.weight_decay = decay
-        optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
+        decay_weights(optimizer, decay)
     return optimizer
 
 
@@ -37,9 +33,9 @@ class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]
         step = tf.cast(self.iterations + 1, dtype)
         index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
-            var=handle_of(variable),
-            m=handle_of(self._momentums[index]),
-            v=handle_of(self._velocities[index]),
+            var=_handle(variable),
+            m=_handle(self._momentums[index]),
+            v=_handle(self._velocities[index]),
             beta1_power=tf.pow(tf.constant(self.beta_1, dtype), step),
             beta2_power=tf.pow(tf.constant(self.beta_2, dtype), step),
             lr=tf.cast(learning_rate, dtype),
@@ -50,7 +46,7 @@ class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]
         )
 
 
-def handle_of(variable: Any) -> Any:
+def _handle(variable: Any) -> Any:
     """The resource behind a TensorFlow or a Keras variable."""
     return variable.handle if isinstance(variable, tf.Variable) else variable.value.handle
 

@@ -263,13 +263,9 @@ def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
 
 
 def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-    if _is_plain_dropout(layer):
+    if type(layer) is keras.layers.Dropout and layer.noise_shape is None:
         return Dropout(name=layer.name)
     return layer.__class__.from_config(layer.get_config())
-
-
-def _is_plain_dropout(layer: keras.layers.Layer) -> bool:
-    return type(layer) is keras.layers.Dropout and layer.noise_shape is None
 
 
 def _architecture(model: keras.Sequential) -> str:
@@ -281,7 +277,8 @@ def _architecture(model: keras.Sequential) -> str:
             kind = config.get("class_name", inside)
             if isinstance(config.get("name"), str) and kind != "DTypePolicy":
                 names.append(config["name"])
-            left_out = {"seed", "rate"} if kind == "Dropout" else {"seed"}
+            replaced = kind == "Dropout" and config.get("noise_shape") is None  # as by `_clone`
+            left_out = {"seed", "rate"} if replaced else {"seed"}
             return {k: alike(v, kind) for k, v in config.items() if k not in left_out}
         return [alike(item) for item in config] if isinstance(config, list | tuple) else config
 

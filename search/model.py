@@ -11,7 +11,6 @@ from search import own_model
 from search.recipe import LOSS, OUTPUT_ACTIVATION
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
-UNDECAYED = ["bias", "gamma", "beta"]
 _seeding = threading.Lock()
 
 
@@ -105,10 +104,7 @@ def _activated(
 
 
 def _optimizer(tried: Mapping[str, Any]) -> keras.optimizers.Optimizer:
-    """Keras' own; its learning rate is the schedule's highest.
-
-    Weights decay, biases and the normalization's scales do not.
-    """
+    """Keras' own; its learning rate is the schedule's highest."""
     rate, decay = tried["learning_rate"], tried["weight_decay"]
     if tried["optimizer"] == "sgd":
         optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True)
@@ -118,9 +114,14 @@ def _optimizer(tried: Mapping[str, Any]) -> keras.optimizers.Optimizer:
         kind = keras.optimizers.Nadam if tried["optimizer"] == "nadam" else keras.optimizers.Adam
         optimizer = kind(rate)
     if decay:
-        optimizer.weight_decay = decay
-        optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
+        decay_weights(optimizer, decay)
     return optimizer
+
+
+def decay_weights(optimizer: keras.optimizers.Optimizer, decay: Any) -> None:
+    """Let weights decay, a number or a variable; biases and the normalization's scales do not."""
+    optimizer.weight_decay = decay
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
 
 
 def _own(

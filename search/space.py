@@ -137,7 +137,7 @@ class Space:
         return self.can_matter(name) and (
             name in self.asked
             or not is_fixed(self.parameters[name])
-            or (name in self.conditions and not self.always_matters(name))
+            or not self.always_matters(name)
         )
 
     def can_matter(self, name: str) -> bool:
@@ -184,7 +184,7 @@ class Space:
         """Whether a trial may have been asked for just `params`."""
         everything = {**self.fixed(), **params}
         wanted = [name for name in self.searched() if self._matters(name, everything)]
-        return list(sorted(params)) == sorted(wanted) and all(
+        return sorted(params) == sorted(wanted) and all(
             params[name] in self.parameters[name] for name in wanted
         )
 
