@@ -335,6 +335,8 @@ class Tracking:
         uris: Any = None, None
         if mlflow.is_tracking_uri_set():  # type: ignore[no-untyped-call]
             uris = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+            if uris[0] == uris[1]:  # else the registry's would no longer follow the other
+                uris = uris[0], None
         variables = {name: os.environ.get(name) for name in _URIS}
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)

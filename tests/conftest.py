@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -153,19 +154,27 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path
 
 
-@pytest.fixture
-def client(in_folder: Path) -> Iterator["MlflowClient"]:
-    """MLflow's client of a fresh folder, whose functions that take no address work there, too."""
+@contextlib.contextmanager
+def mlflow_at(folder: Path) -> Iterator["MlflowClient"]:
+    """MLflow's client of a folder; its functions that take no address work there, too."""
     import mlflow
     from mlflow.tracking import MlflowClient
 
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    uri = f"sqlite:///{in_folder / 'mlflow.db'}"
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    yield MlflowClient(uri, registry_uri=uri)
-    mlflow.set_tracking_uri(before[0])
-    mlflow.set_registry_uri(before[1])
+    try:
+        yield MlflowClient(uri, registry_uri=uri)
+    finally:  # not as it was: MLflow gives one address for another where only one is set
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+
+
+@pytest.fixture
+def client(in_folder: Path) -> Iterator["MlflowClient"]:
+    """MLflow's client of a fresh folder, whose functions that take no address work there, too."""
+    with mlflow_at(in_folder) as found:
+        yield found
 
 
 def copy_databases(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import optuna
 import pytest
-from conftest import EPOCHS, TRIALS, command, copy_databases, start
+from conftest import EPOCHS, TRIALS, command, copy_databases, mlflow_at, start
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
@@ -21,9 +21,8 @@ from search.recipe import REFERENCE
 
 @pytest.fixture
 def tracking(finished: dict[str, Any]) -> Iterator[MlflowClient]:
-    mlflow.set_tracking_uri(f"sqlite:///{finished['folder']}/mlflow.db")
-    mlflow.set_registry_uri(f"sqlite:///{finished['folder']}/mlflow.db")
-    yield finished["client"]
+    with mlflow_at(finished["folder"]) as client:
+        yield client
 
 
 def test_every_trial_is_a_nested_run_with_the_contracts_params(finished: dict[str, Any]) -> None:

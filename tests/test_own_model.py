@@ -8,7 +8,7 @@ import invariants
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, mlflow_at
 
 README = (ROOT / "README.md").read_text()
 SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", README, re.DOTALL)
@@ -53,8 +53,8 @@ def test_the_readmes_own_network_is_searched_registered_and_reproduced(folder: P
         code, out, err = command(folder, *verb, "--study-name", name)
         assert (code, err) == (0, ""), verb
 
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    model = mlflow.keras.load_model("models:/MNIST_DNN_Model@production")
+    with mlflow_at(folder):
+        model = mlflow.keras.load_model("models:/MNIST_DNN_Model@production")
     with np.load(folder / "digits.npz") as data:
         x = data["x_test"].reshape(-1, 784).astype("float32") / 255
         accuracy = np.mean(model.predict(x, verbose=0).argmax(axis=1) == data["y_test"])

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import invariants
+import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -72,6 +73,9 @@ def test_a_run_leaves_no_address_behind(
     def addresses() -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
 
-    before = addresses()
+    before, default = addresses(), mlflow.get_tracking_uri()
     run(config(clouds))
     assert addresses() == before
+    assert mlflow.get_tracking_uri() == (known or default)
+    mlflow.set_tracking_uri("sqlite:///another.db")
+    assert mlflow.get_registry_uri() == "sqlite:///another.db"
