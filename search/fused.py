@@ -5,20 +5,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from search.model import MOMENTUM, decay_weights
-
 _STEP_BITS = 24  # of a dropout layer's counter: 16 million steps
 
 
-def optimizer_for(name: str, decay: tf.Variable | None) -> keras.optimizers.Optimizer:
-    """What the network's own optimizer does; weight decay, if any, is a variable."""
-    if name == "sgd":
-        optimizer = keras.optimizers.SGD(momentum=MOMENTUM, nesterov=True)
-    else:
-        optimizer = keras.optimizers.Nadam() if name == "nadam" else FusedAdam()
-    if decay is not None:
-        decay_weights(optimizer, decay)
-    return optimizer
+def fused(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """A fresh one that does what `optimizer` does, but for weight decay."""
+    adam = isinstance(optimizer, keras.optimizers.Adam)  # or AdamW
+    kind = FusedAdam if adam else type(optimizer)
+    return kind.from_config({**optimizer.get_config(), "weight_decay": None})
 
 
 class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]

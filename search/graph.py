@@ -18,8 +18,8 @@ import tensorflow as tf
 
 from search import augmentation
 from search.data import UINT8_SCALE, Images, Labels
-from search.fused import Dropout, optimizer_for
-from search.model import image_shape
+from search.fused import Dropout, fused
+from search.model import decay_weights, image_shape
 
 _GRAPHS = 8  # kept; a graph and its variables take a few MB
 _OTHER_STREAM = 0x2545F491  # augmentation draws other numbers than dropout with the same seed
@@ -75,21 +75,23 @@ def plan_of(tried: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]
 
 
 class EpochInGraph(keras.Model):  # type: ignore[misc]
-    """`network`, trained an epoch a step on the training set that it has taken."""
+    """A network like `model`, trained an epoch a step on the training set that it has taken."""
 
-    def __init__(self, network: keras.Model, plan: Plan) -> None:
+    def __init__(self, model: keras.Sequential, plan: Plan) -> None:
         super().__init__()
-        self.network = network
+        self.network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
         self._plan = plan
-        shape = network.input_shape[1:]
+        shape = model.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
         self._y = tf.Variable(np.zeros(0, np.int32), shape=(None,))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
             tf.Variable(0.0) for _ in range(4)
         )
-        optimizer = optimizer_for(plan.optimizer, self._decay if plan.decays else None)
-        self.compile(optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
+        optimizer = fused(model.optimizer)
+        if plan.decays:
+            decay_weights(optimizer, self._decay)
+        self.compile(optimizer, model.loss, metrics=["accuracy"], jit_compile=False)
         # Variables that the first trace of an epoch made would cost a second one.
         probabilities = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
@@ -255,9 +257,7 @@ def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
     if key not in graphs:
         while len(graphs) >= _GRAPHS:
             graphs.popitem(last=False)
-        network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
-        network.loss = model.loss
-        graphs[key] = EpochInGraph(network, plan)
+        graphs[key] = EpochInGraph(model, plan)
     graphs.move_to_end(key)
     return graphs[key]
 

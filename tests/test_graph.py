@@ -210,9 +210,15 @@ def test_what_is_only_a_number_shares_a_graph_and_what_is_not_does_not(no_graphs
 
 
 def noisy(hyperparameters: Tried, shape: tuple[int, ...], classes: int) -> keras.Model:
-    """A network with two branches, a network within it, and randomness other than dropout."""
+    """A network with two branches, a network within it, and randomness other than dropout.
+
+    One of its dropouts drops whole examples, which the graph's own layer does not.
+    """
     inputs = keras.Input(shape)
-    inner = keras.Sequential([keras.layers.Dense(8), keras.layers.Dropout(hyperparameters["drop"])])
+    whole = keras.layers.Dropout(hyperparameters["whole"], noise_shape=(None, 1))
+    inner = keras.Sequential(
+        [keras.layers.Dense(8), keras.layers.Dropout(hyperparameters["drop"]), whole]
+    )
     one = inner(keras.layers.GaussianNoise(0.3)(inputs))
     other = keras.layers.SpatialDropout1D(hyperparameters["spatial"])(
         keras.layers.Reshape((FEATURES, 1))(inputs)
@@ -223,12 +229,12 @@ def noisy(hyperparameters: Tried, shape: tuple[int, ...], classes: int) -> keras
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Callable[..., keras.Sequential]:
-    space = {"drop": Choice((0.1,)), "spatial": Choice((0.1,))}
+    space = {name: Choice((0.1,)) for name in ("drop", "spatial", "whole")}
     made = own_model.OwnModel("here:noisy", noisy, space, "0")  # type: ignore[arg-type]
     monkeypatch.setattr(own_model, "load", lambda _: made)
 
-    def make(seed: int = 3, drop: float = 0.1, spatial: float = 0.1) -> keras.Sequential:
-        what = {**tried(), "drop": drop, "spatial": spatial}
+    def make(seed: int = 3, **rates: float) -> keras.Sequential:
+        what = {**tried(), "drop": 0.1, "spatial": 0.1, "whole": 0.1, **rates}
         return model.build(what, (FEATURES,), CLASSES, seed, own="here:noisy")
 
     return make
@@ -253,14 +259,15 @@ def test_own_models_share_a_graph_unless_a_rate_is_built_into_it(
     for drop in (0.1, 0.4):
         train(own(drop=drop), tried(), examples(WHOLE))
     assert len(graph._mine.graphs) == 1
-    train(own(spatial=0.4), tried(), examples(WHOLE))
-    assert len(graph._mine.graphs) == 2
+    for count, built_in in enumerate(("spatial", "whole"), start=2):
+        train(own(**{built_in: 0.4}), tried(), examples(WHOLE))
+        assert len(graph._mine.graphs) == count
 
 
 def test_an_own_model_learns_and_is_plain_keras(
     own: Callable[..., keras.Sequential], tmp_path: Path
 ) -> None:
-    net = own(spatial=0.0)
+    net = own(spatial=0.0, whole=0.0)
     before = net.get_weights()
     history = train(net, tried(), examples(WHOLE), epochs=3)
     assert moved(before[:1], net.get_weights()[:1])
