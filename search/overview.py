@@ -120,7 +120,7 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
     settings = study.user_attrs["settings"]
     facts = study.user_attrs.get("facts", {})
     epochs = int(settings["epochs"])
-    first, won = ranking.reference(trials, ranking.reference_of(study)), ranking.winner(study)
+    first, won = ranking.reference(study), ranking.winner(study)
     return Overview(
         study=study.study_name,
         storage=redact(config.storage),

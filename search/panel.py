@@ -66,9 +66,8 @@ class Panel(Lines):
         from search import ranking
 
         trials = study.get_trials(deepcopy=False)
-        self._reference = ranking.reference_of(study)
-        best, reference = ranking.best(trials), ranking.reference(trials, self._reference)
-        for title, trial in (("best", best), ("reference", reference)):
+        best, self._reference = ranking.best(trials), ranking.reference_params(study)
+        for title, trial in (("best", best), ("reference", ranking.reference(study))):
             if trial is not None and trial.value is not None:
                 self._standing[title] = _stands(trial.value, trial.number, trial.params)
         self._best = None if best is None else best.value

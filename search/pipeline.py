@@ -243,8 +243,8 @@ class _Job:
 
     def train_finalists(self) -> None:
         """Train the finalists again, as far as that is not yet done and nothing says stop."""
-        trials = self.study.get_trials(deepcopy=False)
-        chosen = ranking.candidates(trials, self.config)
+        chosen = ranking.candidates(self.study, self.config)
+        by_number = {trial.number: trial for trial in chosen}
 
         def missing() -> list[tuple[int, int]]:
             return ranking.missing(chosen, self.config)
@@ -254,7 +254,7 @@ class _Job:
             self.listener.finalists(chosen, self.config.repeats)
 
         def on_repeat(number: int, repeat: int, kept: dict[str, Any]) -> None:
-            trial, name = trials[number], repeat_attr(repeat)
+            trial, name = by_number[number], repeat_attr(repeat)
             storage.amend(self.study, trial, name, kept, self.config.storage)
             seen = repeats_of(trial)[repeat]
             with contextlib.suppress(*tracking.ERRORS):  # reconcile writes it later
@@ -320,7 +320,7 @@ class _Job:
             config=self.config,
             best=ranking.best(trials),
             finalists=ranking.standing(self.study),
-            reference=ranking.reference(trials, self.config.space.reference()),
+            reference=ranking.reference(self.study),
             winner=winner,
             parent_run_id=self.parent,
             complete=states.count(TrialState.COMPLETE),

@@ -49,23 +49,25 @@ def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
     return next(iter(ranked(trials)), None)
 
 
-def reference(trials: list[FrozenTrial], wanted: Mapping[str, Value] | None) -> FrozenTrial | None:
-    """The first COMPLETE trial of the reference configuration `wanted`."""
-    return next((t for t in trials if t.state is TrialState.COMPLETE and t.params == wanted), None)
-
-
-def reference_of(study: optuna.Study) -> Mapping[str, Value]:
+def reference_params(study: optuna.Study) -> Mapping[str, Value]:
     """What a trial of the reference configuration has for params; nothing where there is none."""
     found: Mapping[str, Value] = study.user_attrs.get("facts", {}).get("reference", REFERENCE)
     return found
 
 
-def candidates(trials: list[FrozenTrial], config: StudyConfig) -> list[FrozenTrial]:
+def reference(study: optuna.Study) -> FrozenTrial | None:
+    """The first COMPLETE trial of the reference configuration."""
+    wanted = reference_params(study)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return next((trial for trial in complete if trial.params == wanted), None)
+
+
+def candidates(study: optuna.Study, config: StudyConfig) -> list[FrozenTrial]:
     """The best COMPLETE trials, as many as `config.finalists`, and the reference."""
     if config.finalists == 0:
         return []
-    chosen = ranked(trials)[: config.finalists]
-    first = reference(trials, config.space.reference())
+    chosen = ranked(study.get_trials(deepcopy=False))[: config.finalists]
+    first = reference(study)
     return chosen if first is None or first in chosen else [*chosen, first]
 
 

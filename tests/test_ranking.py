@@ -60,7 +60,7 @@ def numbers(trials: list[FrozenTrial]) -> list[int]:
 
 
 def chosen(study: optuna.Study, **settings: int) -> list[FrozenTrial]:
-    return ranking.candidates(study.get_trials(deepcopy=False), StudyConfig(**settings))
+    return ranking.candidates(study, StudyConfig(**settings))
 
 
 @pytest.mark.parametrize(

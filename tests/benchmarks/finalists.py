@@ -27,7 +27,7 @@ import replay
 from search import ranking, sampling, storage
 from search.config import StudyConfig
 from search.listener import Listener
-from search.recipe import REFERENCE, complete
+from search.recipe import complete
 
 TABLE = Path(__file__).with_name("finalists.csv")
 FINALISTS, REPEATS, JUDGES = 3, 4, 3
@@ -165,7 +165,7 @@ def replayed(studies: int) -> None:
         )
         random = np.random.default_rng([seed, 1])
         trials = study.get_trials(deepcopy=False)
-        first = ranking.reference(trials, REFERENCE)
+        first = ranking.reference(study)
         known = -1 if first is None else first.number
         test[known] = certain  # the reference was recorded on many seeds
         values = {
@@ -175,10 +175,10 @@ def replayed(studies: int) -> None:
                 else landscape.draw(trial.params, random)[0][-1]
                 for _ in range(max(repeats))
             ]
-            for trial in ranking.candidates(trials, StudyConfig(finalists=max(counts)))
+            for trial in ranking.candidates(study, StudyConfig(finalists=max(counts)))
         }
         for count in counts:
-            chosen = ranking.candidates(trials, StudyConfig(finalists=count))
+            chosen = ranking.candidates(study, StudyConfig(finalists=count))
             for repeat in repeats if count else (0,):
                 best = ranking.ranked(trials)[0]
                 if count:
