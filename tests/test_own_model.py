@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import invariants
@@ -10,9 +11,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, mlflow_at
 
+from search import StudyConfig, data, own_model
+from search.errors import InputError
+from search.facts import facts_of
+
 README = (ROOT / "README.md").read_text()
 SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", README, re.DOTALL)
 COMMAND = re.search(r"    python study.py (--model mine:build .*)", README)
+OF_A_TRIAL = {"seed", "trainable_parameters"}  # what each trial's run says of itself
 SMALL = ("--dataset", "digits.npz", "--n-trials", "4", "--epochs", "2", "--report", "none")
 
 
@@ -59,6 +65,22 @@ def test_the_readmes_own_network_is_searched_registered_and_reproduced(folder: P
         x = data["x_test"].reshape(-1, 784).astype("float32") / 255
         accuracy = np.mean(model.predict(x, verbose=0).argmax(axis=1) == data["y_test"])
     assert accuracy == pytest.approx(found["winner"].data.metrics["test_accuracy"], abs=1e-6)
+
+
+def test_no_name_that_means_something_else_in_a_ledger_is_free(
+    in_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    config = StudyConfig(dataset=str(folder / "digits.npz"), model="mine:build")
+    dataset = data.load(config.dataset, config.validation_split)
+    written = {*config.settings(dataset.digest), *facts_of(config, dataset)["params"], *OF_A_TRIAL}
+    for name in written - set(own_model.load("mine:build").space):
+        (folder / f"takes_{name}.py").write_text(
+            f"def build(hyperparameters, shape, classes): ...\nSPACE = {{{name!r}: '1,2'}}\n"
+        )
+        with pytest.raises(InputError, match=f"names that are free, but '{name}' is not"):
+            own_model.load(f"takes_{name}:build")
 
 
 def test_another_source_is_another_model(folder: Path) -> None:
