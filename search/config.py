@@ -8,8 +8,9 @@ from typing import Any, get_args
 from search import own_model
 from search.errors import InputError, Interrupted, RunError
 from search.options import Option, flag, refusal
+from search.parameter import SWITCH
 from search.recipe import HYPERPARAMETERS, differing, space_of
-from search.space import SWITCH, Space
+from search.space import Space
 from search.urls import is_postgresql, redact, same_database
 
 __all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "flag"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from search.space import Value
+from search.parameter import Value
 
 
 @dataclass(frozen=True)

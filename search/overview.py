@@ -11,10 +11,10 @@ from requests import RequestException
 
 from search import production, ranking, runner, storage
 from search.config import StudyConfig
+from search.parameter import Value
 from search.production import Production
 from search.ranking import Finalist
 from search.recipe import REFERENCE, short, unusual
-from search.space import Value
 from search.urls import redact
 
 SCHEMA = 1

@@ -22,8 +22,8 @@ from typing import Any
 
 from search.errors import InputError
 from search.imports import silent_stderr
+from search.parameter import SWITCH, Domain, Parameter, Value, parse, text_of
 from search.recipe import HYPERPARAMETERS
-from search.space import SWITCH, Domain, Parameter, Value, parse, text_of
 
 NAME = r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 _TAKEN = {

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from search.display import COLOURS, Lines, Quiet
 from search.outcome import Outcome
+from search.parameter import Value
 from search.recipe import describe
-from search.space import Value
 
 if TYPE_CHECKING:
     import optuna

@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import StudyConfig
 from search.contract import repeat_attr, repeats_of
+from search.parameter import Value
 from search.recipe import REFERENCE
-from search.space import Value
 
 _CHOICE = "finalists"  # the study's user attribute: which trials were compared, on how many seeds
 

@@ -8,16 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.options import flag
-from search.space import (
-    SWITCH,
-    Condition,
-    Domain,
-    Parameter,
-    Space,
-    Value,
-    parse,
-    words,
-)
+from search.parameter import SWITCH, Domain, Parameter, Value, parse, words
+from search.space import Condition, Space
 
 AUGMENTATIONS = ("shift", "affine", "elastic")
 

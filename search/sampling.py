@@ -29,7 +29,8 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, Random
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config import StudyConfig
-from search.space import Choice, Parameter, Space, Value
+from search.parameter import Choice, Parameter, Value
+from search.space import Space
 
 
 def seeds(seed: int, place: int) -> tuple[int, int]:

@@ -1,100 +1,9 @@
-"""The search space: what each hyperparameter may be, and how a trial samples it.
+"""The search space: which hyperparameters matter where, and how a trial samples them."""
 
-Every hyperparameter option takes one notation:
-
-    0.2                 a value: fixed
-    128,256,512,1024    a list: one of these
-    0.0:0.5             a range, both ends included
-    1e-4:1e-2:log       a range sampled on a logarithmic scale
-    64:1024:64          a range with a step
-    relu,gelu           words: a value or a list
-"""
-
-import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
 
-Number = int | float
-Value = Number | str  # bool is an int
-
-
-class Suggests(Protocol):
-    """The part of `optuna.Trial` that sampling needs; its arguments are Optuna's."""
-
-    def suggest_categorical(self, name: str, choices: tuple[Any, ...]) -> Any:
-        """One of `choices`."""
-
-    def suggest_int(
-        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
-    ) -> int:
-        """A whole number from `low` to `high`."""
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        """A number from `low` to `high`."""
-
-
-def text_of(value: Value) -> str:
-    """`value` in the notation."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) else f"{value:.12g}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of `values`; a single value is a fixed hyperparameter."""
-
-    values: tuple[Value, ...]
-
-    def suggest(self, trial: Suggests, name: str) -> Value:
-        """Let `trial` choose."""
-        return cast(Value, trial.suggest_categorical(name, self.values))
-
-    def __contains__(self, value: Value) -> bool:
-        return value in self.values
-
-    def __str__(self) -> str:
-        return ",".join(map(text_of, self.values))
-
-
-@dataclass(frozen=True)
-class Range:
-    """All numbers from `low` to `high`, both included, on a grid of `step` where one is given."""
-
-    low: Number
-    high: Number
-    step: Number | None = None
-    log: bool = False
-
-    def suggest(self, trial: Suggests, name: str) -> Number:
-        """Let `trial` choose: an integer where the ends are integers, else a float."""
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            step = 1 if self.step is None else int(self.step)
-            return trial.suggest_int(name, self.low, self.high, step=step, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
-
-    def __contains__(self, value: Value) -> bool:
-        if isinstance(value, str) or not self.low <= value <= self.high:
-            return False
-        return self.step is None or _divides(self.step, value - self.low)
-
-    def __str__(self) -> str:
-        ends = f"{self.low:.12g}:{self.high:.12g}"
-        if self.log:
-            return f"{ends}:log"
-        return ends if self.step is None else f"{ends}:{self.step:.12g}"
-
-
-Parameter = Choice | Range
-
-
-def _divides(step: Number, length: Number) -> bool:
-    ratio = length / step
-    return math.isfinite(ratio) and math.isclose(ratio, round(ratio), rel_tol=0, abs_tol=1e-9)
+from search.parameter import Choice, Parameter, Range, Suggests, Value, is_fixed, only, text_of
 
 
 @dataclass(frozen=True)
@@ -127,9 +36,7 @@ class Space:
         tried: dict[str, Value] = {}
         for name, parameter in self.parameters.items():
             if self._matters(name, tried):
-                tried[name] = (
-                    parameter.suggest(trial, name) if self.asks(name) else _only(parameter)
-                )
+                tried[name] = parameter.suggest(trial, name) if self.asks(name) else only(parameter)
         return tried
 
     def asks(self, name: str) -> bool:
@@ -171,7 +78,7 @@ class Space:
     def fixed(self) -> dict[str, Value]:
         """What is the same for all trials and matters in all of them, by name."""
         return {
-            name: _only(parameter)
+            name: only(parameter)
             for name, parameter in self.parameters.items()
             if self.always_matters(name) and not self.asks(name)
         }
@@ -202,7 +109,7 @@ class Space:
                     return None
                 tried[name] = self.start[name]
             else:
-                tried[name] = _only(parameter)
+                tried[name] = only(parameter)
         return {name: value for name, value in tried.items() if self.asks(name)}
 
     def grid(self) -> list[dict[str, Value]]:
@@ -234,97 +141,3 @@ def _extended(
             yield from ({**point, name: value} for value in values)
         else:
             yield point
-
-
-def is_fixed(parameter: Parameter) -> bool:
-    """Whether it can be one thing only."""
-    return isinstance(parameter, Choice) and len(parameter.values) == 1
-
-
-def _only(parameter: Parameter) -> Value:
-    return cast(Choice, parameter).values[0]
-
-
-# ---- the notation ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Domain:
-    """The values for which a hyperparameter means anything, whatever the user searches.
-
-    kind: of its numbers; None where it has none. words: its values that are words, by word.
-    """
-
-    kind: type[int] | type[float] | None
-    rule: str
-    example: str
-    holds: Callable[[Number], bool] = lambda value: math.isfinite(value)
-    words: Mapping[str, Value] = field(default_factory=dict)
-
-
-def words(*names: str) -> Domain:
-    """The domain of a hyperparameter that is one of these words."""
-    return Domain(
-        None,
-        f"one of {', '.join(names)}",
-        ",".join(names[:2]),
-        words={name: name for name in names},
-    )
-
-
-SWITCH = Domain(None, "true or false", "true,false", words={"false": False, "true": True})
-
-
-def parse(domain: Domain, text: str) -> Parameter:
-    """Read `text`, in the notation above.
-
-    Raises ValueError with the rule, the value and an example.
-    """
-
-    def fail(rule: str, near: str = "") -> ValueError:
-        return ValueError(f"{rule}, but got {text!r}{near}; for example {domain.example}")
-
-    def value(word: str) -> Value:
-        if word in domain.words:
-            return domain.words[word]
-        close = difflib.get_close_matches(word, domain.words, n=1)
-        near = f", did you mean {close[0]}?" if close else ""
-        if domain.kind is None:
-            raise fail(f"must be {domain.rule} (a value or a list)", near)
-        return number(word, near)
-
-    def number(word: str, near: str = "") -> Number:
-        assert domain.kind is not None
-        try:
-            value = domain.kind(word)
-        except ValueError:
-            raise fail(f"must be {domain.rule} (a value, a list or a range)", near) from None
-        if not domain.holds(value):
-            raise fail(f"must be {domain.rule}")
-        return value
-
-    words = [word.strip() for word in text.split(":")]
-    if len(words) == 1 or domain.kind is None:
-        values = tuple(value(word.strip()) for word in text.split(","))
-        if len(set(values)) < len(values):
-            raise fail("must not name a value twice")
-        return Choice(values)
-    if len(words) > 3 or "," in text:
-        raise fail("must be a value, a list a,b,c or a range low:high, low:high:step, low:high:log")
-
-    low, high = number(words[0]), number(words[1])
-    if low >= high:
-        raise fail("must be a range from low to high")
-    if len(words) == 2:
-        return Range(low, high)
-    if words[2] == "log":
-        if low <= 0:
-            raise fail("must start above 0 on a log scale")
-        return Range(low, high, log=True)
-    try:
-        step = domain.kind(words[2])
-    except ValueError:
-        raise fail("must end in a step or in log") from None
-    if not 0 < step <= high - low or not _divides(step, high - low):
-        raise fail("must have a step above 0 that divides the range")
-    return Range(low, high, step=step)

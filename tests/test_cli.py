@@ -15,8 +15,8 @@ from test_engine import running_owners, wait_for
 
 from search import cli, files, signals
 from search.config import StudyConfig
+from search.parameter import is_fixed
 from search.recipe import HYPERPARAMETERS, REFERENCE
-from search.space import is_fixed
 
 FILE = 'n-trials = 11\nstorage = "sqlite:///file.db"\nseed = 3\nhidden-units = [8, 16]\n'
 

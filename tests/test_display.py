@@ -23,12 +23,12 @@ from search import display
 from search.config import StudyConfig
 from search.outcome import Outcome
 from search.panel import Panel
+from search.parameter import Value
 from search.pipeline import Result, Winner
 from search.promotion import Verdict
 from search.ranking import Finalist
 from search.recipe import REFERENCE
 from search.sampling import distributions
-from search.space import Value
 
 TRIED: dict[str, Value] = {"hidden_units": 1024, "dropout_rate": 0.25, "learning_rate": 0.0005}
 

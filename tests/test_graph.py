@@ -11,7 +11,7 @@ from conftest import plain
 from test_training import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
 
 from search import graph, model, own_model, training
-from search.space import Choice
+from search.parameter import Choice
 
 RATE = 0.01
 Tried = dict[str, Any]

@@ -82,7 +82,7 @@ def test_the_sources_are_read() -> None:
 
 
 LIGHT = {"config", "errors", "files", "imports", "options", "outcome", "own_model", "recipe"}
-LIGHT |= {"space", "urls"}
+LIGHT |= {"parameter", "space", "urls"}
 
 
 @pytest.mark.parametrize("module", sorted(LIGHT))

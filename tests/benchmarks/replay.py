@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 
 from search import sampling, storage
 from search.config import StudyConfig
-from search.space import Value
+from search.parameter import Value
 
 TABLE = Path(__file__).with_name("curves.csv")
 EPOCHS = 5
