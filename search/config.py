@@ -8,7 +8,7 @@ from typing import Any, get_args
 from search import own_model
 from search.errors import InputError, Interrupted, RunError
 from search.options import Option, flag, refusal
-from search.parameter import SWITCH
+from search.parameter import SWITCH, Range
 from search.recipe import HYPERPARAMETERS, differing, space_of
 from search.space import Space
 from search.urls import is_postgresql, redact, same_database
@@ -94,6 +94,7 @@ class StudyConfig:
         _STUDY,
         "Run the trials on the Dask cluster of this scheduler, as many at once as it has worker "
         "threads (at most --workers); storage and tracking must be servers then.",
+        example="tcp://HOST:8786",
     )
     max_failures: int = _option(5, _STUDY, "Stop after so many trials in a row have failed.", low=1)
     report: str = _option(
@@ -119,6 +120,7 @@ class StudyConfig:
         "Search your own network, which FUNCTION of the Python module MODULE makes, in its SPACE.",
         pattern=own_model.NAME,
         rule="MODULE:FUNCTION, a module that Python finds from here and a function of it",
+        example="mine:build",
     )
     hidden_units: str = _hyperparameter("hidden_units")
     dropout_rate: str = _hyperparameter("dropout_rate")
@@ -174,10 +176,13 @@ class StudyConfig:
             try:
                 self.space.grid()
             except ValueError as error:
-                raise InputError(
-                    f"--sampler grid: {error}; give a list, for example "
-                    "--dropout-rate 0.1,0.3 --learning-rate 0.001"
-                ) from None
+                lists = " ".join(
+                    f"{flag(name)} {p.low:.12g},{p.high:.12g}"
+                    for name, p in self.space.searched().items()
+                    if isinstance(p, Range) and name in HYPERPARAMETERS
+                )
+                remedy = f"give lists, for example {lists}" if lists else "write a list in SPACE"
+                raise InputError(f"--sampler grid: {error}; {remedy}") from None
         if self.scheduler is not None:
             self._check_reach()
         if same_database(self.storage, self.tracking_uri):

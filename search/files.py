@@ -34,10 +34,12 @@ def read_file(path: str) -> dict[str, Any]:
     for key, value in loaded.items():
         name = key.replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0].replace("_", "-")
+            remedy = f"did you mean {near}?"
+            if name in ("preset", "config"):
+                remedy = f"give --{name} on the command line"
             raise InputError(
-                f"--config {path}: every key must be an option's name, but got {key!r}; "
-                f"did you mean {near.replace('_', '-')}?"
+                f"--config {path}: every key must be a setting's name, but got {key!r}; {remedy}"
             )
         if name in HYPERPARAMETERS:
             value = in_notation(name, value)

@@ -13,7 +13,8 @@ class Option:
 
     low, high: the ends of the allowed range; below: with low, an open interval instead.
     choices, pattern: what a text may be; rule: the pattern in words. env: the environment's
-    variable for it. none: the word for None, of a setting that may be None.
+    variable for it. none: the word for None, of a setting that may be None, and example: one of
+    its other values.
     """
 
     group: str
@@ -26,6 +27,7 @@ class Option:
     rule: str = ""
     env: str = ""
     none: str = "none"
+    example: str = "2"
 
 
 def flag(name: str) -> str:
@@ -40,7 +42,7 @@ def refusal(name: str, option: Option, kind: type, value: Any, default: Any) -> 
     """
     if value is None and default is None:
         return None
-    remedy = f"; for example {flag(name)} {2 if default is None else default}"
+    remedy = f"; for example {flag(name)} {option.example if default is None else default}"
     if isinstance(value, str) and option.choices:
         near = difflib.get_close_matches(value, option.choices, n=1)
         remedy = f"; did you mean {near[0]}?" if near else remedy

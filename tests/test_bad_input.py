@@ -108,7 +108,10 @@ SWITCH = ("--batch-normalization must be true or false (a value or a list)", "tr
 LAYERS = ("--hidden-layers must be whole numbers from 1 to 5", "for example 1:5")
 STOPPING = ("--early-stopping must be off or whole numbers, 1 or more", "for example 3")
 DECAY = ("--weight-decay must be numbers from 0 to 1", "for example 1e-4:1e-1:log")
-MODEL_OF = ("--model must be MODULE:FUNCTION, a module that Python finds", "for example --model")
+MODEL_OF = (
+    "--model must be MODULE:FUNCTION, a module that Python finds",
+    "for example --model mine:build",
+)
 SEED = ("--seed must be a whole number from 0 to 2147483647", "for example --seed 0")
 PATIENCE = ("--patience must be a whole number", "for example --patience 2")
 WORKERS = ("--workers must be auto or a whole number from 1 to 256", "for example --workers 2")
@@ -276,7 +279,11 @@ def test_a_grid_of_ranges_is_refused(refused: Refused) -> None:
         command(sampler="grid", dropout_rate="0.0:0.5"),
         "error: --sampler grid: a grid takes lists and values only",
         "but dropout_rate is the range 0:0.5",
-        "give a list, for example --dropout-rate 0.1,0.3",
+        "give lists, for example --dropout-rate 0,0.5",
+    )
+    refused(
+        ["--preset", "wide", "--sampler", "grid", "--dropout-rate", "0.1", "--hidden-layers", "2"],
+        "for example --learning-rate 0.0003,0.03 --label-smoothing 0,0.2 --augmentation-strength",
     )
 
 
@@ -671,7 +678,8 @@ def test_a_bad_address_in_the_environment_is_refused(
         ('"a\\nb" = 5', ("'a\\nb'", "did you mean")),
         ("[study]\nn-trials = 5", ("'study'", "did you mean study-name?")),
         ("[[epochs]]\nn = 5", (EPOCHS[0], "[{'n': 5}]", EPOCHS[1])),
-        ('config = "other.toml"', ("'config'", "did you mean")),
+        ('config = "other.toml"', ("'config'", "give --config on the command line")),
+        ('preset = "cnn"', ("'preset'", "give --preset on the command line")),
         ('n-trials = "five"', (TRIALS[0], "but got 'five'", TRIALS[1])),
         ("n-trials = 5.0", (TRIALS[0], "but got 5.0", TRIALS[1])),
         ("n-trials = true", (TRIALS[0], "but got True", TRIALS[1])),
@@ -731,7 +739,7 @@ def test_a_misspelt_key_says_the_file_and_the_rule(folder: Path, refused: Refuse
     (folder / "study.toml").write_text("n-trails = 5\n")
     refused(
         ["--config", "study.toml"],
-        "error: --config study.toml: every key must be an option's name, but got 'n-trails'; "
+        "error: --config study.toml: every key must be a setting's name, but got 'n-trails'; "
         "did you mean n-trials?",
     )
 

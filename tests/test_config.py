@@ -92,7 +92,7 @@ def test_a_misspelt_choice_names_the_nearest() -> None:
 
 
 def test_a_grid_of_ranges_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--sampler grid: .*dropout_rate.*give a list"):
+    with pytest.raises(InputError, match=r"--sampler grid: .*dropout_rate.*give lists"):
         StudyConfig(sampler="grid")
 
 
