@@ -92,10 +92,10 @@ def _smoothing(height: int, width: int) -> NDArray[np.float32]:
     In two dimensions they are products of those in one.
     """
     (down, tall), (across, wide) = _singular(height), _singular(width)
-    values = np.outer(tall, wide).ravel()
-    vectors = np.einsum("hi,wj->ijhw", down, across).reshape(len(values), height * width)
-    kept = values > _NEGLIGIBLE * values.max()
-    return np.asarray(vectors[kept] * values[kept, None], np.float32)
+    values = np.outer(tall, wide)
+    i, j = np.nonzero(values > _NEGLIGIBLE * values.max())
+    vectors = np.einsum("hk,wk->khw", down[:, i], across[:, j]).reshape(len(i), height * width)
+    return np.asarray(vectors * values[i, j, None], np.float32)
 
 
 def _singular(size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

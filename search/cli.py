@@ -205,6 +205,8 @@ def build_config(given: Mapping[str, str | None]) -> StudyConfig:
             text = from_environment
         if text is not None:
             values[name] = settings.from_text(name, text)
+    if "model" not in given:  # a verb: none needs it, and to import it takes time
+        values.pop("model", None)
     config = StudyConfig(**values)
     for name in HYPERPARAMETERS:
         if given.get(name) is not None:

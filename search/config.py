@@ -8,7 +8,7 @@ from typing import Any, get_args
 from search import own_model
 from search.errors import InputError, Interrupted, RunError
 from search.options import Option, flag, refusal
-from search.parameter import SWITCH, Range
+from search.parameter import Range, is_fixed
 from search.recipe import HYPERPARAMETERS, differing, space_of
 from search.space import Space
 from search.urls import is_postgresql, redact, same_database
@@ -167,11 +167,16 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name, option in options().items():
             if name in HYPERPARAMETERS:
-                object.__setattr__(self, name, in_notation(name, getattr(self, name)))
+                object.__setattr__(self, name, in_notation(getattr(self, name)))
             wrong = refusal(name, option, _kind(name), getattr(self, name), defaults()[name])
             if wrong is not None:
                 raise InputError(wrong)
-        _ = self.space
+        optimizer, decay = (self.space.parameters[n] for n in ("optimizer", "weight_decay"))
+        if "adamw" in optimizer and is_fixed(decay) and 0.0 in decay:
+            raise InputError(
+                "--optimizer adamw must have a weight decay, without which it is adam, but "
+                f"--weight-decay is {decay}; give one, for example --weight-decay 1e-4:1e-1:log"
+            )
         if self.sampler == "grid":
             try:
                 self.space.grid()
@@ -246,21 +251,18 @@ def defaults() -> dict[str, Any]:
     return {f.name: f.default for f in fields(StudyConfig)}
 
 
-def in_notation(name: str, value: Any) -> Any:
-    """A list or a number as the text that means the same to the hyperparameter `name`.
+def in_notation(value: Any) -> Any:
+    """A list, a number, True or False as the text that means the same to a hyperparameter.
 
-    True and False, too, where it is one that is on or off; all else stays as it is.
+    All else stays as it is.
     """
-    switch = HYPERPARAMETERS[name].domain is SWITCH
 
     def text(item: Any) -> str:
-        return str(item).lower() if switch and isinstance(item, bool) else str(item)
+        return str(item).lower() if isinstance(item, bool) else str(item)
 
     if isinstance(value, list | tuple):
         return ",".join(map(text, value))
-    if isinstance(value, int | float) and (switch or not isinstance(value, bool)):
-        return text(value)
-    return value
+    return text(value) if isinstance(value, int | float) else value
 
 
 def _kind(name: str) -> type:

@@ -42,7 +42,7 @@ def read_file(path: str) -> dict[str, Any]:
                 f"--config {path}: every key must be a setting's name, but got {key!r}; {remedy}"
             )
         if name in HYPERPARAMETERS:
-            value = in_notation(name, value)
+            value = in_notation(value)
         settings[name] = from_text(name, value) if isinstance(value, str) else value
     return settings
 

@@ -19,7 +19,7 @@ import tensorflow as tf
 from search import augmentation
 from search.data import UINT8_SCALE, Images, Labels
 from search.fused import Dropout, fused
-from search.model import decay_weights, image_shape
+from search.model import decay_weights, image_shape, is_of_layers
 
 _GRAPHS = 8  # kept; a graph and its variables take a few MB
 _OTHER_STREAM = 0x2545F491  # augmentation draws other numbers than dropout with the same seed
@@ -75,23 +75,24 @@ def plan_of(tried: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]
 
 
 class EpochInGraph(keras.Model):  # type: ignore[misc]
-    """A network like `model`, trained an epoch a step on the training set that it has taken."""
+    """`network`, trained an epoch a step on the training set that it has taken."""
 
-    def __init__(self, model: keras.Sequential, plan: Plan) -> None:
+    def __init__(self, network: keras.Sequential, plan: Plan) -> None:
+        """network: as `_copy_of` the first one that is to be trained."""
         super().__init__()
-        self.network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
+        self.network = network
         self._plan = plan
-        shape = model.input_shape[1:]
+        shape = network.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
         self._y = tf.Variable(np.zeros(0, np.int32), shape=(None,))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
             tf.Variable(0.0) for _ in range(4)
         )
-        optimizer = fused(model.optimizer)
+        optimizer = fused(network.optimizer)
         if plan.decays:
             decay_weights(optimizer, self._decay)
-        self.compile(optimizer, model.loss, metrics=["accuracy"], jit_compile=False)
+        self.compile(optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
         # Variables that the first trace of an epoch made would cost a second one.
         probabilities = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
@@ -123,7 +124,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
                 mine.set(theirs.rate, seed, dropouts)
                 dropouts += 1
             else:
-                _copy(theirs.variables, mine.variables)
+                _assign(theirs.variables, mine.variables)
         for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
             variable.assign(tf.fill(variable.shape, tf.cast(value, variable.dtype)))
         self.optimizer.learning_rate.assign(model.optimizer.learning_rate)
@@ -144,9 +145,9 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         self._y.assign(self._y[:0])
         for mine, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
             if not isinstance(mine, Dropout):
-                _copy(mine.variables, theirs.variables)
+                _assign(mine.variables, theirs.variables)
         model.optimizer.build(model.trainable_variables)
-        _copy(self.optimizer.variables, model.optimizer.variables)
+        _assign(self.optimizer.variables, model.optimizer.variables)
         model.optimizer.learning_rate.assign(self._rate)
 
     def train_step(self, data: Any) -> Any:
@@ -223,7 +224,7 @@ def scaled(x: Any) -> Any:
     return tf.cast(x, tf.float32) * UINT8_SCALE if x.dtype == tf.uint8 else x
 
 
-def _copy(sources: Any, targets: Any) -> None:
+def _assign(sources: Any, targets: Any) -> None:
     for source, target in zip(sources, targets, strict=True):
         target.assign(source)
 
@@ -231,7 +232,7 @@ def _copy(sources: Any, targets: Any) -> None:
 def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:
     """The layers of a network, those of networks within it one by one."""
     for layer in model.layers:
-        if isinstance(layer, keras.Model):
+        if is_of_layers(layer):
             yield from _leaves(layer)
         else:
             yield layer
@@ -252,14 +253,20 @@ _mine = _OfThread()
 
 def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
     """The graph for networks like `model`, the least recently used one dropped."""
-    key = _architecture(model) + json.dumps(astuple(plan))
+    network = _copy_of(model)
+    key = _architecture(network) + json.dumps(astuple(plan))
     graphs = _mine.graphs
     if key not in graphs:
         while len(graphs) >= _GRAPHS:
             graphs.popitem(last=False)
-        graphs[key] = EpochInGraph(model, plan)
+        graphs[key] = EpochInGraph(network, plan)
     graphs.move_to_end(key)
     return graphs[key]
+
+
+def _copy_of(model: keras.Sequential) -> keras.Sequential:
+    """A network like `model` with this package's dropout, so that its rates are variables."""
+    return keras.models.clone_model(model, clone_function=_clone, recursive=True)
 
 
 def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -268,21 +275,25 @@ def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
     return layer.__class__.from_config(layer.get_config())
 
 
-def _architecture(model: keras.Sequential) -> str:
-    """What is equal for networks that can share a graph: all but seeds, dropout rates and names."""
-    names: list[str] = []
+_REFERENCES = ("keras_history", "input_layers", "output_layers")  # to layers, by their names
 
-    def alike(config: Any, inside: str = "") -> Any:
+
+def _architecture(network: keras.Sequential) -> str:
+    """What is equal for networks that can share a graph: all but seeds and the names of layers.
+
+    network: as `_copy_of` one; dropout rates that are variables are no part of its configuration.
+    """
+    names: dict[str, str] = {}
+
+    def alike(config: Any, key: str = "", kind: str = "") -> Any:
         if isinstance(config, dict):
-            kind = config.get("class_name", inside)
-            if isinstance(config.get("name"), str) and kind != "DTypePolicy":
-                names.append(config["name"])
-            replaced = kind == "Dropout" and config.get("noise_shape") is None  # as by `_clone`
-            left_out = {"seed", "rate"} if replaced else {"seed"}
-            return {k: alike(v, kind) for k, v in config.items() if k not in left_out}
-        return [alike(item) for item in config] if isinstance(config, list | tuple) else config
+            kind = config.get("class_name", kind)
+            return {k: alike(v, k, kind) for k, v in config.items() if k != "seed"}
+        if isinstance(config, list | tuple):
+            return [alike(item, key, kind) for item in config]
+        named = key in _REFERENCES or (key == "name" and kind != "DTypePolicy")
+        if named and isinstance(config, str):
+            return names.setdefault(config, f"#{len(names)}")
+        return config
 
-    text = json.dumps(alike(model.get_config()), default=str)
-    for index, name in enumerate(names):
-        text = text.replace(json.dumps(name), f"#{index}")
-    return text
+    return json.dumps(alike(network.get_config()), default=str)

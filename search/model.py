@@ -132,13 +132,12 @@ def _own(
     with _seeding:  # Keras draws the seeds of layers that have none from Python's global generator
         keras.utils.set_random_seed(seed)
         network = own.build({name: tried[name] for name in own.space}, shape, classes)
-    if not isinstance(network, keras.Sequential) and not (
-        isinstance(network, keras.Model) and hasattr(network, "operations")
-    ):
+    if not is_of_layers(network):
         raise ValueError(
             f"{name} must return a keras.Sequential or a functional keras.Model, but returned a "
             f"{type(network).__name__}"
         )
+    _check_loads(name, network)
     try:
         gives = tuple(network.compute_output_shape((None, *shape)))
     except Exception as error:  # whatever its layers raise
@@ -152,6 +151,30 @@ def _own(
             f"shape (None, {classes}), but it gives {gives}"
         )
     return network
+
+
+def is_of_layers(network: Any) -> bool:
+    """Whether it is a network that is nothing but its layers, sequential or functional."""
+    return isinstance(network, keras.Sequential) or (
+        isinstance(network, keras.Model) and hasattr(network, "operations")
+    )
+
+
+def _check_loads(name: str, network: keras.Model) -> None:
+    """Raise ValueError where the saved network could not be loaded again."""
+    for layer in network._flatten_layers():
+        kind = type(layer)
+        if kind is keras.layers.Lambda:
+            raise ValueError(
+                f"{name} must return a model that can be loaded, but Keras loads no Lambda layer, "
+                "which may hold any code; write a layer class instead"
+            )
+        registered = ">" in keras.saving.get_registered_name(kind)
+        if not registered and kind.__module__.split(".")[0] != "keras":
+            raise ValueError(
+                f"{name} must return a model that can be loaded, but the class {kind.__name__} is "
+                "not registered; write @keras.saving.register_keras_serializable() above it"
+            )
 
 
 def trainable_parameters(model: keras.Model) -> int:

@@ -35,6 +35,10 @@ _TAKEN = {
 """What the ledgers or the options call something else."""
 
 
+class ModelError(InputError):
+    """The model can't be used here."""
+
+
 @dataclass(frozen=True)
 class OwnModel:
     """A function that makes networks, its search space, and the digest of its module's source."""
@@ -52,15 +56,17 @@ class OwnModel:
 
 @functools.cache
 def load(name: str) -> OwnModel:
-    """Import the model that `--model` names. Raises InputError, in one line."""
+    """Import the model that `--model` names. Raises ModelError, in one line."""
     module_name, function_name = name.split(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: no namesake there shall hide a package
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(threads, "1")  # its code may start TensorFlow before a worker does
     try:
         with silent_stderr():
             module = importlib.import_module(module_name)
-    except Exception as error:  # whatever its code raises
+    except (Exception, SystemExit) as error:  # whatever its code raises
         raise _refusal(
             name,
             f"a module that can be imported ({type(error).__name__}: {error})",
@@ -83,6 +89,16 @@ def load(name: str) -> OwnModel:
     return OwnModel(name, build, space, hashlib.sha256(source).hexdigest())
 
 
+def check(name: str, fingerprint: str) -> None:
+    """Raise ModelError where the model's source is no longer the one with this fingerprint."""
+    found = load(name).fingerprint
+    if found != fingerprint:
+        raise ModelError(
+            f"{name} must be the model of the study, {fingerprint}, but is now {found}; "
+            "bring back its source as it was"
+        )
+
+
 def _parameter(model: str, name: Any, value: Any) -> Parameter:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w{0,99}", name) or name in _TAKEN:
         raise _refusal(
@@ -91,6 +107,12 @@ def _parameter(model: str, name: Any, value: Any) -> Parameter:
             "give it another name",
         )
     items = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, str | int | float) for item in items):
+        raise _refusal(
+            model,
+            f"a model whose SPACE holds texts, numbers or lists of them, but {name} is {value!r}",
+            'write it in the notation, for example "32,64,128"',
+        )
     text = ",".join(item if isinstance(item, str) else text_of(item) for item in items)
     try:
         return parse(_domain(text), text)
@@ -101,7 +123,7 @@ def _parameter(model: str, name: Any, value: Any) -> Parameter:
 def _domain(text: str) -> Domain:
     """What kind of values `text` is about: whole numbers, numbers, true and false, or words."""
     words = [word.strip() for word in re.split("[,:]", text)]
-    if words[-1] == "log":
+    if ":" in text and words[-1] == "log":
         words.pop()
     for kind, rule, example in ((int, "whole numbers", "32,64"), (float, "numbers", "0.0:0.5")):
         try:
@@ -116,5 +138,5 @@ def _domain(text: str) -> Domain:
     return Domain(None, "words or numbers, not both", "max,average", words=named)
 
 
-def _refusal(name: str, rule: str, remedy: str) -> InputError:
-    return InputError(f"--model must name {rule}, but got {name!r}; {remedy}")
+def _refusal(name: str, rule: str, remedy: str) -> ModelError:
+    return ModelError(f"--model must name {rule}, but got {name!r}; {remedy}")

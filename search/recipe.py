@@ -237,22 +237,27 @@ def unusual(shared: Mapping[str, Any]) -> dict[str, Value]:
 def needs_images(space: Space) -> list[str]:
     """What of `space` can be used with images only, each as on the command line."""
     found = []
-    for name, plain in (("architecture", "dense"), ("augmentation", "none")):
-        if name in space.parameters:
-            others = [v for v in getattr(space.parameters[name], "values", ()) if v != plain]
-            found += [f"{flag(name)} {value}" for value in others]
+    for child in ("filters", "augmentation_strength"):
+        condition = space.conditions.get(child)
+        if condition is not None:
+            allowed = space.parameters[condition.parent]
+            needy = [value for value in condition.values if value in allowed]
+            found += [f"{flag(condition.parent)} {value}" for value in needy]
     return found
 
 
 def describe(params: Mapping[str, Value]) -> str:
     """What a trial tried, for a line of the terminal; what is plain there is left out."""
-    shown = (_shown(name, value) for name, value in params.items() if not _is_plain(name, value))
+    own = not set(REFERENCE) <= set(params)  # of a network of the user's own
+    shown = (_shown(name, v) for name, v in params.items() if not _is_plain(name, v, own))
     return "  ".join(shown)
 
 
-def _is_plain(name: str, value: Value) -> bool:
+def _is_plain(name: str, value: Value, own: bool) -> bool:
     known = HYPERPARAMETERS.get(name)
-    return known is not None and name not in REFERENCE and value == known.plain
+    if known is None or name in REFERENCE or (own and known.network):
+        return False
+    return value == known.plain
 
 
 def _shown(name: str, value: Value) -> str:

@@ -128,7 +128,8 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
 
 def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     epoch, copy = overview.comparable(study)
-    varied = [name for name, allowed in found.space.items() if {*allowed} & {",", ":"}]
+    searched = [name for name, allowed in found.space.items() if {*allowed} & {",", ":"}]
+    varied = [name for name in searched if any(name in trial.params for trial in copy.trials)]
     if not varied:
         return
     common = [name for name in varied if all(name in trial.params for trial in copy.trials)]

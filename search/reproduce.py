@@ -104,12 +104,7 @@ def _model_of(settings: Mapping[str, Any]) -> str | None:
     if "model" not in settings:
         return None
     name = str(settings["model"]).split(" ")[0]
-    found = own_model.load(name).fingerprint
-    if found != settings["model"]:
-        raise InputError(
-            f"{name} must be the model of the study, {settings['model']}, but is now {found}; "
-            "bring back its source as it was"
-        )
+    own_model.check(name, settings["model"])
     return name
 
 

@@ -10,6 +10,7 @@ from search.config import RunError, StudyConfig, one_line
 from search.data import Dataset
 from search.imports import silent_stderr
 from search.outcome import Outcome
+from search.own_model import ModelError
 
 if TYPE_CHECKING:
     from search.promotion import Comparison
@@ -62,6 +63,8 @@ def _worker(parent_run: str) -> "Worker":
             except Exception as error:
                 if config.scheduler is None:
                     raise
+                if isinstance(error, ModelError):
+                    raise Unfit(str(error)) from None
                 if time.monotonic() > deadline:
                     raise Unfit(
                         f"it can't open the study ({type(error).__name__}: {one_line(error)}); "

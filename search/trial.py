@@ -20,6 +20,7 @@ from search import (
     data,
     environment,
     model,
+    own_model,
     promotion,
     registry,
     sampling,
@@ -54,6 +55,8 @@ class Worker:
             storage=storage.open_storage(config.storage),
             pruner=sampling.pruner(config),
         )
+        if config.model is not None:
+            own_model.check(config.model, self.study.user_attrs["settings"]["model"])
         self.tracking = Tracking(config).open()
         self.facts = self.study.user_attrs["facts"]
         self.owner = {**storage.owner(), "thread": threading.get_ident()}

@@ -1,5 +1,6 @@
 """Distorted images: how they move, by how much, and that the seed decides it."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,15 @@ from search import augmentation
 KINDS = ("shift", "affine", "elastic")
 SEED = (3, 4)
 SIZE = 28
+
+
+def test_the_smoothing_of_large_images_is_small() -> None:
+    tracemalloc.start()
+    kept = augmentation._smoothing(128, 96)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept.shape[1:] == (128 * 96,)
+    assert peak < 100e6
 
 
 def digits(count: int = 64, channels: int = 1) -> NDArray[np.float32]:

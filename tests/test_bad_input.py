@@ -369,6 +369,11 @@ BUILD = "def build(hyperparameters, shape, classes): ...\n"
         (BUILD + "SPACE = {'learning_rate': 1}", ("but 'learning_rate' is not", "another name")),
         (BUILD + "SPACE = {'a b': 1}", ("names that are free, but 'a b' is not",)),
         (BUILD + "SPACE = {1: 1}", ("names that are free, but 1 is not",)),
+        (BUILD + "SPACE = {'units': None}", ("or lists of them, but units is None", "for example")),
+        (BUILD + "SPACE = {'units': {32}}", ("texts, numbers or lists", "but units is {32}")),
+        (BUILD + "SPACE = {'units': range(2)}", ("but units is range(0, 2)",)),
+        (BUILD + "SPACE = {'units': [0.1, None]}", ("but units is [0.1, None]",)),
+        ("raise SystemExit", ("a module that can be imported (SystemExit", "mend it")),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused(
@@ -401,6 +406,14 @@ def test_a_networks_option_is_refused_beside_an_own_model(
         "error: --hidden-units must be left out with --model",
         "but got '4,8'",
         "declare it there",
+    )
+
+
+def test_adamw_without_a_weight_decay_is_refused(refused: Refused) -> None:
+    refused(
+        command(optimizer="adam,adamw"),
+        "error: --optimizer adamw must have a weight decay, without which it is adam",
+        "but --weight-decay is 0; give one",
     )
 
 
@@ -709,9 +722,10 @@ def test_a_bad_address_in_the_environment_is_refused(
         ("hidden-units = []", ("--hidden-units must be", "but got ''", "for example")),
         ("hidden-units = [64, 64]", ("--hidden-units must not name a value twice", "'64,64'")),
         ("hidden-units = [64, 0.5]", (UNITS[0], "but got '64,0.5'", UNITS[1])),
-        ("hidden-units = [64, true]", (UNITS[0], "True", UNITS[1])),
+        ("hidden-units = [64, true]", (UNITS[0], "but got '64,true'", UNITS[1])),
         ("hidden-units = [[64], [128]]", (UNITS[0], "[64]", UNITS[1])),
-        ("hidden-units = true", ("--hidden-units must be", "but got True", "for example")),
+        ("hidden-units = true", (UNITS[0], "but got 'true'", UNITS[1])),
+        ("early-stopping = false", (STOPPING[0], "but got 'false'", STOPPING[1])),
         ("hidden-units = {low = 1}", ("--hidden-units must be", "{'low': 1}", "for example")),
         ("hidden-units = 64.0", (UNITS[0], "but got '64.0'", UNITS[1])),
         ("dropout-rate = 1", (DROPOUT[0], "but got '1'", DROPOUT[1])),

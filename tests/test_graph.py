@@ -39,6 +39,12 @@ def plain_fit(net: keras.Sequential, data: Any, epochs: int = 1, labels: Any = N
         net.fit(x[order], y[order], batch_size=BATCH, shuffle=False, verbose=0)
 
 
+def close(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether weights are the same but for the rounding of other kernels."""
+    pairs = zip(ours, theirs, strict=True)
+    return all(np.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+
+
 @pytest.fixture
 def no_graphs() -> None:
     graph._mine.graphs.clear()
@@ -70,8 +76,7 @@ def test_a_recipe_learns_what_the_plain_loop_learns(no_graphs: None, changed: Tr
     plain_fit(theirs, examples(RAGGED), epochs=2)
     assert len(graph._mine.graphs) == 1
     assert moved(before, ours.get_weights())
-    pairs = zip(ours.get_weights(), theirs.get_weights(), strict=True)
-    assert all(np.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+    assert close(ours.get_weights(), theirs.get_weights())
     assert int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) == 100
 
 
@@ -122,10 +127,7 @@ def test_a_schedule_is_keras_own_over_all_steps(
     plain_fit(theirs, examples(WHOLE), epochs=3)
     assert rates == pytest.approx([float(schedule(step)) for step in (49, 99, 149)], rel=1e-4)
     assert rates[2] < rates[0] / 10
-    assert all(
-        np.allclose(a, b, rtol=1e-3, atol=1e-4)
-        for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True)
-    )
+    assert close(ours.get_weights(), theirs.get_weights())
     assert float(ours.optimizer.learning_rate) == pytest.approx(RATE)  # to train on with
 
 
@@ -227,6 +229,23 @@ def noisy(hyperparameters: Tried, shape: tuple[int, ...], classes: int) -> keras
     return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(merged))
 
 
+@keras.saving.register_keras_serializable("tests")
+class Scaled(keras.Model):  # type: ignore[misc]
+    """A model of a class of its own, with a weight beside its layers."""
+
+    def build(self, shape: Any) -> None:
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.inner = keras.layers.Dense(5)
+        self.inner.build(shape)
+
+    def call(self, x: Any) -> Any:
+        return self.inner(x * self.scale)
+
+
+class Unknown(keras.layers.Layer):  # type: ignore[misc]
+    """A layer that nobody could load."""
+
+
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Callable[..., keras.Sequential]:
     space = {name: Choice((0.1,)) for name in ("drop", "spatial", "whole")}
@@ -264,6 +283,56 @@ def test_own_models_share_a_graph_unless_a_rate_is_built_into_it(
         assert len(graph._mine.graphs) == count
 
 
+Layers = list[keras.layers.Layer]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda other: [
+            keras.layers.Reshape((FEATURES, 1)),
+            keras.layers.TimeDistributed(keras.layers.Dropout(0.9 if other else 0.1)),
+            keras.layers.Flatten(),
+        ],
+        lambda other: [
+            keras.layers.Activation(kind, name=kind) for kind in ("tanh" if other else "relu",)
+        ],
+    ],
+    ids=["a wrapped dropout's rate", "a value that is a layer's name"],
+)
+def test_networks_that_differ_share_no_graph(
+    no_graphs: None, monkeypatch: pytest.MonkeyPatch, layers: Callable[[bool], Layers]
+) -> None:
+    for count, other in enumerate((False, True), start=1):
+
+        def made(_: Any, shape: Any, classes: int, other: bool = other) -> keras.Model:
+            last = keras.layers.Dense(classes, activation="softmax")
+            return keras.Sequential([keras.Input(shape), *layers(other), last])
+
+        found = own_model.OwnModel("here:made", made, {}, "0")
+        monkeypatch.setattr(own_model, "load", lambda _, found=found: found)
+        net = model.build(tried(), (FEATURES,), CLASSES, 3, own="here:made")
+        train(net, tried(), examples(WHOLE))
+        assert len(graph._mine.graphs) == count
+
+
+def test_a_network_within_that_has_weights_of_its_own_learns(
+    no_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(_: Any, shape: Any, classes: int) -> keras.Model:
+        last = keras.layers.Dense(classes, activation="softmax")
+        return keras.Sequential([keras.Input(shape), Scaled(), last])
+
+    found = own_model.OwnModel("here:made", made, {}, "0")
+    monkeypatch.setattr(own_model, "load", lambda _: found)
+    ours, theirs = (model.build(tried(), (FEATURES,), CLASSES, 3, own="here:made") for _ in "ab")
+    before = ours.get_weights()
+    train(ours, tried(), examples(WHOLE))
+    plain_fit(theirs, examples(WHOLE))
+    assert moved(before, ours.get_weights())
+    assert close(ours.get_weights(), theirs.get_weights())
+
+
 def test_an_own_model_learns_and_is_plain_keras(
     own: Callable[..., keras.Sequential], tmp_path: Path
 ) -> None:
@@ -289,6 +358,14 @@ def test_an_own_model_learns_and_is_plain_keras(
         (
             lambda *_: keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]),
             r"takes examples of shape \(20,\)",
+        ),
+        (
+            lambda _, shape, __: keras.Sequential([keras.Input(shape), Unknown()]),
+            "class Unknown is not registered; write @keras.saving.register_keras_serializable",
+        ),
+        (
+            lambda _, s, __: keras.Sequential([keras.Input(s), keras.layers.Lambda(abs)]),
+            "Keras loads no Lambda layer, which may hold any code; write a layer class instead",
         ),
     ],
 )

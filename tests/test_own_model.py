@@ -1,7 +1,9 @@
 """A network of the user's own, as the README writes it, through the real command."""
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +13,24 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, mlflow_at
 
-from search import StudyConfig, data, own_model
+from search import StudyConfig, data, own_model, run
 from search.errors import InputError
 from search.facts import facts_of
+from search.trial import Worker
 
 README = (ROOT / "README.md").read_text()
 SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", README, re.DOTALL)
 COMMAND = re.search(r"    python study.py (--model mine:build .*)", README)
+DENSE = """
+import keras
+
+SPACE = {"units": "4,8"}
+
+
+def build(hyperparameters, shape, classes):
+    hidden = keras.layers.Dense(hyperparameters["units"], activation="relu")
+    return keras.Sequential([keras.Input(shape), hidden, keras.layers.Dense(classes, "softmax")])
+"""
 OF_A_TRIAL = {"seed", "trainable_parameters"}  # what each trial's run says of itself
 SMALL = ("--dataset", "digits.npz", "--n-trials", "4", "--epochs", "2", "--report", "none")
 
@@ -97,6 +110,57 @@ def test_another_source_is_another_model(folder: Path) -> None:
     assert "mine:build must be the model of the study" in err
     assert "bring back its source as it was" in err
     assert invariants.dump(folder) == before
+
+
+def test_a_worker_with_another_source_trains_nothing(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    (in_folder / "theirs.py").write_text(DENSE)
+    model = "theirs:build"
+    config = StudyConfig(
+        dataset=str(clouds), model=model, n_trials=1, epochs=1, workers=1, report="none"
+    )
+    result = run(config)
+    (in_folder / "theirs.py").write_text(DENSE.replace("units", "width"))
+    own_model.load.cache_clear()
+    dataset = data.load(config.dataset, config.validation_split)
+    with pytest.raises(InputError, match=f"{model} must be the model of the study"):
+        Worker(config, result.parent_run_id, dataset)
+
+
+TRAIN = """
+import sys
+from search import StudyConfig, data
+from search.trial import train_again
+from search.training import one_thread_each
+from types import SimpleNamespace
+
+config = StudyConfig(dataset="digits.npz", model=sys.argv[1], epochs=1)  # imports the module
+one_thread_each(1)
+history = []
+params = {"filters": 16, "kernel": 3, "dropout": 0.1, "pooling": "max"}
+dataset = data.load("digits.npz", config.validation_split)
+train_again(config, dataset, SimpleNamespace(params=params), {"params": {}}, 1, history)
+print(history[0]["train_loss"])
+"""
+
+
+def test_a_module_that_starts_tensorflow_does_not_change_the_digits(folder: Path) -> None:
+    source = (folder / "mine.py").read_text()
+    (folder / "early.py").write_text(source + "\n\nkeras.random.uniform((2, 2))\n")
+    losses = [
+        subprocess.run(
+            [sys.executable, "-c", TRAIN, f"{module}:build"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for module in ("mine", "early")
+    ]
+    assert losses[0] == losses[1] != ""
 
 
 def test_a_network_that_does_not_fit_fails_its_trials_with_the_reason(folder: Path) -> None:

@@ -20,7 +20,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "hidden_layers 5": {"hidden_layers": 5},
     **{f"activation {a}": {"activation": a} for a in ("leaky_relu", "elu", "gelu", "silu")},
     "batch_normalization": {"batch_normalization": True, "hidden_layers": 2},
-    **{f"optimizer {name}": {"optimizer": name} for name in ("adamw", "nadam", "sgd")},
+    **{f"optimizer {name}": {"optimizer": name} for name in ("nadam", "sgd")},
+    "optimizer adamw": {"optimizer": "adamw", "weight_decay": 0.01},
     "weight_decay": {"weight_decay": 0.1},
     "weight_decay of sgd": {"weight_decay": 0.1, "optimizer": "sgd"},
     "label_smoothing": {"label_smoothing": 0.2},
@@ -221,6 +222,8 @@ def test_a_line_of_the_terminal_leaves_out_what_is_plain() -> None:
     assert describe(params) == (
         "units   64  dropout 0.250  lr 2.00e-03  sgd  batch norm  decay 0.0001  kernel 3"
     )
+    own = {"filters": 32, "activation": "relu", "learning_rate": 0.002, "optimizer": "adam"}
+    assert describe(own) == "filters 32  relu  lr 2.00e-03"
     assert [short(value) for value in (None, True, False, "a", 0.123456)] == [
         "",
         "on",

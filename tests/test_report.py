@@ -1,5 +1,6 @@
 """The report, in a real browser."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,8 @@ def test_trials_are_compared_after_the_last_epoch_that_all_of_them_have() -> Non
     ]
 
 
-def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
-    in_folder: Path, browser: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def of_many_kinds(seeds: Iterable[int]) -> tuple[optuna.Study, StudyConfig]:
+    """A study in the working directory whose trials tried different things."""
     config = StudyConfig(
         architecture="dense,cnn",
         filters="8,16",
@@ -178,8 +178,8 @@ def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
     dataset = data.load("mnist", 0.1)
     study.set_user_attr("facts", facts_of(config, dataset))
     distributions = sampling.distributions(config.space)
-    for number in range(12):
-        proposal = optuna.create_study(sampler=optuna.samplers.RandomSampler(number)).ask()
+    for number, seed in enumerate(seeds):
+        proposal = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed)).ask()
         config.space.suggest(proposal)
         study.add_trial(
             create_trial(
@@ -190,10 +190,27 @@ def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
                 user_attrs={"history": [{"epoch": 0, "val_accuracy": 0.5 + number / 100}]},
             )
         )
+    return study, config
+
+
+def test_hyperparameters_that_no_trial_had_are_in_no_chart(in_folder: Path, browser: Any) -> None:
+    study, config = of_many_kinds([5])
+    assert not {"filters", "augmentation_strength"} & set(study.trials[0].params)
+    report.write(in_folder / "report.html", study, config, None)
+    page = opened(browser, in_folder / "report.html")
+    assert "Each hyperparameter alone" in page.locator("h2").all_inner_texts()
+    page.close()
+
+
+def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
+    in_folder: Path, browser: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, config = of_many_kinds(range(12))
     found = overview.of(study, config)
     assert found.importances is not None
     of_some = {"filters", "conv_blocks", "augmentation_strength"}
-    assert set(found.importances.shares) == set(distributions) - of_some
+    searched = set(sampling.distributions(config.space))
+    assert set(found.importances.shares) == searched - of_some
     path = in_folder / "report.html"
     report.write(path, study, config, None)
     page = opened(browser, path)
