@@ -75,24 +75,23 @@ def plan_of(tried: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]
 
 
 class EpochInGraph(keras.Model):  # type: ignore[misc]
-    """`network`, trained an epoch a step on the training set that it has taken."""
+    """A network like `model`, trained an epoch a step on the training set that it has taken."""
 
-    def __init__(self, network: keras.Sequential, plan: Plan) -> None:
-        """network: as `_copy_of` the first one that is to be trained."""
+    def __init__(self, model: keras.Sequential, plan: Plan) -> None:
         super().__init__()
-        self.network = network
+        self.network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
         self._plan = plan
-        shape = network.input_shape[1:]
+        shape = model.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
         self._y = tf.Variable(np.zeros(0, np.int32), shape=(None,))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
             tf.Variable(0.0) for _ in range(4)
         )
-        optimizer = fused(network.optimizer)
+        optimizer = fused(model.optimizer)
         if plan.decays:
             decay_weights(optimizer, self._decay)
-        self.compile(optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
+        self.compile(optimizer, model.loss, metrics=["accuracy"], jit_compile=False)
         # Variables that the first trace of an epoch made would cost a second one.
         probabilities = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
@@ -253,36 +252,31 @@ _mine = _OfThread()
 
 def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
     """The graph for networks like `model`, the least recently used one dropped."""
-    network = _copy_of(model)
-    key = _architecture(network) + json.dumps(astuple(plan))
+    key = _architecture(model) + json.dumps(astuple(plan))
     graphs = _mine.graphs
     if key not in graphs:
         while len(graphs) >= _GRAPHS:
             graphs.popitem(last=False)
-        graphs[key] = EpochInGraph(network, plan)
+        graphs[key] = EpochInGraph(model, plan)
     graphs.move_to_end(key)
     return graphs[key]
 
 
-def _copy_of(model: keras.Sequential) -> keras.Sequential:
-    """A network like `model` with this package's dropout, so that its rates are variables."""
-    return keras.models.clone_model(model, clone_function=_clone, recursive=True)
-
-
 def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-    if type(layer) is keras.layers.Dropout and layer.noise_shape is None:
+    if _has_variable_rate(layer):
         return Dropout(name=layer.name)
     return layer.__class__.from_config(layer.get_config())
+
+
+def _has_variable_rate(layer: Any) -> bool:
+    return type(layer) is keras.layers.Dropout and layer.noise_shape is None
 
 
 _REFERENCES = ("keras_history", "input_layers", "output_layers")  # to layers, by their names
 
 
-def _architecture(network: keras.Sequential) -> str:
-    """What is equal for networks that can share a graph: all but seeds and the names of layers.
-
-    network: as `_copy_of` one; dropout rates that are variables are no part of its configuration.
-    """
+def _architecture(model: keras.Sequential) -> str:
+    """What networks that can share a graph have alike: all but seeds, variable rates, names."""
     names: dict[str, str] = {}
 
     def alike(config: Any, key: str = "", kind: str = "") -> Any:
@@ -296,4 +290,17 @@ def _architecture(network: keras.Sequential) -> str:
             return names.setdefault(config, f"#{len(names)}")
         return config
 
-    return json.dumps(alike(network.get_config()), default=str)
+    config = model.get_config()
+    _leave_out_rates(config, model)
+    return json.dumps(alike(config), default=str)
+
+
+def _leave_out_rates(config: dict[str, Any], network: keras.Model) -> None:
+    """Take the dropout rates that are variables of a graph out of the network's configuration."""
+    layers = {layer.name: layer for layer in network.layers}
+    for entry in config.get("layers", ()):
+        layer = layers.get(entry["config"].get("name"))
+        if is_of_layers(layer):
+            _leave_out_rates(entry["config"], layer)
+        elif _has_variable_rate(layer):
+            del entry["config"]["rate"]
