@@ -113,7 +113,7 @@ def _parameter(model: str, name: Any, value: Any) -> Parameter:
             f"a model whose SPACE holds texts, numbers or lists of them, but {name} is {value!r}",
             'write it in the notation, for example "32,64,128"',
         )
-    text = ",".join(item if isinstance(item, str) else text_of(item) for item in items)
+    text = ",".join(map(text_of, items))
     try:
         return parse(_domain(text), text)
     except ValueError as error:
