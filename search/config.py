@@ -109,7 +109,22 @@ class StudyConfig:
         f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), or the path of an .npz file.",
     )
     validation_split: float = _option(
-        0.1, _DATA, "Share of the training data, its end, that validates.", low=0, below=1
+        0.1, _DATA, "Fraction of the training data used for validation.", low=0, below=1
+    )
+    split: str | None = _option(
+        None,
+        _DATA,
+        "Which training examples validate: the last, or a random choice with the same share of "
+        "every class, seeded by --seed. auto: stratified for your own file, last for the others.",
+        choices=("last", "stratified"),
+        none="auto",
+    )
+    normalize: str = _option(
+        "auto",
+        _DATA,
+        "Scale every feature of your own file to mean 0 and variance 1 by a Normalization layer, "
+        "adapted to the training part and saved with the model. auto: unless examples are images.",
+        choices=("auto", "none"),
     )
     epochs: int = _option(
         5, _TRAINING, "Passes over the training data in a trial.", low=1, high=10**6
@@ -221,10 +236,13 @@ class StudyConfig:
         except ValueError as error:
             raise InputError(str(error)) from None
 
-    def settings(self, dataset_digest: str) -> dict[str, Any]:
+    def settings(
+        self, dataset_digest: str, *, split: str = "last", normalized: bool = False
+    ) -> dict[str, Any]:
         """What must stay the same for as long as a study lives: its fingerprint.
 
-        The sampler and the pruner may change, but a grid stays a grid.
+        The sampler and the pruner may change, but a grid stays a grid. split, normalized: how the
+        dataset was prepared; kept only where they are not what every study before them had.
         """
         model = {} if self.model is None else {"model": own_model.load(self.model).fingerprint}
         size = str(self.space.parameters["batch_size"])
@@ -238,6 +256,8 @@ class StudyConfig:
             "epochs": self.epochs,
             "batch_size": self.space.fixed().get("batch_size", size),
             "seed": self.seed,
+            **({} if split == "last" else {"split": split}),
+            **({"normalize": "auto"} if normalized else {}),
         }
 
 
@@ -274,10 +294,10 @@ def _kind(name: str) -> type:
 def from_text(name: str, text: str) -> Any:
     """The value of the setting `name` that the command line or the environment gives as text."""
     kind = _kind(name)
-    if kind is str:
-        return text
     if defaults()[name] is None and text == options()[name].none:
         return None
+    if kind is str:
+        return text
     try:
         return kind(text)
     except ValueError:

@@ -16,20 +16,39 @@ MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 UINT8_SCALE = np.float32(1 / 255)  # a factor: TensorFlow turns a division into one anyway
 _CHANNELS = (1, 3)
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_ENOUGH = 20  # examples of a class, from which it has to be validated, too
+_DEVIATIONS = 1e-7, 1e19  # Keras divides by 1e-7 at least; a variance has to fit into float32
 
 Images = NDArray[np.uint8] | NDArray[np.float32]
 Labels = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
+class Normalization:
+    """What brings every feature to mean 0 and variance 1: float32 of shape (features,) each.
+
+    A feature that does not vary keeps variance 1, so that another value in later data stays small.
+    """
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+
+    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`x` of shape (n, features) as `keras.layers.Normalization` would give it."""
+        return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """Images and labels, ready to train on.
+    """Examples and labels, ready to train on.
 
     x: shape (n, features). uint8 stays uint8, a quarter of the memory, and is scaled to [0, 1]
-    where it is used (`scaled`, and in the graph); all else is float32 as it is.
+    where it is used (`scaled`, and in the graph); all else is float32.
     y: int32 of shape (n,), from 0 to `classes` - 1.
-    The validation set is the end of the training data, as in Keras' `validation_split`.
-    `x_all`, `y_all` are training and validation data together; `digest` is the SHA-256 of the
+    `x_all`, `y_all` are the training part, the first `train_size` examples, and the validation
+    part. `split` tells which examples validate. Where there is a `normalization`, `x_all` is
+    normalized and `x_test` is not: the registered model takes raw values. `repeated` counts the
+    test examples that are training or validation examples, too; `digest` is the SHA-256 of the
     source arrays.
     """
 
@@ -42,6 +61,9 @@ class Dataset:
     train_size: int
     classes: int
     sample_shape: tuple[int, ...]
+    split: str = "last"
+    normalization: Normalization | None = None
+    repeated: int = 0
 
     @property
     def features(self) -> int:
@@ -61,10 +83,40 @@ class Dataset:
     def __str__(self) -> str:
         sizes = self.train_size, len(self.x_all) - self.train_size, len(self.x_test)
         counts = " / ".join(f"{size:,}" for size in sizes)
+        normalized = "" if self.normalization is None else ", normalized"
         return (
-            f"{self.name}: {counts} examples to train, validate, test; "
-            f"{self.features} features, {self.classes} classes"
+            f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
+            f"{self.features} features{normalized}, {self.classes} classes; "
+            f"{self.repeated:,} test examples are in the training data, too"
         )
+
+    @property
+    def problem(self) -> str | None:
+        """Why the split can't be trusted, in one line; None where it can.
+
+        The training part needs every class, and the validation part every class of which there
+        are enough examples.
+        """
+        counts = np.bincount(self.y_all, minlength=self.classes)
+        for part, (_, labels), needed in (
+            ("training", self.train, 1),
+            ("validation", self.validation, _ENOUGH),
+        ):
+            present = np.bincount(labels, minlength=self.classes) > 0
+            lacking = np.flatnonzero(~present & (counts >= needed))
+            if len(lacking):
+                shown = ", ".join(map(str, lacking[:8])) + (", ..." if len(lacking) > 8 else "")
+                remedy = (
+                    "--split stratified"
+                    if self.split == "last"
+                    else "a larger --validation-split or more examples"
+                )
+                return (
+                    f"--dataset {self.name}: the {part} part ({self.split} split, {len(labels):,} "
+                    f"of {len(self.y_all):,} examples) must have examples of every class, but has "
+                    f"none of class {shown}; give {remedy}"
+                )
+        return None
 
 
 def scaled(x: Images) -> NDArray[np.float32]:
@@ -74,10 +126,28 @@ def scaled(x: Images) -> NDArray[np.float32]:
     return x.astype(np.float32, copy=False)
 
 
-def load(name: str, validation_split: float) -> Dataset:
+def is_own(name: str) -> bool:
+    """Whether the dataset `name` is a file of the user's own, in an order and in units of its own.
+
+    MNIST and Keras' datasets are images, 0 to 255, in a random order.
+    """
+    return name != "mnist" and name not in KERAS_DATASETS
+
+
+def load(
+    name: str,
+    validation_split: float,
+    *,
+    split: str = "last",
+    seed: int = 0,
+    normalize: bool = False,
+) -> Dataset:
     """The dataset `name`: mnist, one of Keras', or the path of an .npz file.
 
-    Raises InputError, in one line, where it cannot be used.
+    validation_split: fraction of the training data that validates: with `split` "last" its end, as
+    in Keras; with "stratified" a random choice, by `seed`, with the same fraction of every class.
+    normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
+    training part. Raises InputError, in one line, where it cannot be used.
     """
     if name == "mnist":
         arrays = _from_file(MNIST, name)
@@ -90,7 +160,7 @@ def load(name: str, validation_split: float) -> Dataset:
             f"--dataset must be mnist, {', '.join(KERAS_DATASETS)} or the path of an .npz file, "
             f"but got {name!r}; check the spelling"
         )
-    return _prepare(name, arrays, validation_split)
+    return _prepare(name, arrays, validation_split, split, seed, normalize)
 
 
 def check(dataset: Dataset, for_images: list[str]) -> None:
@@ -171,7 +241,14 @@ def _from_keras(name: str) -> dict[str, NDArray[Any]]:
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
-def _prepare(name: str, arrays: dict[str, NDArray[Any]], validation_split: float) -> Dataset:
+def _prepare(
+    name: str,
+    arrays: dict[str, NDArray[Any]],
+    validation_split: float,
+    split: str,
+    seed: int,
+    normalize: bool,
+) -> Dataset:
     refuse = _refusal(name)
     for part in ("train", "test"):
         _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
@@ -207,17 +284,78 @@ def _prepare(name: str, arrays: dict[str, NDArray[Any]], validation_split: float
             f"{validation_split} of {len(x_train)} leaves {train_size} and "
             f"{len(x_train) - train_size}; give a share nearer to 0.5 or more data"
         )
+    x_all, y_all = _flat(x_train, "x_train", refuse), y_train.astype(np.int32)
+    test = _flat(x_test, "x_test", refuse)
+    repeated = _count_repeated(test, x_all)
+    if split == "stratified":
+        validates = _stratified(y_all, len(x_all) - train_size, seed)
+        order = np.argsort(validates, kind="stable")
+        x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
+    normalization = None
+    if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
+        numbers = x_all.astype(np.float32, copy=False)
+        normalization = _normalization(name, numbers[:train_size])
+        x_all = normalization.apply(numbers)
     return Dataset(
         name=name,
         digest=digest.hexdigest(),
-        x_all=_flat(x_train, "x_train", refuse),
-        y_all=y_train.astype(np.int32),
-        x_test=_flat(x_test, "x_test", refuse),
+        x_all=x_all,
+        y_all=y_all,
+        x_test=test,
         y_test=y_test.astype(np.int32),
         train_size=train_size,
         classes=len(present),
         sample_shape=x_train.shape[1:],
+        split=split,
+        normalization=normalization,
+        repeated=repeated,
     )
+
+
+def _count_repeated(x_test: Images, x_train: Images) -> int:
+    """How many rows of `x_test` stand in `x_train`, too, byte for byte."""
+    tested = {row.tobytes() for row in x_test}
+    repeated = {key for row in x_train if (key := row.tobytes()) in tested}
+    return sum(row.tobytes() in repeated for row in x_test) if repeated else 0
+
+
+def _stratified(y: Labels, size: int, seed: int) -> NDArray[np.bool_]:
+    """Which of the examples validate: about `size`, chosen at random, the same share of each class.
+
+    Every class keeps an example to train on, and as far as `size` allows every class with enough
+    examples has one that validates.
+    """
+    counts = np.bincount(y)
+    share = counts * (size / len(y))
+    most = np.maximum(counts - 1, 0)
+    least = np.minimum(counts >= _ENOUGH, most)
+    take = np.clip(np.floor(share).astype(int), least, most)
+    size = min(size, int(most.sum()))
+    while (missing := size - int(take.sum())) != 0:  # to where rounding has cost the most
+        step = 1 if missing > 0 else -1
+        open_to_it = np.flatnonzero(take < most if step > 0 else take > 0)
+        gain = (share - take)[open_to_it] * step
+        take[open_to_it[np.argsort(-gain, kind="stable")[: abs(missing)]]] += step
+    order = np.lexsort((np.random.default_rng(seed).random(len(y)), y))  # by class, then at random
+    rank = np.empty(len(y), int)
+    rank[order] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(rank < take[y], bool)
+
+
+def _normalization(name: str, x: NDArray[np.float32]) -> Normalization:
+    """The normalization of the training part `x`. Raises InputError where float32 can't hold it."""
+    mean, deviation = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
+    constant = deviation <= 2 * np.finfo(np.float32).eps * np.abs(x).max(axis=0)
+    deviation[constant] = 1
+    wrong = np.flatnonzero((deviation < _DEVIATIONS[0]) | (deviation > _DEVIATIONS[1]))
+    if len(wrong):
+        low, high = _DEVIATIONS
+        raise InputError(
+            f"--dataset {name}: every feature must have a standard deviation from {low:g} to "
+            f"{high:g} to be normalized, but feature {wrong[0]} has {deviation[wrong[0]]:.3g}; "
+            "give it another unit, or --normalize none"
+        )
+    return Normalization(mean.astype(np.float32), (deviation**2).astype(np.float32))
 
 
 def _check_part(

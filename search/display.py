@@ -73,6 +73,8 @@ class Lines(Quiet):
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """Say what will be done."""
         self._print(str(dataset))
+        if dataset.problem is not None:  # of a study from before that was refused
+            self._print(f"warning: {dataset.problem}", "yellow")
         done = len(study.get_trials(deepcopy=False)) if missing else 0
         if not missing:
             self._print(f"study {study.study_name}: all trials are there, nothing to search")

@@ -21,6 +21,8 @@ def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:
             "epochs": config.epochs,
             **shared(config.space),
             "validation_split": config.validation_split,
+            **({} if dataset.split == "last" else {"split": dataset.split}),
+            **({} if dataset.normalization is None else {"normalize": "auto"}),
             **({} if config.model else {"output_activation": OUTPUT_ACTIVATION}),
             **({"model": config.model} if config.model else {}),
             "loss": LOSS,

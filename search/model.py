@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from search import own_model
+from search.data import Normalization
 from search.recipe import LOSS, OUTPUT_ACTIVATION
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
@@ -40,6 +41,33 @@ def build(
         metrics=["accuracy"],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
+    return model
+
+
+def registered(network: keras.Sequential, normalization: Normalization | None) -> keras.Model:
+    """The trained `network` as it is registered: it takes raw values, and NaN gives NaN.
+
+    What a kernel makes of NaN depends on the processor: ReLU may give 0. So a product with zero is
+    added to the probabilities, which is 0 for every number, and NaN for NaN and infinity.
+    The layers and the optimizer are `network`'s own.
+    """
+    example = keras.Input(network.input_shape[1:], name="example")
+    outputs = example
+    if normalization is not None:
+        layer = keras.layers.Normalization(name="normalization")
+        layer.build((None, *network.input_shape[1:]))
+        layer.adapt_mean.assign(normalization.mean)
+        layer.adapt_variance.assign(normalization.variance)
+        layer.finalize_state()
+        outputs = layer(outputs)
+    for layer in network.layers:
+        outputs = layer(outputs)
+    zero = keras.layers.Dense(
+        1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
+    )
+    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(example)])
+    model = keras.Model(example, checked, name=network.name)
+    model.compile(network.optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
     return model
 
 

@@ -71,7 +71,8 @@ def _holds(value: Any, option: Option) -> bool:
 
 def _rule(option: Option, kind: type) -> str:
     if option.choices:
-        return "one of " + ", ".join(option.choices)
+        words = option.choices if option.none == "none" else (option.none, *option.choices)
+        return "one of " + ", ".join(words)
     if option.pattern:
         return option.rule
     if kind is str:

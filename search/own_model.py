@@ -30,7 +30,7 @@ _TAKEN = {
     *(name for name, known in HYPERPARAMETERS.items() if not known.network),
     *("epochs", "seed", "validation_split", "dataset", "train_samples", "validation_samples"),
     *("test_samples", "num_classes", "trainable_parameters", "loss", "model", "grid"),
-    *("experiment", "output_activation"),
+    *("experiment", "output_activation", "split", "normalize"),
 }
 """What the ledgers or the options call something else."""
 

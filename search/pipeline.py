@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,10 +99,15 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
 
 def _run(config: StudyConfig, listener: Listener) -> Result:
     began = time.monotonic()
-    dataset = data.load(config.dataset, config.validation_split)
-    data.check(dataset, recipe.needs_images(config.space))
-    settings = config.settings(_short(dataset))
     storage.check(config)
+    stored = storage.stored_settings(config)
+    dataset = _load(config, stored)
+    data.check(dataset, recipe.needs_images(config.space))
+    if dataset.problem is not None and stored is None:
+        raise InputError(dataset.problem)
+    settings = config.settings(
+        _short(dataset), split=dataset.split, normalized=dataset.normalization is not None
+    )
     tracking.check(config.tracking_uri)
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
@@ -146,6 +151,24 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         if winner is not None:
             _patiently(lambda: presentation.present(ledgers, winner))
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
+
+
+def _load(config: StudyConfig, stored: Mapping[str, Any] | None) -> data.Dataset:
+    """The dataset; where nothing else is asked for, prepared as the study that exists has it.
+
+    stored: the settings of that study, which may be from before there was a choice.
+    """
+    own = data.is_own(config.dataset)
+    split, normalize = ("stratified" if own else "last"), own
+    if stored is not None:
+        split, normalize = stored.get("split", "last"), "normalize" in stored
+    return data.load(
+        config.dataset,
+        config.validation_split,
+        split=config.split or split,
+        seed=config.seed,
+        normalize=normalize and config.normalize == "auto",
+    )
 
 
 def _check_scheduler(address: str) -> None:

@@ -91,20 +91,21 @@ def retrain(
         {"epoch": epoch, "time_ms": now, **{name: curves[name][epoch] for name in curves}}
         for epoch in range(epochs)
     ]
-    test = training.evaluate(network, (dataset.x_test, dataset.y_test))
-    probabilities = network.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
+    registered = model.registered(network, dataset.normalization)
+    test = training.evaluate(registered, (dataset.x_test, dataset.y_test))
+    probabilities = registered.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
     judged = evaluation.evaluate(probabilities, dataset.y_test, dataset.classes)
     tracking.log_result(
         run_id, history, {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
     )
     with tracking.active(run_id), _silence():
-        example = scaled(dataset.x_all[:2])
+        example = scaled(dataset.x_test[:2])
         info = Model.log(
             artifact_path=None,
             name="model",
             flavor=_KerasFlavor,
-            model=network,
-            signature=infer_signature(example, network.predict(example, verbose=0)),
+            model=registered,
+            signature=infer_signature(example, registered.predict(example, verbose=0)),
             input_example=example,
             metadata=whence,
             validate_serving_input=False,  # by loading the model once more, which takes a second
@@ -114,7 +115,7 @@ def retrain(
             # Last, because writing HDF5 (Keras 3.15) drops the optimizer from the model's own
             # compile configuration, and a .keras file written afterwards would lack it.
             legacy = Path(folder) / "mnist_model.h5"
-            network.save(legacy)
+            registered.save(legacy)
             evaluation.save(judged, dataset, Path(folder))
             tracking.client.log_artifacts(run_id, folder)
         tracking.client.set_tag(run_id, MODEL_URI, info.model_uri)

@@ -52,7 +52,13 @@ def reproduce(
         )
     settings, seed = study.user_attrs["settings"], trial.user_attrs["seed"]
     name = moved or study.user_attrs["facts"]["params"]["dataset"]
-    dataset = data.load(name, settings["validation_split"])
+    dataset = data.load(
+        name,
+        settings["validation_split"],
+        split=settings.get("split", "last"),
+        seed=settings["seed"],
+        normalize="normalize" in settings,
+    )
     if dataset.digest[:12] not in settings["dataset"]:
         raise InputError(
             f"--dataset must be the data of the study, {settings['dataset']}, but "

@@ -5,7 +5,7 @@ import os
 import socket
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -80,9 +80,31 @@ def _has_tables(url: str) -> bool:
         engine.dispose()
 
 
+def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
+    """The settings that the study was started with, None where it does not exist yet.
+
+    A file is only read. Raises InputError where the study is another program's.
+    """
+    with _read_only(config) as study:
+        if study is None:
+            return None
+        _refuse_foreign(study, config)
+        settings: dict[str, Any] | None = study.user_attrs.get("settings")
+        return settings
+
+
 def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
     """Raise InputError where the study exists with other settings; a file is only read."""
+    with _read_only(config) as study:
+        if study is not None:
+            _refuse_other(study, config, settings)
+
+
+@contextlib.contextmanager
+def _read_only(config: StudyConfig) -> Iterator[optuna.Study | None]:
+    """The study, None where it does not exist; a file is only read."""
     if not _has_tables(config.storage):
+        yield None
         return
     path = sqlite_path(config.storage)
     if path is None:
@@ -90,36 +112,44 @@ def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
     else:
         url = f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
         storage = RDBStorage(server.braces(url), skip_table_creation=True)
+    study = None
     try:
-        study = optuna.load_study(study_name=config.study_name, storage=storage)
-        _refuse_other(study, config, settings)
-    except KeyError:  # no such study yet
-        return
+        with contextlib.suppress(KeyError):  # no such study yet
+            study = optuna.load_study(study_name=config.study_name, storage=storage)
+        yield study
     finally:
         close(storage)
 
 
-def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
-    remedy = f"give another --study-name, for example --study-name {config.study_name}-2"
+def _remedy(config: StudyConfig) -> str:
+    return f"give another --study-name, for example --study-name {config.study_name}-2"
+
+
+def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
+    """Raise InputError where `study` was not made by this tool."""
     directions = [direction.name.lower() for direction in study.directions]
     if directions != ["maximize"]:
         raise InputError(
             f"--study-name {config.study_name} must be a study that maximizes val_accuracy, but "
-            f"direction: {', '.join(directions)} -> maximize; {remedy}"
+            f"direction: {', '.join(directions)} -> maximize; {_remedy(config)}"
         )
     stored = study.user_attrs.get("settings")
-    if not isinstance(stored, dict):
-        if stored is not None or study.get_trials(deepcopy=False):
-            raise InputError(
-                f"--study-name {config.study_name} must be a study of this tool, but the one in "
-                f"{redact(config.storage)} was made by another program; {remedy}"
-            )
-        return
-    changed = differences(stored, settings)
+    foreign = stored is not None or study.get_trials(deepcopy=False)
+    if not isinstance(stored, dict) and foreign:
+        raise InputError(
+            f"--study-name {config.study_name} must be a study of this tool, but the one in "
+            f"{redact(config.storage)} was made by another program; {_remedy(config)}"
+        )
+
+
+def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
+    """Raise InputError where `study` is another program's or has other settings."""
+    _refuse_foreign(study, config)
+    changed = differences(study.user_attrs.get("settings", settings), settings)
     if changed:
         raise InputError(
             f"--study-name {config.study_name} exists with other settings (stored -> given): "
-            f"{'; '.join(changed)}; {remedy}"
+            f"{'; '.join(changed)}; {_remedy(config)}"
         )
 
 
