@@ -18,6 +18,9 @@ __all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "flag"]
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 """The modules of keras.datasets, beside mnist, that hold images with integer labels."""
 
+EPOCHS = 5
+"""Of a trial, where the user names none: enough for MNIST."""
+
 
 def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
     return field(default=default, metadata={"option": Option(group, help, **rules)})
@@ -126,8 +129,14 @@ class StudyConfig:
         "adapted to the training part and saved with the model. auto: unless examples are images.",
         choices=("auto", "none"),
     )
-    epochs: int = _option(
-        5, _TRAINING, "Passes over the training data in a trial.", low=1, high=10**6
+    epochs: int | None = _option(
+        None,
+        _TRAINING,
+        "Passes over the training data in a trial. auto: 5; up to 20 for a small file of your own.",
+        low=1,
+        high=10**6,
+        none="auto",
+        example="5",
     )
     model: str | None = _option(
         None,
@@ -226,6 +235,11 @@ class StudyConfig:
                 "mlflow server and give --tracking-uri http://HOST:5000"
             )
 
+    @property
+    def trial_epochs(self) -> int:
+        """`epochs`, or 5 where they were left open."""
+        return EPOCHS if self.epochs is None else self.epochs
+
     @cached_property
     def space(self) -> Space:
         """The search space that the hyperparameters' options describe, or the user's own model."""
@@ -253,7 +267,7 @@ class StudyConfig:
             "dataset": dataset_digest,
             "experiment": self.experiment,
             "validation_split": self.validation_split,
-            "epochs": self.epochs,
+            "epochs": self.trial_epochs,
             "batch_size": self.space.fixed().get("batch_size", size),
             "seed": self.seed,
             **({} if split == "last" else {"split": split}),

@@ -87,7 +87,7 @@ class Dataset:
         return (
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
             f"{self.features} features{normalized}, {self.classes} classes; "
-            f"{self.repeated:,} test examples are in the training data, too"
+            f"test examples in the training data: {self.repeated:,}"
         )
 
     @property

@@ -73,15 +73,12 @@ class Lines(Quiet):
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """Say what will be done."""
         self._print(str(dataset))
-        if dataset.problem is not None:  # of a study from before that was refused
-            self._print(f"warning: {dataset.problem}", "yellow")
         done = len(study.get_trials(deepcopy=False)) if missing else 0
         if not missing:
             self._print(f"study {study.study_name}: all trials are there, nothing to search")
-        elif done:
-            self._print(f"study {study.study_name}: {missing} trials to go on with")
         else:
-            self._print(f"study {study.study_name}: {missing} trials to run")
+            trials = f"{missing} trials of {study.user_attrs['settings']['epochs']} epochs"
+            self._print(f"study {study.study_name}: {trials} to {'go on with' if done else 'run'}")
 
     def trial(self, outcome: Outcome, best: float | None) -> None:
         """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""
@@ -96,6 +93,10 @@ class Lines(Quiet):
         if outcome.failure:
             text += f"  ({outcome.failure})"
         self._print(text, COLOURS.get(outcome.state, ""))
+
+    def warning(self, line: str) -> None:
+        """The line, marked as a warning."""
+        self._print(f"warning: {line}", "yellow")
 
     def workers(self, line: str) -> None:
         """The line."""

@@ -18,7 +18,7 @@ def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:
     )
     return {
         "params": {
-            "epochs": config.epochs,
+            "epochs": config.trial_epochs,
             **shared(config.space),
             "validation_split": config.validation_split,
             **({} if dataset.split == "last" else {"split": dataset.split}),

@@ -20,6 +20,9 @@ class Listener:
     def trial(self, outcome: Outcome, best: float | None) -> None:
         """A trial ended; `best` is the best value of the study so far."""
 
+    def warning(self, line: str) -> None:
+        """The study goes on with something that would be refused for a new one."""
+
     def workers(self, line: str) -> None:
         """Something about the workers is worth a line."""
 

@@ -79,7 +79,7 @@ def retrain(
         network,
         (dataset.x_all, dataset.y_all),
         tried,
-        epochs=config.epochs,
+        epochs=config.trial_epochs,
         seed=seed,
         shape=dataset.sample_shape,
         only=epochs,

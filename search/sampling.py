@@ -119,7 +119,7 @@ def pruner(config: StudyConfig) -> BasePruner:
         "percentile": lambda: PercentilePruner(25, n_startup_trials=5, n_warmup_steps=0),
         "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=0),
         "halving": _Halving,
-        "hyperband": lambda: _PlacedHyperband(config.epochs),
+        "hyperband": lambda: _PlacedHyperband(config.trial_epochs),
         "none": optuna.pruners.NopPruner,
     }
     return makers[config.pruner]()

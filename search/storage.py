@@ -33,6 +33,7 @@ from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_BEFORE = {"split": "last", "normalize": "none"}  # of a study whose settings do not name them
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 # ---- checks that change nothing -------------------------------------------------------------
@@ -145,7 +146,8 @@ def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
 def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
     """Raise InputError where `study` is another program's or has other settings."""
     _refuse_foreign(study, config)
-    changed = differences(study.user_attrs.get("settings", settings), settings)
+    stored = study.user_attrs.get("settings", settings)
+    changed = differences({**_BEFORE, **stored}, {**_BEFORE, **settings})
     if changed:
         raise InputError(
             f"--study-name {config.study_name} exists with other settings (stored -> given): "

@@ -201,7 +201,7 @@ def _train(
         network,
         dataset.train,
         tried,
-        epochs=config.epochs,
+        epochs=config.trial_epochs,
         seed=seed,
         shape=dataset.sample_shape,
         validation=dataset.validation,
@@ -281,7 +281,7 @@ class _Attempt:
         def record(epoch: int, logs: dict[str, float]) -> None:
             self._record(trial, epoch, logs)
 
-        pruning = _Pruning(trial, config.epochs)
+        pruning = _Pruning(trial, config.trial_epochs)
         _train(config, dataset, tried, network, seed, record, pruning)
         if tried["early_stopping"]:
             trial.set_user_attr("best_epoch", best_epoch(self._history, stopping=True))

@@ -101,7 +101,7 @@ def check_refusal(stdout: str, stderr: str, fragments: tuple[str, ...]) -> None:
 # ---- options ---------------------------------------------------------------------------------
 
 TRIALS = ("--n-trials must be a whole number", "for example --n-trials 50")
-EPOCHS = ("--epochs must be a whole number", "for example --epochs 5")
+EPOCHS = ("--epochs must be auto or a whole number", "for example --epochs 5")
 BATCH = ("--batch-size must be whole numbers from 1 to 1000000000", "for example 64,128,256")
 SCHEDULE = ("--schedule must be one of constant, cosine, one_cycle, plateau", "constant,cosine")
 SWITCH = ("--batch-normalization must be true or false (a value or a list)", "true,false")
@@ -238,7 +238,8 @@ def test_a_number_too_large_to_use_is_refused(refused: Refused, name: str, digit
     with pytest.raises(InputError):  # first, since a run of so many trials would fill the memory
         StudyConfig(**{name: from_text(name, text)})
     option = "--" + name.replace("_", "-")
-    rule = "whole numbers" if name == "batch_size" else "a whole number"
+    rules = {"batch_size": "whole numbers", "epochs": "auto or a whole number"}
+    rule = rules.get(name, "a whole number")
     refused(command(**{name: text}), f"error: {option} must be {rule}", "but got")
 
 
@@ -701,7 +702,7 @@ def test_a_bad_address_in_the_environment_is_refused(
         ("n-trials = 2026-01-01", (TRIALS[0], "but got datetime.date", TRIALS[1])),
         ("n-trials = nan", (TRIALS[0], "but got nan", TRIALS[1])),
         ("n-trials = 0", (TRIALS[0], "but got 0", TRIALS[1])),
-        (f"epochs = {'9' * 400}", ("--epochs must be a whole number", "but got 999", EPOCHS[1])),
+        (f"epochs = {'9' * 400}", (EPOCHS[0], "but got 999", EPOCHS[1])),
         (f"n-trials = {'9' * 5000}", ("--config", "study.toml")),
         ("seed = -1", (SEED[0], "but got -1", SEED[1])),
         ("seed = false", (SEED[0], "but got False", SEED[1])),

@@ -40,7 +40,7 @@ def test_every_setting_says_what_it_is_for(name: str) -> None:
         ({"n_trials": True}, "--n-trials must be a whole number"),
         ({"n_trials": None}, "--n-trials must be a whole number"),
         ({"n_trials": "5"}, "--n-trials must be a whole number"),
-        ({"epochs": -1}, "--epochs must be a whole number"),
+        ({"epochs": -1}, "--epochs must be auto or a whole number"),
         ({"batch_size": 0}, "--batch-size must be whole numbers from 1 to 1000000000"),
         ({"seed": -1}, "--seed must be a whole number from 0 to 2147483647"),
         ({"seed": 2**31}, "--seed must be a whole number from 0 to 2147483647"),

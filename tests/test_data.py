@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import arrays
+from numpy.typing import NDArray
 
 from search import data
 from search.config import InputError
@@ -25,10 +26,23 @@ def mnist() -> data.Dataset:
     return data.load("mnist", 0.1)
 
 
-def load(folder: Path, share: float = 0.1, **changed: Any) -> data.Dataset:
+def load(
+    folder: Path,
+    share: float = 0.1,
+    split: str = "last",
+    seed: int = 0,
+    normalize: bool = False,
+    **changed: Any,
+) -> data.Dataset:
     path = folder / "data.npz"
     np.savez(path, **arrays(**changed))
-    return data.load(str(path), share)
+    return data.load(str(path), share, split=split, seed=seed, normalize=normalize)
+
+
+def labelled(*counts: int) -> dict[str, NDArray[Any]]:
+    """Training data sorted by class, so many examples of each; every example is its number."""
+    y = np.repeat(np.arange(len(counts)), counts)
+    return {"x_train": np.arange(len(y), dtype=np.float32)[:, None] * [[1, 1, 1, 1]], "y_train": y}
 
 
 @pytest.mark.parametrize("key", data.ARRAYS)
@@ -158,6 +172,115 @@ def test_the_digest_depends_on_the_type_and_the_shape(tmp_path: Path) -> None:
         for changed in (x, x.reshape(40, 4), x.astype(np.float64), x.astype(np.int32))
     }
     assert len(digests) == 4
+
+
+# ---- splits ----------------------------------------------------------------------------------
+
+
+def test_a_stratified_split_gives_both_parts_the_same_share_of_every_class(tmp_path: Path) -> None:
+    dataset = load(tmp_path, split="stratified", **labelled(150, 150, 30))
+    assert dataset.problem is None
+    assert np.bincount(dataset.train[1]).tolist() == [135, 135, 27]
+    assert np.bincount(dataset.validation[1]).tolist() == [15, 15, 3]
+    assert sorted(dataset.x_all[:, 0]) == list(range(330)), "every example is in one part"
+    np.testing.assert_array_equal(dataset.y_all, np.digitize(dataset.x_all[:, 0], [150, 300]))
+    assert "(stratified split)" in str(dataset)
+
+
+def test_a_stratified_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    first, same, other = (
+        load(tmp_path, split="stratified", seed=seed, **labelled(50, 50)).validation[0]
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
+def test_a_stratified_split_trains_on_every_class_and_validates_what_it_can(
+    tmp_path: Path, share: float
+) -> None:
+    counts = (1000, 100, 25, 2, 1)
+    dataset = load(tmp_path, share=share, split="stratified", **labelled(*counts))
+    assert np.bincount(dataset.train[1], minlength=5).min() >= 1
+    validated = np.bincount(dataset.validation[1], minlength=5)
+    assert validated[:3].min() >= 1
+    wanted = 1128 - int(1128 * (1 - share))
+    assert len(dataset.validation[1]) == min(wanted, 1128 - 5)
+    assert dataset.problem is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "part", "lacking"),
+    [
+        ((40, 40, 8), "training", "2"),
+        ((10, 10, 180), "validation", ""),
+        ((25, 300), "validation", "0"),
+    ],
+)
+def test_each_part_is_checked_by_itself(
+    tmp_path: Path, counts: tuple[int, ...], part: str, lacking: str
+) -> None:
+    problem = load(tmp_path, **labelled(*counts)).problem
+    if not lacking:  # classes of ten need no validation
+        assert problem is None
+        return
+    assert problem is not None
+    assert f"the {part} part (last split" in problem
+    assert f"but has none of class {lacking}; give --split stratified" in problem
+
+
+def test_test_examples_that_stand_in_the_training_data_are_counted(tmp_path: Path) -> None:
+    x = arrays()["x_train"]
+    dataset = load(tmp_path, x_test=np.concatenate([x[3:6], x[3:4], x[:6] + 1]))
+    assert dataset.repeated == 4
+    assert str(dataset).endswith("test examples in the training data: 4")
+
+
+# ---- scales ----------------------------------------------------------------------------------
+
+SCALES = np.array([1e-3, 1, 4e3, 1e6], np.float32)
+
+
+def test_features_are_normalized_by_the_training_part_alone(tmp_path: Path) -> None:
+    x = arrays()["x_train"] * SCALES + SCALES * 5
+    x[36:] *= 100  # validates
+    dataset = load(tmp_path, normalize=True, x_train=x)
+    seen, _ = dataset.train
+    np.testing.assert_allclose(seen.mean(axis=0), np.zeros(4), atol=1e-3)
+    np.testing.assert_allclose(seen.std(axis=0), np.ones(4), atol=1e-3)
+    assert np.abs(dataset.validation[0]).min() > 10
+    np.testing.assert_array_equal(dataset.x_test, arrays()["x_test"])
+    assert ", normalized," in str(dataset)
+
+
+def test_a_feature_that_does_not_vary_is_not_blown_up(tmp_path: Path) -> None:
+    x = arrays()["x_train"]
+    x[:, 1], x[:, 2] = 7, np.float32(0.1) + np.arange(40) % 2 * np.float32(7e-9)
+    x[38, 1] = 8  # in the validation part alone
+    dataset = load(tmp_path, normalize=True, x_train=x)
+    assert np.abs(dataset.x_all).max() < 10
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e20])
+def test_a_scale_that_float32_cannot_normalize_is_refused(tmp_path: Path, factor: float) -> None:
+    x = arrays()["x_train"]
+    x[:, 2] *= np.float32(factor)
+    with pytest.raises(
+        InputError, match=r"standard deviation from 1e-07 to 1e\+19 .* feature 2 has"
+    ):
+        load(tmp_path, normalize=True, x_train=x)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [np.ones((40, 4), np.uint8), np.ones((40, 4, 4), np.float32), np.ones((40, 4, 4, 3), np.int32)],
+    ids=lambda x: f"{x.dtype}{x.shape[1:]}",
+)
+def test_images_are_not_normalized(tmp_path: Path, x: NDArray[Any]) -> None:
+    dataset = load(tmp_path, normalize=True, x_train=x, x_test=x[:10])
+    assert dataset.normalization is None
+    assert (dataset.x_all == 1).all()
 
 
 class Trap:

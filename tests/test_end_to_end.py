@@ -34,6 +34,7 @@ def test_every_trial_is_a_nested_run_with_the_contracts_params(finished: dict[st
             "epochs": str(EPOCHS),
             "batch_size": "128",
             "validation_split": "0.1",
+            "split": "stratified",
             "optimizer": "adam",
             "activation": "relu",
             "output_activation": "softmax",
@@ -84,7 +85,7 @@ def test_the_production_model_loads_by_name_and_scores_what_was_logged(
     finished: dict[str, Any], tracking: MlflowClient, digits: Path, name: str
 ) -> None:
     model = mlflow.keras.load_model(f"models:/{name}")
-    assert type(model).__name__ == "Sequential"
+    assert type(model).__name__ == "Functional"
     assert type(model.optimizer).__name__ == "Adam"
     with np.load(digits) as data:
         x = data["x_test"].reshape(-1, 784).astype("float32") / 255

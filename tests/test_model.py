@@ -1,11 +1,14 @@
 """The network is the plain one that was asked for."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 from conftest import plain
 
 from search import model
+from search.data import Normalization
 
 
 def test_512_units_on_784_pixels_have_407050_trainable_parameters() -> None:
@@ -63,3 +66,30 @@ def test_the_first_weights_depend_on_the_seed_alone() -> None:
     hidden, _, output, _ = weights(4)
     assert hidden != first[0]
     assert output != first[2]
+
+
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_registered_model_takes_raw_values_and_gives_nan_for_what_is_no_number(
+    tmp_path: Path, ending: str, activation: str
+) -> None:
+    network = model.build(plain(24, activation=activation), shape=(5,), classes=3, seed=0)
+    scale = Normalization(np.arange(5, dtype=np.float32), np.full(5, 4, np.float32))
+    model.registered(network, scale).save(tmp_path / f"model.{ending}")
+    loaded = keras.saving.load_model(tmp_path / f"model.{ending}")
+    x = np.random.default_rng(0).normal(3, 2, size=(8, 5)).astype(np.float32)
+    expected = network.predict(scale.apply(x), verbose=0)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, rtol=1e-5)
+    x[0, 1], x[1, 0], x[2, 4] = np.nan, np.inf, -np.inf
+    answered = loaded.predict(x, verbose=0)
+    assert np.isnan(answered[:3]).all()
+    np.testing.assert_allclose(answered[3:], expected[3:], rtol=1e-5)
+
+
+def test_without_normalization_the_registered_model_gives_the_same_to_the_last_digit() -> None:
+    network = model.build(plain(24), shape=(5,), classes=3, seed=0)
+    registered = model.registered(network, None)
+    x = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
+    np.testing.assert_array_equal(registered.predict(x, verbose=0), network.predict(x, verbose=0))
+    assert model.trainable_parameters(registered) == model.trainable_parameters(network)
+    assert registered.optimizer is network.optimizer

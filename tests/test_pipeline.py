@@ -1,9 +1,13 @@
+import io
 from pathlib import Path
 
 import invariants
+import mlflow
+import numpy as np
 import pytest
+from rich.console import Console
 
-from search import InputError, RunError, StudyConfig, run
+from search import InputError, RunError, StudyConfig, data, display, run
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -44,13 +48,11 @@ def test_other_settings_are_refused_with_each_difference(in_folder: Path, clouds
 
 
 def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path: Path) -> None:
-    import numpy as np
-
     huge = np.full((40, 4), 1e30, "float32") * np.arange(1, 41, dtype="float32")[:, None]
     labels = np.arange(40) % 2
     np.savez("huge.npz", x_train=huge, y_train=labels, x_test=huge[:4], y_test=labels[:4])
     with pytest.raises(RunError, match="2 trials in a row failed"):
-        run(config(Path("huge.npz"), max_failures=2, learning_rate="10"))
+        run(config(Path("huge.npz"), max_failures=2, learning_rate="10", normalize="none"))
     invariants.check(in_folder, 0, registered=False)
 
 
@@ -70,3 +72,74 @@ def test_a_grid_ends_when_it_is_exhausted_and_covers_every_point(
     found = invariants.check(in_folder, 4)
     points = {(t.params["hidden_units"], t.params["dropout_rate"]) for t in found["trials"]}
     assert points == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}
+
+
+# ---- whatever data a user brings -----------------------------------------------------------------
+
+
+@pytest.fixture
+def sorted_clouds(in_folder: Path, clouds: Path) -> Path:
+    """The clouds sorted by class, on scales far from one another."""
+    with np.load(clouds) as arrays:
+        order = np.argsort(arrays["y_train"], kind="stable")
+        scales = np.array([1e-3, 1, 1e3, 1e5], np.float32)
+        np.savez(
+            "sorted.npz",
+            x_train=(arrays["x_train"] + 9)[order] * scales,
+            y_train=arrays["y_train"][order],
+            x_test=(arrays["x_test"] + 9) * scales,
+            y_test=arrays["y_test"],
+        )
+    return Path("sorted.npz")
+
+
+def test_sorted_data_on_any_scale_are_learnt_with_defaults(sorted_clouds: Path) -> None:
+    out = io.StringIO()
+    chosen = config(sorted_clouds, epochs=None, learning_rate="0.01", pruner="none")
+    result = run(chosen, display.Lines(Console(file=out)))
+    first, second = out.getvalue().splitlines()[:2]
+    assert "(stratified split); 4 features, normalized, 3 classes" in first
+    assert "3 trials of 20 epochs to run" in second
+    assert result.winner is not None
+    assert result.winner.test_accuracy > 0.95
+    with np.load(sorted_clouds) as arrays:
+        x, y = arrays["x_test"], arrays["y_test"]
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    registered = mlflow.keras.load_model("models:/MNIST_DNN_Model@production")
+    accuracy = (registered.predict(x, verbose=0).argmax(axis=1) == y).mean()
+    assert accuracy == pytest.approx(result.winner.test_accuracy, abs=1e-6)
+    kept = result.best
+    assert kept is not None and result.parent_run_id
+    params = mlflow.MlflowClient().get_run(kept.user_attrs["mlflow_run_id"]).data.params
+    assert (params["split"], params["normalize"], params["epochs"]) == ("stratified", "auto", "20")
+
+
+def test_a_split_without_a_class_is_refused_and_nothing_is_created(sorted_clouds: Path) -> None:
+    with pytest.raises(InputError, match=r"has none of class 2; give --split stratified$"):
+        run(config(sorted_clouds, split="last", validation_split=0.4))
+    assert {path.name for path in Path().iterdir()} == {"sorted.npz"}
+
+
+def test_a_study_keeps_its_split_its_scale_and_its_epochs(sorted_clouds: Path) -> None:
+    first = run(config(sorted_clouds, epochs=3, n_trials=2, pruner="none"))
+    again = run(config(sorted_clouds, epochs=None, n_trials=3, pruner="none"))
+    assert (first.ran, again.ran) == (2, 1)
+    trials = invariants.check(Path.cwd(), 3)["trials"]
+    assert {len(trial.user_attrs["history"]) for trial in trials} == {3}
+    with pytest.raises(InputError, match="split: stratified -> last; normalize: auto -> none"):
+        run(config(sorted_clouds, split="last", normalize="none", epochs=3))
+
+
+def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
+    sorted_clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # as it was then
+        patch.setattr(data, "is_own", lambda _: False)
+        patch.setattr(data.Dataset, "problem", None)
+        run(config(sorted_clouds, epochs=2, n_trials=2))
+    out = io.StringIO()
+    again = run(config(sorted_clouds, epochs=None), display.Lines(Console(file=out)))
+    assert again.ran == 1
+    assert "(last split); 4 features, 3 classes" in out.getvalue()
+    assert "warning: --dataset sorted.npz: the validation part" in out.getvalue()
+    assert invariants.check(Path.cwd(), 3)["winner"] is not None

@@ -85,6 +85,7 @@ def test_the_readmes_commands_get_what_the_model_predicts(
         code, answer = ask(address, inputs)
         assert (code, message in answer["message"], message in README) == (400, True, True)
     for value in (math.nan, None):
-        code, answer = ask(address, [[value] * 784])
+        code, answer = ask(address, [[value] + [0.5] * 783, [0.5] * 784])
         assert code == 200
-        assert sum(answer["predictions"][0]) == pytest.approx(1, abs=1e-3)
+        assert all(math.isnan(probability) for probability in answer["predictions"][0])
+        assert sum(answer["predictions"][1]) == pytest.approx(1, abs=1e-3)
