@@ -248,8 +248,8 @@ def test_every_mend_is_a_line() -> None:
 # ---- the panel, in a pseudo-terminal -------------------------------------------------------------
 
 LINE = re.compile(
-    r"trial +\d+  (COMPLETE|PRUNED  )  val_accuracy (0\.\d{4}|1\.0000)  units +\d+  dropout 0\.\d{3}  "
-    r"lr \d\.\d\de-\d\d  \d+ ep +\d+\.\d s  best (0\.\d{4}|1\.0000|--)"
+    r"trial +\d+  (COMPLETE|PRUNED  )  val_accuracy (0\.\d{4}|1\.0000)  units +\d+  "
+    r"dropout 0\.\d{3}  lr \d\.\d\de-\d\d  \d+ ep +\d+\.\d s  best (0\.\d{4}|1\.0000|--)"
 )
 
 WORKER = re.compile(r"worker \d+  trial \d+  epoch [123]/3")
