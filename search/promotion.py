@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 STAGE = "Production"
 _PROMOTED, _GATE = "promoted", "gate."
 _SIGNIFICANT = 0.05
+_SMALLEST_P = 1e-300  # stored and shown in place of smaller ones, which floats round to 0
 
 
 # ---- the comparison, in a worker -----------------------------------------------------------------
@@ -58,11 +59,13 @@ class Comparison:
         """Two-sided exact McNemar test (McNemar 1947): whether the difference may be chance.
 
         Under chance each of the examples that one of them alone gets right is a fair coin's throw.
+        1e-300 stands for all that is smaller.
         """
         from scipy.stats import binomtest
 
         throws = self.only_challenger + self.only_champion
-        return float(binomtest(self.only_challenger, throws).pvalue) if throws else 1.0
+        p_value = float(binomtest(self.only_challenger, throws).pvalue) if throws else 1.0
+        return max(p_value, _SMALLEST_P)
 
 
 def compare(
@@ -155,7 +158,7 @@ class Verdict:
         """What `version` keeps of it; `read` reads it."""
         loser = None
         if self.champion_accuracy is not None:
-            loser = self.champion if self.accuracy >= self.champion_accuracy else version
+            loser = self.champion if self.accuracy > self.champion_accuracy else version
         kept = {
             "policy": self.policy,
             "test_accuracy": self.accuracy,
@@ -202,10 +205,11 @@ class Verdict:
         assert self.champion_accuracy is not None
         assert self.p_value is not None
         chance = "more than chance" if self.p_value < _SIGNIFICANT else "may be chance"
+        p_value = f"= {self.p_value:.2g}" if self.p_value > _SMALLEST_P else f"< {_SMALLEST_P}"
         policy = "" if self.policy == "if-better" else f", --promote {self.policy}"
         return (
             f"{decision}: test accuracy {self.accuracy:.4f} against {self.champion_accuracy:.4f} "
-            f"of version {self.champion}, exact McNemar p = {self.p_value:.2g} ({chance}){policy}"
+            f"of version {self.champion}, exact McNemar p {p_value} ({chance}){policy}"
         )
 
 
@@ -213,9 +217,12 @@ Compare = Callable[[int, int], Comparison | str]
 
 
 def judge(policy: str, accuracy: float, found: Comparison | str | None, champion: int) -> Verdict:
-    """The verdict over a challenger with this test accuracy, against version `champion`."""
+    """The verdict over a challenger with this test accuracy, against version `champion`.
+
+    By `if-better` the champion stays unless the challenger's accuracy is higher.
+    """
     if isinstance(found, Comparison):
-        better = found.challenger >= found.champion
+        better = found.challenger > found.champion
         return Verdict(
             promoted=policy == "always" or (policy == "if-better" and better),
             policy=policy,

@@ -1,6 +1,7 @@
 """The gate: what is better goes to production, what is worse is registered and stays out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,23 @@ def test_the_exact_mcnemar_test(one: int, other: int, p: float) -> None:
     assert Comparison(0.9, 0.9, one, other).p_value == pytest.approx(p)
 
 
+def test_a_p_value_too_small_for_a_number_is_never_zero() -> None:
+    decided = judge("if-better", 0.9, Comparison(0.9, 0.5, 5_000, 10), 1)
+    tags = decided.as_tags(2)
+    assert float(tags["gate.mcnemar_p_value"]) > 0
+    assert Verdict.read(tags, 0.9).p_value == decided.p_value
+    stored_before = replace(decided, p_value=0.0)
+    for shown in (str(decided), tags["gate.decision"], str(stored_before)):
+        assert "exact McNemar p < 1e-300 (more than chance)" in shown
+    just_above = replace(decided, p_value=2e-300)
+    assert "p = 2e-300 " in str(just_above)
+
+
 @pytest.mark.parametrize(
     ("challenger", "champion", "promoted"),
     [
         (0.9, 0.8, {"if-better": True, "always": True, "never": False}),
-        (0.9, 0.9, {"if-better": True, "always": True, "never": False}),
+        (0.9, 0.9, {"if-better": False, "always": True, "never": False}),
         (0.8, 0.9, {"if-better": False, "always": True, "never": False}),
         (None, None, {"if-better": False, "always": True, "never": False}),
     ],
@@ -97,7 +110,7 @@ def test_every_policy_decides(
         assert decided.champion == 7
         tags = {**decided.as_tags(8), "promoted": str(expected).lower()}
         assert Verdict.read(tags, decided.accuracy) == decided
-        loser = None if champion is None else "7" if found.challenger >= champion else "8"
+        loser = None if champion is None else "7" if found.challenger > champion else "8"
         assert tags.get("gate.losing_version") == loser
         assert "\n" not in tags["gate.decision"]
 
@@ -135,11 +148,12 @@ def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clou
     assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
-def test_an_equal_challenger_takes_over(held: MlflowClient, clouds: Path) -> None:
+def test_an_equal_challenger_stays_out(held: MlflowClient, clouds: Path) -> None:
     found = verdict(pipeline.run(config(clouds, **GOOD)))
-    assert (found.promoted, found.p_value) == (True, 1.0)
+    assert (found.promoted, found.p_value) == (False, 1.0)
     assert found.accuracy == found.champion_accuracy
-    assert in_production(held) == 2
+    assert in_production(held) == 1
+    assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
 def test_a_better_challenger_takes_over(client: MlflowClient, clouds: Path) -> None:
@@ -269,12 +283,12 @@ def test_a_promotion_over_another_that_was_stopped_is_completed(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, step, stop)
         with pytest.raises(Stopped):
-            pipeline.run(config(clouds, **GOOD))
-    found = verdict(pipeline.run(config(clouds, **GOOD)))
+            pipeline.run(config(clouds, **GOOD, promote="always"))
+    found = verdict(pipeline.run(config(clouds, **GOOD, promote="always")))
     assert (found.promoted, found.champion, found.p_value) == (True, 1, 1.0)
     assert sorted(versions(held)) == [1, 2]
     assert in_production(held) == 2
-    assert versions(held)[2].tags["gate.losing_version"] == "1"
+    assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
 def test_a_winner_of_yesterday_is_not_said_to_be_in_production(
@@ -313,14 +327,14 @@ def test_two_studies_that_end_together_leave_one_in_production(
     for process in processes:
         out, err = process.communicate(timeout=200)
         assert (process.returncode, err) == (0, ""), out
-    kept = in_production(client)
+    assert in_production(client) == 1
     tags = {number: version.tags for number, version in versions(client).items()}
     assert sorted(tags) == [1, 2]
-    # Both were the same training, so whoever came second was equal, and took over.
-    first, second = tags[3 - kept], tags[kept]
-    assert first["gate.decision"] == "promoted: nothing was in production"
-    assert second["gate.champion_version"] == str(3 - kept)
-    assert second["gate.mcnemar_p_value"] == "1.0"
+    # Both were the same training, so whoever came second was equal, and stayed out.
+    assert tags[1]["gate.decision"] == "promoted: nothing was in production"
+    assert tags[2]["gate.decision"].startswith("not promoted: ")
+    assert tags[2]["gate.champion_version"] == "1"
+    assert tags[2]["gate.mcnemar_p_value"] == "1.0"
     for name in ("one", "other"):
         invariants.check(Path.cwd(), 1, study_name=name)
 
