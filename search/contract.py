@@ -12,10 +12,11 @@ ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_vers
 BEST_EPOCH = "optuna.best_epoch"  # from 0; of a trial with early stopping
 MODEL_URI = "model_uri"  # of a retraining's run: it was carried through
 COMMIT = "mlflow.source.git.commit"
+DATASET = "lineage.dataset"  # the digest of the data
 LINEAGE = (  # whence a model is: tags of its run and its version, and metadata of the model itself
     *(STUDY, STUDY_UID, NUMBER),
     *("lineage.hyperparameters", "lineage.val_accuracy", "lineage.seed", "lineage.settings"),
-    *("lineage.dataset", "lineage.environment", COMMIT),
+    *(DATASET, "lineage.environment", COMMIT),
 )
 LOST = "lost: its process ended without a word (killed, crashed or switched off)"
 NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"

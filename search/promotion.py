@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from requests import RequestException
 
 from search.config import RunError, StudyConfig, one_line
-from search.contract import LINEAGE, MODEL, MODEL_URI, NUMBER
+from search.contract import DATASET, LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
 from search.database import lock_file, server_lock
 from search.production import ALIAS, aliased
@@ -118,6 +118,20 @@ def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] 
             return f"it can't be loaded ({type(error).__name__}: {why})"
     right: NDArray[np.bool_] = predicted.argmax(axis=1) == dataset.y_test
     return right
+
+
+def _other_data(tracking: Tracking, run: Run, champion: ModelVersion) -> str | None:
+    """Why the champion can't be compared with the model of `run`, if other data is the reason.
+
+    None where nothing tells on which data it was trained, as of a version registered by hand.
+    """
+    origin = tracking.find(champion.run_id) if champion.run_id else None
+    digest = champion.tags.get(DATASET) or (origin and origin.data.tags.get(DATASET))
+    if not digest or digest == run.data.tags.get(DATASET, digest):
+        return None
+    path = origin.data.params.get("dataset", "") if origin else ""
+    name = path.rsplit("/", 1)[-1]
+    return f"it was trained on other data ({name}{name and ', '}{digest[:12]})"
 
 
 def _is_of_server(error: Exception, tracking: Tracking) -> bool:
@@ -240,14 +254,14 @@ def judge(policy: str, accuracy: float, found: Comparison | str | None, champion
 def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdict]:
     """Register the model of the retraining `run`, and let it into production if the gate says so.
 
-    Returns its version and the verdict. What was carried through before is left alone, and what was
-    promoted once is not promoted again.
+    Returns its version and the verdict. What was promoted once is not promoted again; another
+    verdict stands while the version that it names, or none, is in production.
     """
     tracking, config = ledgers.tracking, ledgers.config
     client, name = tracking.client, config.model_name
     accuracy = run.data.metrics["test_accuracy"]
     version = find_version(tracking, config, run.info.run_id)
-    if version is None or not _is_decided(version, config):
+    if version is None or not _is_decided(version, config, aliased(client, name)):
         with _promoting(config):
             if version is None:
                 version = _register(tracking, config, run)
@@ -260,7 +274,8 @@ def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdic
                 verdict = Verdict(config.promote != "never", config.promote, accuracy)
             else:
                 against = int(champion.version)
-                verdict = judge(config.promote, accuracy, compare(number, against), against)
+                found = _other_data(tracking, run, champion) or compare(number, against)
+                verdict = judge(config.promote, accuracy, found, against)
             tags = verdict.as_tags(number)
             if _PROMOTED in version.tags:  # of an earlier verdict: from here on it is open again
                 client.delete_model_version_tag(name, version.version, _PROMOTED)
@@ -286,12 +301,14 @@ def find_version(tracking: Tracking, config: StudyConfig, run_id: str) -> ModelV
     return versions[0] if versions else None
 
 
-def _is_decided(version: ModelVersion, config: StudyConfig) -> bool:
-    """Whether the gate's verdict was carried out, and is not asked for by another policy."""
-    promoted = version.tags.get(_PROMOTED)
-    return promoted == "true" or (
-        promoted == "false" and version.tags.get(f"{_GATE}policy") == config.promote
-    )
+def _is_decided(version: ModelVersion, config: StudyConfig, champion: ModelVersion | None) -> bool:
+    """Whether the gate's verdict was carried out, by this policy and against this champion."""
+    verdict = Verdict.read(version.tags, accuracy=0.0)
+    if verdict.promoted or _PROMOTED not in version.tags:
+        return verdict.promoted
+    # Where the alias was moved to the version itself by hand, the gate has nothing to add.
+    against = None if champion is None else int(champion.version)
+    return verdict.policy == config.promote and against in (verdict.champion, int(version.version))
 
 
 def _register(tracking: Tracking, config: StudyConfig, run: Run) -> ModelVersion:

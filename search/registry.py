@@ -18,7 +18,16 @@ from mlflow.models import Model, infer_signature
 
 from search import environment, evaluation
 from search.config import StudyConfig
-from search.contract import COMMIT, METRICS, MODEL_URI, NUMBER, STUDY, STUDY_UID, best_epoch
+from search.contract import (
+    COMMIT,
+    DATASET,
+    METRICS,
+    MODEL_URI,
+    NUMBER,
+    STUDY,
+    STUDY_UID,
+    best_epoch,
+)
 from search.data import Dataset, scaled
 from search.recipe import complete, unusual
 from search.tracking import Tracking
@@ -46,7 +55,7 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
         "lineage.val_accuracy": repr(trial.value),
         "lineage.seed": str(trial.user_attrs["seed"]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
-        "lineage.dataset": dataset.digest,
+        DATASET: dataset.digest,
         "lineage.environment": json.dumps(environment.here()),
         **({} if commit is None else {COMMIT: commit}),
     }

@@ -13,7 +13,7 @@ import pytest
 from conftest import copy_databases, start
 from mlflow.tracking import MlflowClient
 
-from search import display, environment, pipeline, production
+from search import data, display, engine, environment, pipeline, production
 from search.config import StudyConfig
 from search.pipeline import Result
 from search.promotion import Comparison, Verdict, judge
@@ -237,17 +237,108 @@ def test_a_damaged_production_model_can_be_replaced(
     assert in_production(client) == 2
 
 
-def test_a_production_model_for_other_data_is_named(
-    held: MlflowClient, clouds: Path, tmp_path: Path
-) -> None:
+def save_changed(clouds: Path, path: str, **changed: Any) -> Path:
+    """The clouds with some arrays replaced, as another file."""
     with np.load(clouds) as data:
-        wide = {name: np.hstack([data[name]] * 2) for name in ("x_train", "x_test")}
-        np.savez("wide.npz", **{**data, **wide})
-    found = verdict(pipeline.run(config(tmp_path / "wide.npz")))
-    assert not found.promoted
-    assert "takes (None, 4)" in str(found)
-    assert "8 features" in str(found)
+        np.savez(path, **{**data, **changed})
+    return Path(path)
+
+
+def register_by_hand(client: MlflowClient, run_id: str | None = None) -> None:
+    """Put version 1's model into production once more, as a version without our tags."""
+    source = client.get_model_version(NAME, "1").source
+    version = client.create_model_version(NAME, source, run_id)
+    client.set_registered_model_alias(NAME, "production", version.version)
+
+
+def test_a_production_model_that_was_trained_on_other_data_is_not_compared(
+    held: MlflowClient, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with np.load(clouds) as arrays:
+        labels = {name: (arrays[name] + 1) % 3 for name in ("y_train", "y_test")}
+    other = save_changed(clouds, "other.npz", **labels)
+    digest = data.load(str(clouds), 0.1).digest
+
+    def load_models(*_: Any) -> None:
+        raise AssertionError("no model has to be loaded for this")
+
+    monkeypatch.setattr(engine.Engine, "compare", load_models)
+    found = verdict(pipeline.run(config(other, **GOOD)))
+    assert str(found) == (
+        "not promoted: version 1, in production, could not be compared: it was trained on other "
+        f"data (clouds.npz, {digest[:12]}); to replace it run again with --promote always"
+    )
     assert in_production(held) == 1
+    before = invariants.dump(Path.cwd())
+    assert verdict(pipeline.run(config(other, **GOOD))) == found
+    assert invariants.dump(Path.cwd()) == before
+
+    forced = verdict(pipeline.run(config(other, **GOOD, promote="always")))
+    assert (forced.promoted, forced.problem) == (True, found.problem)
+    assert in_production(held) == 2
+    assert sorted(versions(held)) == [1, 2]
+
+
+def test_a_version_registered_by_hand_is_compared_where_nothing_tells_its_data(
+    held: MlflowClient, clouds: Path
+) -> None:
+    wide = {}
+    with np.load(clouds) as data:
+        for name in ("x_train", "x_test"):
+            wide[name] = np.hstack([data[name]] * 2)
+    other = save_changed(clouds, "wide.npz", **wide)
+    run_id = held.get_model_version(NAME, "1").run_id
+    register_by_hand(held)
+    shape = verdict(pipeline.run(config(other)))
+    assert not shape.promoted
+    assert "takes (None, 4)" in str(shape)
+    assert "8 features" in str(shape)
+    register_by_hand(held, "of another server")
+    assert verdict(pipeline.run(config(other))).problem == shape.problem
+    register_by_hand(held, run_id)
+    assert "it was trained on other data" in str(verdict(pipeline.run(config(other))))
+
+
+def test_a_rejected_winner_is_judged_again_when_nothing_is_in_production_any_more(
+    held: MlflowClient, clouds: Path
+) -> None:
+    assert verdict(pipeline.run(config(clouds, **BAD))).champion == 1
+    held.delete_registered_model_alias(NAME, "production")
+    again = verdict(pipeline.run(config(clouds, **BAD)))
+    assert str(again) == "promoted: nothing was in production"
+    assert in_production(held) == 2
+    assert sorted(versions(held)) == [1, 2]
+    left = {"gate.champion_version", "gate.mcnemar_p_value", "gate.losing_version"}
+    assert not left & set(versions(held)[2].tags)
+
+
+def test_a_rejected_winner_is_judged_again_against_another_champion(
+    held: MlflowClient, clouds: Path
+) -> None:
+    assert verdict(pipeline.run(config(clouds, **BAD))).champion == 1
+    register_by_hand(held)
+    again = verdict(pipeline.run(config(clouds, **BAD)))
+    assert (again.promoted, again.champion) == (False, 3)
+    assert versions(held)[2].tags["gate.champion_version"] == "3"
+    before = invariants.dump(Path.cwd())
+    assert verdict(pipeline.run(config(clouds, **BAD))) == again
+    assert invariants.dump(Path.cwd()) == before
+
+
+def test_the_verdict_never_stands_until_something_else_is_in_production(
+    client: MlflowClient, clouds: Path
+) -> None:
+    kept_out = config(clouds, promote="never")
+    first = verdict(pipeline.run(kept_out))
+    before = invariants.dump(Path.cwd())
+    assert verdict(pipeline.run(kept_out)) == first
+    assert invariants.dump(Path.cwd()) == before
+    tags = versions(client)[1].tags
+    client.set_registered_model_alias(NAME, "production", "1")  # by hand: no verdict of the gate
+    assert verdict(pipeline.run(kept_out)) == first
+    assert versions(client)[1].tags == tags
+    register_by_hand(client)
+    assert verdict(pipeline.run(kept_out)).champion == 2
 
 
 @pytest.mark.parametrize(
