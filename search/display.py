@@ -99,6 +99,10 @@ class Lines(Quiet):
         """The line."""
         self._print(line)
 
+    def not_made(self, line: str) -> None:
+        """The line."""
+        self._print(line, "yellow")
+
     def mended(self, lines: list[str]) -> None:
         """Say what an earlier run had left behind."""
         for line in lines:

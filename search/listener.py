@@ -23,6 +23,9 @@ class Listener:
     def workers(self, line: str) -> None:
         """Something about the workers is worth a line."""
 
+    def not_made(self, line: str) -> None:
+        """Something that is only to be looked at could not be made."""
+
     def mended(self, lines: list[str]) -> None:
         """The ledgers disagreed and were mended."""
 

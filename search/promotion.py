@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from requests import RequestException
 
+from search import evaluation
 from search.config import RunError, StudyConfig, one_line
 from search.contract import DATASET, LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
@@ -106,7 +107,7 @@ def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] 
                     f"it takes {shapes[0]} and gives {shapes[1]}, where this study's data have "
                     f"{dataset.features} features and {dataset.classes} classes"
                 )
-            predicted = model.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
+            predicted, _ = evaluation.predict(model, scaled(dataset.x_test))
         except MemoryError:
             raise
         except Exception as error:  # a damaged file makes Keras, zipfile and json raise anything
@@ -116,7 +117,7 @@ def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] 
                 return "it is not a Keras model"
             why = one_line(error).replace(f"{folder}/", "")
             return f"it can't be loaded ({type(error).__name__}: {why})"
-    right: NDArray[np.bool_] = predicted.argmax(axis=1) == dataset.y_test
+    right: NDArray[np.bool_] = predicted == dataset.y_test
     return right
 
 

@@ -1,9 +1,15 @@
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import invariants
+import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
+from rich.console import Console
 
-from search import InputError, RunError, StudyConfig, run
+from search import InputError, RunError, StudyConfig, display, evaluation, run
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -44,8 +50,6 @@ def test_other_settings_are_refused_with_each_difference(in_folder: Path, clouds
 
 
 def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path: Path) -> None:
-    import numpy as np
-
     huge = np.full((40, 4), 1e30, "float32") * np.arange(1, 41, dtype="float32")[:, None]
     labels = np.arange(40) % 2
     np.savez("huge.npz", x_train=huge, y_train=labels, x_test=huge[:4], y_test=labels[:4])
@@ -70,3 +74,73 @@ def test_a_grid_ends_when_it_is_exhausted_and_covers_every_point(
     found = invariants.check(in_folder, 4)
     points = {(t.params["hidden_units"], t.params["dropout_rate"]) for t in found["trials"]}
     assert points == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}
+
+
+# ---- what is only shown ----------------------------------------------------------------------
+
+
+def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusions(
+    client: MlflowClient, in_folder: Path
+) -> None:
+    classes = 250
+    x = np.random.default_rng(0).normal(size=(classes * 3, 4)).astype("float32")
+    y = np.arange(classes * 3) % classes
+    np.savez("many.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    many = config(Path("many.npz"), n_trials=1, epochs=1, hidden_units="8", report="report.html")
+    winner = run(many).winner
+    assert winner is not None
+    assert winner.in_production == winner.version == 1
+    artifacts = {entry.path for entry in client.list_artifacts(winner.run_id)}
+    assert "confusions.png" in artifacts
+    assert "confusion_matrix.png" not in artifacts
+    kept = client.download_artifacts(winner.run_id, "evaluation.json", str(in_folder))
+    assert set(json.loads(Path(kept).read_text())) == {"right", "total", "confusions", "mistakes"}
+    report = Path("report.html").read_text()
+    first = evaluation.load(Path(kept).read_text()).confusions[0]
+    assert "Most frequent confusions of the winner" in report
+    assert "Confusion matrix of the winner" not in report
+    assert f'"{first.label} called {first.predicted}"' in report
+
+
+@pytest.mark.parametrize(
+    ("owner", "step", "line"),
+    [
+        ("search.evaluation", "evaluate", "the winner's evaluation.json could not be made"),
+        (
+            "search.evaluation",
+            "_draw_matrix",
+            "the winner's confusion_matrix.png could not be made",
+        ),
+        ("search.report", "build", "the report and the notes could not be written"),
+        ("search.storage", "note", "the report and the notes could not be written"),
+    ],
+)
+def test_what_is_only_shown_never_costs_the_registration(
+    client: MlflowClient,
+    in_folder: Path,
+    clouds: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: str,
+    step: str,
+    line: str,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 75 GiB")
+
+    wanted = config(clouds, n_trials=1, report="report.html")
+    text = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{owner}.{step}", fail)
+        result = run(wanted, display.Lines(Console(file=text, width=60)))
+    assert result.winner is not None
+    assert result.winner.verdict.promoted
+    assert result.winner.in_production == result.winner.version == 1
+    invariants.check(in_folder, 1)
+    (told,) = [told for told in text.getvalue().splitlines() if "75 GiB" in told]
+    assert told.startswith(f"{line} (MemoryError: Unable to allocate 75 GiB)")
+
+    run(wanted)
+    assert Path("report.html").exists()
+    found = invariants.check(in_folder, 1)
+    assert "mlflow.note.content" in found["parent"].data.tags
+    assert [int(v.version) for v in client.search_model_versions()] == [1]
