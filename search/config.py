@@ -175,8 +175,8 @@ class StudyConfig:
     promote: str = _option(
         "if-better",
         _WINNER,
-        "When the winner goes to production: unless the model there has the higher accuracy on the "
-        "test images, always, or never.",
+        "When the winner goes to production: if its accuracy on the test images is higher than the "
+        "accuracy of the model there, always, or never.",
         choices=("if-better", "always", "never"),
     )
     tracking_uri: str = _option(

@@ -21,7 +21,7 @@ class Listener:
         """A trial ended; `best` is the best value of the study so far."""
 
     def warning(self, line: str) -> None:
-        """The study goes on with something that would be refused for a new one."""
+        """Something is not as it should be, but the study goes on."""
 
     def workers(self, line: str) -> None:
         """Something about the workers is worth a line."""

@@ -26,7 +26,7 @@ from search import (
     tracking,
 )
 from search.config import InputError, RunError, StudyConfig, one_line
-from search.contract import repeat_attr, repeats_of
+from search.contract import NOT_MADE, repeat_attr, repeats_of
 from search.listener import Listener
 from search.outcome import Outcome
 from search.production import aliased
@@ -153,7 +153,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             raise
         _patiently(lambda: ledger.close(parent, "KILLED" if winner is None else "FINISHED"))
         if winner is not None:
-            _patiently(lambda: presentation.present(ledgers, winner))
+            _present(ledgers, winner, listener)
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
 
 
@@ -192,6 +192,17 @@ def _epochs(config: StudyConfig, dataset: data.Dataset, stored: Mapping[str, Any
         return config.trial_epochs
     steps = math.ceil(dataset.train_size / 128)
     return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
+
+
+def _present(ledgers: Ledgers, winner: Winner, listener: Listener) -> None:
+    """Write notes and report; the winner is registered, so a failure only costs what is shown."""
+    try:
+        _patiently(lambda: presentation.present(ledgers, winner))
+    except Exception as error:
+        listener.warning(
+            f"the report and the notes could not be written ({type(error).__name__}: "
+            f"{one_line(error)}); the same command tries it again"
+        )
 
 
 def _check_scheduler(address: str) -> None:
@@ -323,6 +334,8 @@ class _Job:
             self.ledger.reopen(self.parent)
             self.listener.retraining(best)
             run = self.ledger.client.get_run(self.workers.retrain(best.number, self._after_death))
+            if NOT_MADE in run.data.tags:
+                self.listener.warning(f"the winner's {run.data.tags[NOT_MADE]}")
 
         def compare(challenger: int, champion: int) -> promotion.Comparison | str:
             return self.workers.compare(challenger, champion, self._after_death)

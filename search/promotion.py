@@ -21,8 +21,9 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from requests import RequestException
 
+from search import evaluation
 from search.config import RunError, StudyConfig, one_line
-from search.contract import LINEAGE, MODEL, MODEL_URI, NUMBER
+from search.contract import DATASET, LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
 from search.database import lock_file, server_lock
 from search.production import ALIAS, aliased
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 STAGE = "Production"
 _PROMOTED, _GATE = "promoted", "gate."
 _SIGNIFICANT = 0.05
+_SMALLEST_P = 1e-300  # stored and shown in place of smaller ones, which floats round to 0
 
 
 # ---- the comparison, in a worker -----------------------------------------------------------------
@@ -58,11 +60,13 @@ class Comparison:
         """Two-sided exact McNemar test (McNemar 1947): whether the difference may be chance.
 
         Under chance each of the examples that one of them alone gets right is a fair coin's throw.
+        1e-300 stands for all that is smaller.
         """
         from scipy.stats import binomtest
 
         throws = self.only_challenger + self.only_champion
-        return float(binomtest(self.only_challenger, throws).pvalue) if throws else 1.0
+        p_value = float(binomtest(self.only_challenger, throws).pvalue) if throws else 1.0
+        return max(p_value, _SMALLEST_P)
 
 
 def compare(
@@ -103,7 +107,7 @@ def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] 
                     f"it takes {shapes[0]} and gives {shapes[1]}, where this study's data have "
                     f"{dataset.features} features and {dataset.classes} classes"
                 )
-            predicted = model.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
+            predicted, _ = evaluation.predict(model, scaled(dataset.x_test))
         except MemoryError:
             raise
         except Exception as error:  # a damaged file makes Keras, zipfile and json raise anything
@@ -113,8 +117,22 @@ def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] 
                 return "it is not a Keras model"
             why = one_line(error).replace(f"{folder}/", "")
             return f"it can't be loaded ({type(error).__name__}: {why})"
-    right: NDArray[np.bool_] = predicted.argmax(axis=1) == dataset.y_test
+    right: NDArray[np.bool_] = predicted == dataset.y_test
     return right
+
+
+def _other_data(tracking: Tracking, run: Run, champion: ModelVersion) -> str | None:
+    """Why the champion can't be compared with the model of `run`, if other data is the reason.
+
+    None where nothing tells on which data it was trained, as of a version registered by hand.
+    """
+    origin = tracking.find(champion.run_id) if champion.run_id else None
+    digest = champion.tags.get(DATASET) or (origin and origin.data.tags.get(DATASET))
+    if not digest or digest == run.data.tags.get(DATASET, digest):
+        return None
+    path = origin.data.params.get("dataset", "") if origin else ""
+    name = path.rsplit("/", 1)[-1]
+    return f"it was trained on other data ({name}{name and ', '}{digest[:12]})"
 
 
 def _is_of_server(error: Exception, tracking: Tracking) -> bool:
@@ -155,7 +173,7 @@ class Verdict:
         """What `version` keeps of it; `read` reads it."""
         loser = None
         if self.champion_accuracy is not None:
-            loser = self.champion if self.accuracy >= self.champion_accuracy else version
+            loser = self.champion if self.accuracy > self.champion_accuracy else version
         kept = {
             "policy": self.policy,
             "test_accuracy": self.accuracy,
@@ -202,10 +220,11 @@ class Verdict:
         assert self.champion_accuracy is not None
         assert self.p_value is not None
         chance = "more than chance" if self.p_value < _SIGNIFICANT else "may be chance"
+        p_value = f"= {self.p_value:.2g}" if self.p_value > _SMALLEST_P else f"< {_SMALLEST_P}"
         policy = "" if self.policy == "if-better" else f", --promote {self.policy}"
         return (
             f"{decision}: test accuracy {self.accuracy:.4f} against {self.champion_accuracy:.4f} "
-            f"of version {self.champion}, exact McNemar p = {self.p_value:.2g} ({chance}){policy}"
+            f"of version {self.champion}, exact McNemar p {p_value} ({chance}){policy}"
         )
 
 
@@ -213,9 +232,12 @@ Compare = Callable[[int, int], Comparison | str]
 
 
 def judge(policy: str, accuracy: float, found: Comparison | str | None, champion: int) -> Verdict:
-    """The verdict over a challenger with this test accuracy, against version `champion`."""
+    """The verdict over a challenger with this test accuracy, against version `champion`.
+
+    By `if-better` the champion stays unless the challenger's accuracy is higher.
+    """
     if isinstance(found, Comparison):
-        better = found.challenger >= found.champion
+        better = found.challenger > found.champion
         return Verdict(
             promoted=policy == "always" or (policy == "if-better" and better),
             policy=policy,
@@ -233,14 +255,14 @@ def judge(policy: str, accuracy: float, found: Comparison | str | None, champion
 def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdict]:
     """Register the model of the retraining `run`, and let it into production if the gate says so.
 
-    Returns its version and the verdict. What was carried through before is left alone, and what was
-    promoted once is not promoted again.
+    Returns its version and the verdict. What was promoted once is not promoted again; another
+    verdict stands while the version that it names, or none, is in production.
     """
     tracking, config = ledgers.tracking, ledgers.config
     client, name = tracking.client, config.model_name
     accuracy = run.data.metrics["test_accuracy"]
     version = find_version(tracking, config, run.info.run_id)
-    if version is None or not _is_decided(version, config):
+    if version is None or not _is_decided(version, config, aliased(client, name)):
         with _promoting(config):
             if version is None:
                 version = _register(tracking, config, run)
@@ -253,7 +275,8 @@ def promote(ledgers: "Ledgers", run: Run, compare: Compare) -> tuple[int, Verdic
                 verdict = Verdict(config.promote != "never", config.promote, accuracy)
             else:
                 against = int(champion.version)
-                verdict = judge(config.promote, accuracy, compare(number, against), against)
+                found = _other_data(tracking, run, champion) or compare(number, against)
+                verdict = judge(config.promote, accuracy, found, against)
             tags = verdict.as_tags(number)
             if _PROMOTED in version.tags:  # of an earlier verdict: from here on it is open again
                 client.delete_model_version_tag(name, version.version, _PROMOTED)
@@ -279,12 +302,14 @@ def find_version(tracking: Tracking, config: StudyConfig, run_id: str) -> ModelV
     return versions[0] if versions else None
 
 
-def _is_decided(version: ModelVersion, config: StudyConfig) -> bool:
-    """Whether the gate's verdict was carried out, and is not asked for by another policy."""
-    promoted = version.tags.get(_PROMOTED)
-    return promoted == "true" or (
-        promoted == "false" and version.tags.get(f"{_GATE}policy") == config.promote
-    )
+def _is_decided(version: ModelVersion, config: StudyConfig, champion: ModelVersion | None) -> bool:
+    """Whether the gate's verdict was carried out, by this policy and against this champion."""
+    verdict = Verdict.read(version.tags, accuracy=0.0)
+    if verdict.promoted or _PROMOTED not in version.tags:
+        return verdict.promoted
+    # Where the alias was moved to the version itself by hand, the gate has nothing to add.
+    against = None if champion is None else int(champion.version)
+    return verdict.policy == config.promote and against in (verdict.champion, int(version.version))
 
 
 def _register(tracking: Tracking, config: StudyConfig, run: Run) -> ModelVersion:

@@ -18,7 +18,17 @@ from mlflow.models import Model, infer_signature
 
 from search import environment, evaluation
 from search.config import StudyConfig
-from search.contract import COMMIT, METRICS, MODEL_URI, NUMBER, STUDY, STUDY_UID, best_epoch
+from search.contract import (
+    COMMIT,
+    DATASET,
+    METRICS,
+    MODEL_URI,
+    NOT_MADE,
+    NUMBER,
+    STUDY,
+    STUDY_UID,
+    best_epoch,
+)
 from search.data import Dataset, scaled
 from search.recipe import complete, unusual
 from search.tracking import Tracking
@@ -46,7 +56,7 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
         "lineage.val_accuracy": repr(trial.value),
         "lineage.seed": str(trial.user_attrs["seed"]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
-        "lineage.dataset": dataset.digest,
+        DATASET: dataset.digest,
         "lineage.environment": json.dumps(environment.here()),
         **({} if commit is None else {COMMIT: commit}),
     }
@@ -93,8 +103,6 @@ def retrain(
     ]
     registered = model.registered(network, dataset.normalization)
     test = training.evaluate(registered, (dataset.x_test, dataset.y_test))
-    probabilities = registered.predict(scaled(dataset.x_test), batch_size=2_000, verbose=0)
-    judged = evaluation.evaluate(probabilities, dataset.y_test, dataset.classes)
     tracking.log_result(
         run_id, history, {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
     )
@@ -116,8 +124,10 @@ def retrain(
             # compile configuration, and a .keras file written afterwards would lack it.
             legacy = Path(folder) / "mnist_model.h5"
             registered.save(legacy)
-            evaluation.save(judged, dataset, Path(folder))
+            failure = evaluation.save(registered, dataset, Path(folder))
             tracking.client.log_artifacts(run_id, folder)
+        if failure is not None:
+            tracking.client.set_tag(run_id, NOT_MADE, failure)
         tracking.client.set_tag(run_id, MODEL_URI, info.model_uri)
     return run_id
 

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from search import overview, storage
 from search.config import StudyConfig
-from search.evaluation import MANY, Evaluation
+from search.evaluation import MANY, Confusion, Evaluation
 from search.overview import Overview
 from search.recipe import short
 
@@ -78,8 +78,9 @@ def build(study: optuna.Study, found: Overview, tested: Tested | None) -> str:
         warnings.simplefilter("ignore")  # Optuna's own functions warn of trials that they leave out
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         charts = list(_charts(study, found))
-    if tested is not None and tested.evaluation is not None:
-        charts.append(_confusion(tested, tested.evaluation))
+    drawn = None if tested is None else tested.evaluation
+    if tested is not None and drawn is not None and (drawn.confusion or drawn.confusions):
+        charts.append(_confusion(tested, drawn))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
     )
@@ -213,8 +214,16 @@ def _timeline(trials: list[FrozenTrial]) -> Chart:
 
 def _confusion(tested: Tested, evaluation: Evaluation) -> Chart:
     counts = evaluation.confusion
-    right = sum(row[index] for index, row in enumerate(counts))
-    total = sum(map(sum, counts))
+    caption = (
+        f"Trial {tested.trial}'s configuration, trained anew, gets {evaluation.right:,} of "
+        f"{evaluation.total:,} test examples right. "
+    )
+    if counts is None:
+        return Chart(
+            "Most frequent confusions of the winner",
+            caption + "Each bar: the true class, the predicted one, and how many examples.",
+            _most_frequent(evaluation.confusions),
+        )
     names = [str(index) for index in range(len(counts))]
     figure = go.Figure(
         go.Heatmap(
@@ -235,10 +244,24 @@ def _confusion(tested: Tested, evaluation: Evaluation) -> Chart:
     figure.update_yaxes(title="true class", type="category", autorange="reversed")
     return Chart(
         "Confusion matrix of the winner",
-        f"Trial {tested.trial}'s configuration, trained anew, gets {right:,} of {total:,} test "
-        "examples right. Row: the true class; column: the predicted one.",
+        caption + "Row: the true class; column: the predicted one.",
         figure,
     )
+
+
+def _most_frequent(confusions: list[Confusion]) -> go.Figure:
+    """For classes that are too many for a matrix."""
+    figure = go.Figure(
+        go.Bar(
+            orientation="h",
+            x=[confusion.count for confusion in confusions],
+            y=[str(confusion) for confusion in confusions],
+            hovertemplate="%{y}: %{x}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="test examples")
+    figure.update_yaxes(type="category", autorange="reversed", dtick=1, automargin=True)
+    return figure
 
 
 def _mistakes(tested: Tested | None) -> dict[str, str] | None:

@@ -1,13 +1,16 @@
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import invariants
 import mlflow
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 from rich.console import Console
 
-from search import InputError, RunError, StudyConfig, data, display, run
+from search import InputError, RunError, StudyConfig, data, display, evaluation, run
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -143,3 +146,73 @@ def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
     assert "(last split); 4 features, 3 classes" in out.getvalue()
     assert "warning: --dataset sorted.npz: the validation part" in out.getvalue()
     assert invariants.check(Path.cwd(), 3)["winner"] is not None
+
+
+# ---- what is only shown ----------------------------------------------------------------------
+
+
+def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusions(
+    client: MlflowClient, in_folder: Path
+) -> None:
+    classes = 250
+    x = np.random.default_rng(0).normal(size=(classes * 3, 4)).astype("float32")
+    y = np.arange(classes * 3) % classes
+    np.savez("many.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    many = config(Path("many.npz"), n_trials=1, epochs=1, hidden_units="8", report="report.html")
+    winner = run(many).winner
+    assert winner is not None
+    assert winner.in_production == winner.version == 1
+    artifacts = {entry.path for entry in client.list_artifacts(winner.run_id)}
+    assert "confusions.png" in artifacts
+    assert "confusion_matrix.png" not in artifacts
+    kept = client.download_artifacts(winner.run_id, "evaluation.json", str(in_folder))
+    assert set(json.loads(Path(kept).read_text())) == {"right", "total", "confusions", "mistakes"}
+    report = Path("report.html").read_text()
+    first = evaluation.load(Path(kept).read_text()).confusions[0]
+    assert "Most frequent confusions of the winner" in report
+    assert "Confusion matrix of the winner" not in report
+    assert f'"{first.label} called {first.predicted}"' in report
+
+
+@pytest.mark.parametrize(
+    ("owner", "step", "line"),
+    [
+        ("search.evaluation", "evaluate", "the winner's evaluation.json could not be made"),
+        (
+            "search.evaluation",
+            "_draw_matrix",
+            "the winner's confusion_matrix.png could not be made",
+        ),
+        ("search.report", "build", "the report and the notes could not be written"),
+        ("search.storage", "note", "the report and the notes could not be written"),
+    ],
+)
+def test_what_is_only_shown_never_costs_the_registration(
+    client: MlflowClient,
+    in_folder: Path,
+    clouds: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: str,
+    step: str,
+    line: str,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 75 GiB")
+
+    wanted = config(clouds, n_trials=1, report="report.html")
+    text = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{owner}.{step}", fail)
+        result = run(wanted, display.Lines(Console(file=text, width=60)))
+    assert result.winner is not None
+    assert result.winner.verdict.promoted
+    assert result.winner.in_production == result.winner.version == 1
+    invariants.check(in_folder, 1)
+    (told,) = [told for told in text.getvalue().splitlines() if "75 GiB" in told]
+    assert told.startswith(f"warning: {line} (MemoryError: Unable to allocate 75 GiB)")
+
+    run(wanted)
+    assert Path("report.html").exists()
+    found = invariants.check(in_folder, 1)
+    assert "mlflow.note.content" in found["parent"].data.tags
+    assert [int(v.version) for v in client.search_model_versions()] == [1]

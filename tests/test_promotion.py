@@ -1,6 +1,7 @@
 """The gate: what is better goes to production, what is worse is registered and stays out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import copy_databases, start
 from mlflow.tracking import MlflowClient
 
-from search import display, environment, pipeline, production
+from search import data, display, engine, environment, pipeline, production
 from search.config import StudyConfig
 from search.pipeline import Result
 from search.promotion import Comparison, Verdict, judge
@@ -76,11 +77,23 @@ def test_the_exact_mcnemar_test(one: int, other: int, p: float) -> None:
     assert Comparison(0.9, 0.9, one, other).p_value == pytest.approx(p)
 
 
+def test_a_p_value_too_small_for_a_number_is_never_zero() -> None:
+    decided = judge("if-better", 0.9, Comparison(0.9, 0.5, 5_000, 10), 1)
+    tags = decided.as_tags(2)
+    assert float(tags["gate.mcnemar_p_value"]) > 0
+    assert Verdict.read(tags, 0.9).p_value == decided.p_value
+    stored_before = replace(decided, p_value=0.0)
+    for shown in (str(decided), tags["gate.decision"], str(stored_before)):
+        assert "exact McNemar p < 1e-300 (more than chance)" in shown
+    just_above = replace(decided, p_value=2e-300)
+    assert "p = 2e-300 " in str(just_above)
+
+
 @pytest.mark.parametrize(
     ("challenger", "champion", "promoted"),
     [
         (0.9, 0.8, {"if-better": True, "always": True, "never": False}),
-        (0.9, 0.9, {"if-better": True, "always": True, "never": False}),
+        (0.9, 0.9, {"if-better": False, "always": True, "never": False}),
         (0.8, 0.9, {"if-better": False, "always": True, "never": False}),
         (None, None, {"if-better": False, "always": True, "never": False}),
     ],
@@ -97,7 +110,7 @@ def test_every_policy_decides(
         assert decided.champion == 7
         tags = {**decided.as_tags(8), "promoted": str(expected).lower()}
         assert Verdict.read(tags, decided.accuracy) == decided
-        loser = None if champion is None else "7" if found.challenger >= champion else "8"
+        loser = None if champion is None else "7" if found.challenger > champion else "8"
         assert tags.get("gate.losing_version") == loser
         assert "\n" not in tags["gate.decision"]
 
@@ -135,11 +148,12 @@ def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clou
     assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
-def test_an_equal_challenger_takes_over(held: MlflowClient, clouds: Path) -> None:
+def test_an_equal_challenger_stays_out(held: MlflowClient, clouds: Path) -> None:
     found = verdict(pipeline.run(config(clouds, **GOOD)))
-    assert (found.promoted, found.p_value) == (True, 1.0)
+    assert (found.promoted, found.p_value) == (False, 1.0)
     assert found.accuracy == found.champion_accuracy
-    assert in_production(held) == 2
+    assert in_production(held) == 1
+    assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
 def test_a_better_challenger_takes_over(client: MlflowClient, clouds: Path) -> None:
@@ -223,17 +237,108 @@ def test_a_damaged_production_model_can_be_replaced(
     assert in_production(client) == 2
 
 
-def test_a_production_model_for_other_data_is_named(
-    held: MlflowClient, clouds: Path, tmp_path: Path
-) -> None:
+def save_changed(clouds: Path, path: str, **changed: Any) -> Path:
+    """The clouds with some arrays replaced, as another file."""
     with np.load(clouds) as data:
-        wide = {name: np.hstack([data[name]] * 2) for name in ("x_train", "x_test")}
-        np.savez("wide.npz", **{**data, **wide})
-    found = verdict(pipeline.run(config(tmp_path / "wide.npz")))
-    assert not found.promoted
-    assert "takes (None, 4)" in str(found)
-    assert "8 features" in str(found)
+        np.savez(path, **{**data, **changed})
+    return Path(path)
+
+
+def register_by_hand(client: MlflowClient, run_id: str | None = None) -> None:
+    """Put version 1's model into production once more, as a version without our tags."""
+    source = client.get_model_version(NAME, "1").source
+    version = client.create_model_version(NAME, source, run_id)
+    client.set_registered_model_alias(NAME, "production", version.version)
+
+
+def test_a_production_model_that_was_trained_on_other_data_is_not_compared(
+    held: MlflowClient, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with np.load(clouds) as arrays:
+        labels = {name: (arrays[name] + 1) % 3 for name in ("y_train", "y_test")}
+    other = save_changed(clouds, "other.npz", **labels)
+    digest = data.load(str(clouds), 0.1).digest
+
+    def load_models(*_: Any) -> None:
+        raise AssertionError("no model has to be loaded for this")
+
+    monkeypatch.setattr(engine.Engine, "compare", load_models)
+    found = verdict(pipeline.run(config(other, **GOOD)))
+    assert str(found) == (
+        "not promoted: version 1, in production, could not be compared: it was trained on other "
+        f"data (clouds.npz, {digest[:12]}); to replace it run again with --promote always"
+    )
     assert in_production(held) == 1
+    before = invariants.dump(Path.cwd())
+    assert verdict(pipeline.run(config(other, **GOOD))) == found
+    assert invariants.dump(Path.cwd()) == before
+
+    forced = verdict(pipeline.run(config(other, **GOOD, promote="always")))
+    assert (forced.promoted, forced.problem) == (True, found.problem)
+    assert in_production(held) == 2
+    assert sorted(versions(held)) == [1, 2]
+
+
+def test_a_version_registered_by_hand_is_compared_where_nothing_tells_its_data(
+    held: MlflowClient, clouds: Path
+) -> None:
+    wide = {}
+    with np.load(clouds) as data:
+        for name in ("x_train", "x_test"):
+            wide[name] = np.hstack([data[name]] * 2)
+    other = save_changed(clouds, "wide.npz", **wide)
+    run_id = held.get_model_version(NAME, "1").run_id
+    register_by_hand(held)
+    shape = verdict(pipeline.run(config(other)))
+    assert not shape.promoted
+    assert "takes (None, 4)" in str(shape)
+    assert "8 features" in str(shape)
+    register_by_hand(held, "of another server")
+    assert verdict(pipeline.run(config(other))).problem == shape.problem
+    register_by_hand(held, run_id)
+    assert "it was trained on other data" in str(verdict(pipeline.run(config(other))))
+
+
+def test_a_rejected_winner_is_judged_again_when_nothing_is_in_production_any_more(
+    held: MlflowClient, clouds: Path
+) -> None:
+    assert verdict(pipeline.run(config(clouds, **BAD))).champion == 1
+    held.delete_registered_model_alias(NAME, "production")
+    again = verdict(pipeline.run(config(clouds, **BAD)))
+    assert str(again) == "promoted: nothing was in production"
+    assert in_production(held) == 2
+    assert sorted(versions(held)) == [1, 2]
+    left = {"gate.champion_version", "gate.mcnemar_p_value", "gate.losing_version"}
+    assert not left & set(versions(held)[2].tags)
+
+
+def test_a_rejected_winner_is_judged_again_against_another_champion(
+    held: MlflowClient, clouds: Path
+) -> None:
+    assert verdict(pipeline.run(config(clouds, **BAD))).champion == 1
+    register_by_hand(held)
+    again = verdict(pipeline.run(config(clouds, **BAD)))
+    assert (again.promoted, again.champion) == (False, 3)
+    assert versions(held)[2].tags["gate.champion_version"] == "3"
+    before = invariants.dump(Path.cwd())
+    assert verdict(pipeline.run(config(clouds, **BAD))) == again
+    assert invariants.dump(Path.cwd()) == before
+
+
+def test_the_verdict_never_stands_until_something_else_is_in_production(
+    client: MlflowClient, clouds: Path
+) -> None:
+    kept_out = config(clouds, promote="never")
+    first = verdict(pipeline.run(kept_out))
+    before = invariants.dump(Path.cwd())
+    assert verdict(pipeline.run(kept_out)) == first
+    assert invariants.dump(Path.cwd()) == before
+    tags = versions(client)[1].tags
+    client.set_registered_model_alias(NAME, "production", "1")  # by hand: no verdict of the gate
+    assert verdict(pipeline.run(kept_out)) == first
+    assert versions(client)[1].tags == tags
+    register_by_hand(client)
+    assert verdict(pipeline.run(kept_out)).champion == 2
 
 
 @pytest.mark.parametrize(
@@ -269,12 +374,12 @@ def test_a_promotion_over_another_that_was_stopped_is_completed(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, step, stop)
         with pytest.raises(Stopped):
-            pipeline.run(config(clouds, **GOOD))
-    found = verdict(pipeline.run(config(clouds, **GOOD)))
+            pipeline.run(config(clouds, **GOOD, promote="always"))
+    found = verdict(pipeline.run(config(clouds, **GOOD, promote="always")))
     assert (found.promoted, found.champion, found.p_value) == (True, 1, 1.0)
     assert sorted(versions(held)) == [1, 2]
     assert in_production(held) == 2
-    assert versions(held)[2].tags["gate.losing_version"] == "1"
+    assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
 def test_a_winner_of_yesterday_is_not_said_to_be_in_production(
@@ -313,14 +418,14 @@ def test_two_studies_that_end_together_leave_one_in_production(
     for process in processes:
         out, err = process.communicate(timeout=200)
         assert (process.returncode, err) == (0, ""), out
-    kept = in_production(client)
+    assert in_production(client) == 1
     tags = {number: version.tags for number, version in versions(client).items()}
     assert sorted(tags) == [1, 2]
-    # Both were the same training, so whoever came second was equal, and took over.
-    first, second = tags[3 - kept], tags[kept]
-    assert first["gate.decision"] == "promoted: nothing was in production"
-    assert second["gate.champion_version"] == str(3 - kept)
-    assert second["gate.mcnemar_p_value"] == "1.0"
+    # Both were the same training, so whoever came second was equal, and stayed out.
+    assert tags[1]["gate.decision"] == "promoted: nothing was in production"
+    assert tags[2]["gate.decision"].startswith("not promoted: ")
+    assert tags[2]["gate.champion_version"] == "1"
+    assert tags[2]["gate.mcnemar_p_value"] == "1.0"
     for name in ("one", "other"):
         invariants.check(Path.cwd(), 1, study_name=name)
 
