@@ -212,12 +212,25 @@ class StudyConfig:
             )
 
     @cached_property
+    def _fingerprint(self) -> str:
+        """Of the user's own model, as its source was when these settings were made."""
+        return own_model.load(str(self.model)).fingerprint
+
+    @property
+    def custom_model(self) -> own_model.OwnModel | None:
+        """The user's own model, whatever has become of its source since, if there is one.
+
+        Raises ModelError where this process has to import it and its source is another one now.
+        """
+        return None if self.model is None else own_model.find(self.model, self._fingerprint)
+
+    @cached_property
     def space(self) -> Space:
         """The search space that the hyperparameters' options describe, or the user's own model."""
         notation = {name: getattr(self, name) for name in HYPERPARAMETERS}
-        own = None if self.model is None else own_model.load(self.model).space
+        own = self.custom_model
         try:
-            return space_of(notation, own)
+            return space_of(notation, None if own is None else own.space)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -226,7 +239,14 @@ class StudyConfig:
 
         The sampler and the pruner may change, but a grid stays a grid.
         """
-        model = {} if self.model is None else {"model": own_model.load(self.model).fingerprint}
+        model = {}
+        if self.model is not None:
+            model = {"model": own_model.load(self.model).fingerprint}
+            if model["model"] != self._fingerprint:
+                raise InputError(
+                    f"--model {self.model} must be as it was when these settings were made, "
+                    f"{self._fingerprint}, but is now {model['model']}; make the StudyConfig again"
+                )
         size = str(self.space.parameters["batch_size"])
         return {
             **{name: str(parameter) for name, parameter in differing(self.space).items()},

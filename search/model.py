@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from search import own_model
+from search.own_model import OwnModel
 from search.recipe import LOSS, OUTPUT_ACTIVATION
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
@@ -19,7 +19,7 @@ def build(
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    own: str | None = None,
+    own: OwnModel | None = None,
 ) -> keras.Sequential:
     """The compiled network of `tried`, which has a value for every hyperparameter that matters.
 
@@ -34,6 +34,8 @@ def build(
         layers = [keras.layers.Reshape(shape), _own(own, tried, shape, classes, seed)]
         name = "own_network"
     model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
+    if own is not None:
+        model.source = own.fingerprint
     model.compile(
         optimizer=_optimizer(tried),
         loss=LOSS,
@@ -125,10 +127,10 @@ def decay_weights(optimizer: keras.optimizers.Optimizer, decay: Any) -> None:
 
 
 def _own(
-    name: str, tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+    own: OwnModel, tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
 ) -> keras.Model:
     """The user's own network. Raises ValueError where it is none that can be trained and saved."""
-    own = own_model.load(name)
+    name = own.name
     with _seeding:  # Keras draws the seeds of layers that have none from Python's global generator
         keras.utils.set_random_seed(seed)
         network = own.build({name: tried[name] for name in own.space}, shape, classes)

@@ -178,7 +178,7 @@ def train_again(
     Returns its value.
     """
     tried = complete(trial.params, facts["params"])
-    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
+    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
 
     def record(epoch: int, logs: dict[str, float]) -> None:
         history.append(_entry(epoch, logs))
@@ -274,7 +274,9 @@ class _Attempt:
         seed = worker.study.marks["seed"]
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), worker.dataset
-        network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
+        network = model.build(
+            tried, dataset.sample_shape, dataset.classes, seed, config.custom_model
+        )
         trial.set_user_attr("trainable_parameters", model.trainable_parameters(network))
         self._mirror(self._open_run, trial)
 
