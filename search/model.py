@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from search.own_model import OwnModel
 from search.recipe import LOSS, OUTPUT_ACTIVATION
@@ -153,6 +154,30 @@ def _own(
             f"shape (None, {classes}), but it gives {gives}"
         )
     return network
+
+
+def check_probabilities(own: OwnModel, network: keras.Sequential) -> None:
+    """Raise ValueError where what `build` made of the user's own model gives no probabilities.
+
+    A few random examples pass through it, which changes nothing: neither its variables nor the
+    state of any random generator.
+    """
+    examples = np.random.default_rng(0).random((4, *network.input_shape[1:]), np.float32)
+    try:
+        given, _ = network.stateless_call(
+            network.trainable_variables, network.non_trainable_variables, examples, training=False
+        )
+    except Exception:  # whatever its layers raise: training will say it
+        return
+    rows = np.asarray(given, np.float32)
+    sums = rows.sum(axis=1)
+    if not (np.all(rows >= 0) and np.allclose(sums, 1, rtol=0, atol=1e-3)):
+        raise ValueError(
+            f"{own.name} must return a model that gives probabilities, each row from 0 up and 1 in "
+            f"all, but it gives {rows.min():.4g} to {rows.max():.4g} and {sums[0]:.4g} in all; end "
+            f"it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
+            'activation="softmax") or keras.layers.Softmax()'
+        )
 
 
 def is_of_layers(network: Any) -> bool:

@@ -182,11 +182,18 @@ def _parameter(model: str, name: Any, value: Any) -> Parameter:
             f"a model whose SPACE holds texts, numbers or lists of them, but {name} is {value!r}",
             'write it in the notation, for example "32,64,128"',
         )
-    text = ",".join(map(text_of, items))
+    words = [str(item) if type(item) is int else text_of(item) for item in items]
+    text = ",".join(words)
+    kinds = {kind for kind in (bool, int, float, str) for i in items if isinstance(i, kind)}
+    domain = _NUMBERS if float in kinds <= {int, float} else _domain(text)  # 1.0 stays a float
     try:
-        return parse(_domain(text), text)
+        return parse(domain, text)
     except ValueError as error:
         raise _refusal(model, f"a model whose SPACE is valid: {name} {error}", "mend it") from None
+
+
+_WHOLE_NUMBERS = Domain(int, "whole numbers", "32,64")
+_NUMBERS = Domain(float, "numbers", "0.0:0.5")
 
 
 def _domain(text: str) -> Domain:
@@ -194,13 +201,13 @@ def _domain(text: str) -> Domain:
     words = [word.strip() for word in re.split("[,:]", text)]
     if ":" in text and words[-1] == "log":
         words.pop()
-    for kind, rule, example in ((int, "whole numbers", "32,64"), (float, "numbers", "0.0:0.5")):
+    for domain, kind in ((_WHOLE_NUMBERS, int), (_NUMBERS, float)):
         try:
             for word in words:
                 kind(word)
         except ValueError:
             continue
-        return Domain(kind, rule, example)
+        return domain
     if set(words) <= set(SWITCH.words):
         return SWITCH
     named = {word: word for word in words if word}

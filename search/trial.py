@@ -274,9 +274,10 @@ class _Attempt:
         seed = worker.study.marks["seed"]
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), worker.dataset
-        network = model.build(
-            tried, dataset.sample_shape, dataset.classes, seed, config.custom_model
-        )
+        own = config.custom_model
+        network = model.build(tried, dataset.sample_shape, dataset.classes, seed, own)
+        if own is not None:
+            model.check_probabilities(own, network)
         trial.set_user_attr("trainable_parameters", model.trainable_parameters(network))
         self._mirror(self._open_run, trial)
 

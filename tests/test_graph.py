@@ -1,5 +1,6 @@
 """Each way to train in the graph is Keras' own, to float precision; graphs are shared rightly."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,48 @@ def test_an_own_model_learns_and_is_plain_keras(
     loaded = keras.saving.load_model(tmp_path / "net.keras")
     x, _ = examples(20)
     assert np.allclose(loaded.predict(x, verbose=0), net.predict(x, verbose=0), atol=1e-6)
+
+
+class Jumps(keras.layers.Layer):  # type: ignore[misc]
+    """Draws, in and out of training, from a generator of its own and from Keras'."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.generator = keras.random.SeedGenerator(1)
+
+    def call(self, x: Any) -> Any:
+        noise = keras.random.normal((CLASSES,), seed=self.generator)
+        return x + noise + keras.random.normal((CLASSES,))
+
+
+keras.saving.register_keras_serializable("here")(Jumps)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (keras.layers.Softmax, None),
+        (lambda: keras.layers.Activation("linear"), "but it gives -"),
+        (lambda: keras.layers.Activation("sigmoid"), "in all; end it with a softmax, for example"),
+    ],
+)
+def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
+    last: Any, said: str | None
+) -> None:
+    def made(_: Any, shape: Any, classes: int) -> keras.Model:
+        dense = keras.layers.Dense(classes)
+        return keras.Sequential([keras.Input(shape), dense, Jumps(), last()])
+
+    def state(net: keras.Model) -> list[Any]:
+        shared = keras.src.random.seed_generator.global_seed_generator().state
+        return [v.numpy().tolist() for v in (*net.variables, shared)]
+
+    found = own_model.OwnModel("here:made", made, {}, "0")
+    net = model.build(tried(), (FEATURES,), CLASSES, 3, own=found)
+    before = state(net)
+    with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        model.check_probabilities(found, net)
+    assert state(net) == before
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, command, mlflow_at
 
 from search import StudyConfig, data, own_model, run
-from search.errors import InputError
+from search.errors import InputError, RunError
 from search.facts import facts_of
 from search.trial import Worker
 
@@ -268,6 +268,39 @@ def test_a_module_that_starts_tensorflow_does_not_change_the_digits(folder: Path
         for module in ("late", "early")
     ]
     assert losses[0] == losses[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("declared", "values"),
+    [
+        ([1.0, 2.0], (1.0, 2.0)),
+        (2.0, (2.0,)),
+        ([1, 2.5], (1.0, 2.5)),
+        ([1, 2], (1, 2)),
+        ([10**13, 10**13 + 1], (10**13, 10**13 + 1)),
+        (f"{10**13},{10**13 + 1}", (10**13, 10**13 + 1)),
+        ([True, False], (True, False)),
+        (["8", 16], (8, 16)),
+    ],
+)
+def test_numbers_in_a_space_stay_what_they_are(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, declared: object, values: tuple[object, ...]
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    (in_folder / "numbers_only.py").write_text(f"SPACE = {{'n': {declared!r}}}\nbuild = print\n")
+    found = StudyConfig(model="numbers_only:build").space.parameters["n"].values  # type: ignore[union-attr]
+    assert found == values
+    assert [type(value) for value in found] == [type(value) for value in values]
+
+
+def test_a_network_of_logits_fails_its_trials_with_the_remedy(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    (in_folder / "of_logits.py").write_text(DENSE.replace(', "softmax"', ""))
+    small = {"n_trials": 1, "epochs": 1, "workers": 1, "report": "none", "max_failures": 1}
+    with pytest.raises(RunError, match=r'end it with a softmax.*Dense\(3, activation="softmax"\)'):
+        run(StudyConfig(dataset=str(clouds), model="of_logits:build", **small))
 
 
 def test_a_network_that_does_not_fit_fails_its_trials_with_the_reason(folder: Path) -> None:
