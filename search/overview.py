@@ -187,7 +187,7 @@ def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:
 
 
 def importances_of(study: optuna.Study) -> Importances | None:
-    """Which hyperparameters matter; None where too few trials tell."""
+    """Which hyperparameters matter; None where too few trials tell, or their values are equal."""
     epoch, copy = comparable(study)
     trials = copy.get_trials(deepcopy=False)
     varied = {  # what only some trials were asked for can't be compared
@@ -201,8 +201,12 @@ def importances_of(study: optuna.Study) -> Importances | None:
     from optuna.importance import get_param_importances  # slow: it imports scikit-learn
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where all values are equal
-        shares = get_param_importances(copy, params=sorted(varied))
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", "Target and region quantiles select the same")
+        try:
+            shares = get_param_importances(copy, params=sorted(varied))
+        except UserWarning:  # none of the values is below the best tenth's: nothing to explain
+            return None
     return Importances(epoch, len(trials), {name: float(share) for name, share in shares.items()})
 
 

@@ -225,3 +225,39 @@ def test_importances_need_trials_and_something_that_varies() -> None:
     found = overview.importances_of(study)
     assert found is not None
     assert found.shares == {"learning_rate": 1.0}
+
+
+@pytest.mark.parametrize("best", [0.5, 0.75])
+def test_trials_of_one_value_have_no_importances_in_any_view(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], best: float
+) -> None:
+    from rich.console import Console
+
+    from search import display, report
+
+    config = StudyConfig()
+    study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
+    study.set_user_attr("facts", {})
+    for number in range(12):
+        value = 0.5 if number else best
+        study.add_trial(
+            create_trial(
+                value=value,
+                params={
+                    "hidden_units": 128 * 2 ** (number % 4),
+                    "dropout_rate": number / 40,
+                    "learning_rate": 0.001 + number / 10_000,
+                },
+                distributions=dict(sampling.distributions(config.space)),
+                intermediate_values={0: value},
+                user_attrs={"history": [{"epoch": 0, "val_accuracy": value}]},
+            )
+        )
+    found = overview.read(config)
+    assert found.importances is None
+    assert found.as_json()["importances"] is None
+    display.show(Console(), found)
+    assert "Importance" not in capsys.readouterr().out
+    page = report.build(study, found, None)
+    assert "All hyperparameters together" in page
+    assert "most of all" not in page
