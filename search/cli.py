@@ -15,7 +15,7 @@ import typer
 
 from search import config as settings
 from search import files, signals, urls
-from search.config import InputError, RunError, StudyConfig
+from search.config import InputError, RunError, StudyConfig, printable
 from search.recipe import HYPERPARAMETERS
 
 app = typer.Typer(
@@ -356,5 +356,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -6,14 +6,14 @@ from functools import cached_property
 from typing import Any, get_args
 
 from search import own_model
-from search.errors import InputError, Interrupted, RunError
+from search.errors import InputError, Interrupted, RunError, printable
 from search.options import Option, flag, refusal
 from search.parameter import Range, is_fixed
 from search.recipe import HYPERPARAMETERS, differing, space_of
 from search.space import Space
 from search.urls import is_postgresql, redact, same_database
 
-__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "flag"]
+__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "flag", "printable"]
 
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 """The modules of keras.datasets, beside mnist, that hold images with integer labels."""
@@ -309,8 +309,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one line of at most 300 characters, passwords masked."""
-    text = redact(_one_line(error))
+    """What went wrong, in one printable line of at most 300 characters, passwords masked."""
+    text = printable(redact(_one_line(error)))
     return text if len(text) <= 300 else text[:297] + "..."
 
 

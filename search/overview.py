@@ -11,6 +11,7 @@ from requests import RequestException
 
 from search import production, ranking, runner, storage
 from search.config import StudyConfig
+from search.errors import printable
 from search.parameter import Value
 from search.production import Production
 from search.ranking import Finalist
@@ -149,6 +150,7 @@ def row(trial: FrozenTrial) -> Row:
     """What is shown of a trial."""
     history = trial.user_attrs.get("history", [])
     last = history[-1]["val_accuracy"] if history else None
+    failure = trial.user_attrs.get("failure")
     return Row(
         number=trial.number,
         state=trial.state.name,
@@ -157,7 +159,7 @@ def row(trial: FrozenTrial) -> Row:
         epochs=len(history),
         seconds=None if trial.duration is None else trial.duration.total_seconds(),
         run_id=trial.user_attrs.get("mlflow_run_id"),
-        failure=trial.user_attrs.get("failure"),
+        failure=None if failure is None else printable(failure),
     )
 
 

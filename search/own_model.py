@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from search.errors import InputError
+from search.errors import InputError, printable
 from search.imports import silent_stderr
 from search.parameter import SWITCH, Domain, Parameter, Value, parse, text_of
 from search.recipe import HYPERPARAMETERS
@@ -76,9 +76,10 @@ def load(name: str) -> OwnModel:
                 module = _run(spec, source)
     except (Exception, SystemExit) as error:  # whatever its code raises
         _restore(module_name, before)
+        why = printable(" ".join(str(error).split()))
         raise _refusal(
             name,
-            f"a module that can be imported ({type(error).__name__}: {error})",
+            f"a module that can be imported ({type(error).__name__}: {why})",
             "mend it, or run the command in its folder",
         ) from None
     if key not in _loaded:

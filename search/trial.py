@@ -30,6 +30,7 @@ from search import (
 )
 from search.config import RunError, StudyConfig, one_line
 from search.contract import LOST, METRICS, STATE, Facts, best_epoch
+from search.errors import printable
 from search.outcome import Outcome
 from search.recipe import complete
 from search.tracking import Tracking
@@ -263,7 +264,7 @@ class _Attempt:
         except optuna.TrialPruned:
             raise
         except KeyboardInterrupt as interruption:
-            trial.set_user_attr("failure", str(interruption) or "interrupted")
+            trial.set_user_attr("failure", printable(str(interruption)) or "interrupted")
             raise
         except Exception as error:
             trial.set_user_attr("failure", _reason(error))

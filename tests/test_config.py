@@ -8,6 +8,7 @@ import pytest
 
 from search import config, files, urls
 from search.config import InputError, RunError, StudyConfig
+from search.errors import printable
 
 DIGEST = "mnist (0123456789ab)"
 
@@ -336,3 +337,10 @@ def test_no_password_is_printed(text: str) -> None:
 )
 def test_what_is_no_secret_is_printed_as_it_is(text: str) -> None:
     assert urls.redact(text) == text
+
+
+def test_control_characters_and_lone_surrogates_are_escaped_and_letters_stay() -> None:
+    letters = "größer, 模型, مثال, मॉडल, naïve, 🎉, no-break\u00a0space"
+    assert printable(letters) == letters
+    assert printable("a\x1b[2J\x00\r\n\x7f\x9b\udcff") == r"a\x1b[2J\x00\r\n\x7f\x9b\udcff"
+    assert config.one_line(ValueError("two\nlines\x1b")) == r"two lines\x1b"
