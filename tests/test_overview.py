@@ -121,6 +121,23 @@ def test_production_is_the_same_through_a_server(finished: dict[str, Any], tmp_p
     assert through is not None
 
 
+def test_the_password_of_a_server_is_shown_nowhere(finished: dict[str, Any]) -> None:
+    server = MlflowServer(finished["folder"])
+    secret = "hunter2 'of' \"mine\""
+    uri = server.uri.replace("//", f"//someone:{secret}@")
+    try:
+        for verb in (("show", "--json"), ("show",)):
+            code, out, err = command(finished["folder"], *verb, "--tracking-uri", uri)
+            assert (code, err) == (0, "")
+            assert "hunter2" not in out
+            assert "mine" not in out
+            assert verb == ("show",) or json.loads(out)["tracking_uri"].startswith(
+                "http://someone:***@127"
+            )
+    finally:
+        server.stop()
+
+
 def test_a_server_that_is_gone_is_one_line_without_its_password(finished: dict[str, Any]) -> None:
     began = time.monotonic()
     gone = ("--tracking-uri", "http://someone:hunter2@127.0.0.1:9")
