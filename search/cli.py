@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -276,8 +275,7 @@ def run_report(config: StudyConfig, output: str) -> int:
     """Write the report; returns the exit code."""
     from search import presentation
 
-    presentation.report(config, Path(output))
-    print(f"wrote {output}")
+    print(f"wrote {printable(str(presentation.report(config, output)))}")
     return 0
 
 

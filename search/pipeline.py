@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -107,7 +106,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
     if config.report != "none":
-        presentation.check(Path(config.report))
+        presentation.check(config, config.report)
     storage.check_same(config, settings)
     with runner.sole_runner(config) as keep:
         study = storage.open_study(config, settings)

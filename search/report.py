@@ -85,6 +85,7 @@ def build(study: optuna.Study, found: Overview, tested: Tested | None) -> str:
     )
     return environment.get_template("report.html.j2").render(
         found=found,
+        uid=study.user_attrs.get("study_uid", ""),
         sentences=overview.sentences(found),
         production=overview.in_production(found),
         charts=charts,
