@@ -8,14 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from search import config as settings
 from search import files, signals, urls
-from search.config import InputError, RunError, StudyConfig
+from search.config import InputError, RunError, StudyConfig, printable
 from search.recipe import HYPERPARAMETERS
 
 app = typer.Typer(
@@ -276,8 +275,7 @@ def run_report(config: StudyConfig, output: str) -> int:
     """Write the report; returns the exit code."""
     from search import presentation
 
-    presentation.report(config, Path(output))
-    print(f"wrote {output}")
+    print(f"wrote {printable(str(presentation.report(config, output)))}")
     return 0
 
 
@@ -356,5 +354,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -6,14 +6,14 @@ from functools import cached_property
 from typing import Any, get_args
 
 from search import own_model
-from search.errors import InputError, Interrupted, RunError
+from search.errors import InputError, Interrupted, RunError, printable
 from search.options import Option, flag, refusal
 from search.parameter import Range, is_fixed
 from search.recipe import HYPERPARAMETERS, differing, space_of
 from search.space import Space
 from search.urls import is_postgresql, redact, same_database
 
-__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "flag"]
+__all__ = ["InputError", "Interrupted", "RunError", "StudyConfig", "flag", "printable"]
 
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 """The modules of keras.datasets, beside mnist, that hold images with integer labels."""
@@ -241,12 +241,25 @@ class StudyConfig:
         return EPOCHS if self.epochs is None else self.epochs
 
     @cached_property
+    def _fingerprint(self) -> str:
+        """Of the user's own model, as its source was when these settings were made."""
+        return own_model.load(str(self.model)).fingerprint
+
+    @property
+    def custom_model(self) -> own_model.OwnModel | None:
+        """The user's own model, whatever has become of its source since, if there is one.
+
+        Raises ModelError where this process has to import it and its source is another one now.
+        """
+        return None if self.model is None else own_model.find(self.model, self._fingerprint)
+
+    @cached_property
     def space(self) -> Space:
         """The search space that the hyperparameters' options describe, or the user's own model."""
         notation = {name: getattr(self, name) for name in HYPERPARAMETERS}
-        own = None if self.model is None else own_model.load(self.model).space
+        own = self.custom_model
         try:
-            return space_of(notation, own)
+            return space_of(notation, None if own is None else own.space)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -258,7 +271,14 @@ class StudyConfig:
         The sampler and the pruner may change, but a grid stays a grid. split, normalized: how the
         dataset was prepared; kept only where they are not what every study before them had.
         """
-        model = {} if self.model is None else {"model": own_model.load(self.model).fingerprint}
+        model = {}
+        if self.model is not None:
+            model = {"model": own_model.load(self.model).fingerprint}
+            if model["model"] != self._fingerprint:
+                raise InputError(
+                    f"--model {self.model} must be as it was when these settings were made, "
+                    f"{self._fingerprint}, but is now {model['model']}; make the StudyConfig again"
+                )
         size = str(self.space.parameters["batch_size"])
         return {
             **{name: str(parameter) for name, parameter in differing(self.space).items()},
@@ -323,8 +343,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one line of at most 300 characters, passwords masked."""
-    text = redact(_one_line(error))
+    """What went wrong, in one printable line of at most 300 characters, passwords masked."""
+    text = printable(redact(_one_line(error)))
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from search.errors import printable
+
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
 ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_version"
@@ -99,7 +101,8 @@ def tags_of(trial: FrozenTrial) -> dict[str, str]:
     if "model_version" in trial.user_attrs:
         tags[MODEL] = trial.user_attrs["model_version"]
     if trial.state is TrialState.FAIL:
-        tags[FAILURE] = trial.user_attrs.get("failure", "unknown")  # `reconcile` writes one
+        # `reconcile` writes one; what an earlier version wrote may hold what databases refuse
+        tags[FAILURE] = printable(trial.user_attrs.get("failure", "unknown"))
     return tags
 
 

@@ -130,6 +130,7 @@ class Lines(Quiet):
 def summary(result: "Result") -> str:
     """The end of a run in a dozen lines."""
     from search import overview
+    from search.presentation import report_path
 
     config, best, winner = result.config, result.best, result.winner
     took = timedelta(seconds=round(result.seconds))
@@ -167,7 +168,7 @@ def summary(result: "Result") -> str:
         f"Gate: {winner.verdict}.",
         "",
         "Look further:",
-        *([f"  {config.report}"] if config.report != "none" else []),
+        *([f"  {report_path(config.report, config.study_name)}"] * (config.report != "none")),
         f"  mlflow ui{_mlflow_option(config.tracking_uri)}",
         f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
     ]

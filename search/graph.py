@@ -252,7 +252,8 @@ _mine = _OfThread()
 
 def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
     """The graph for networks like `model`, the least recently used one dropped."""
-    key = _architecture(model) + json.dumps(astuple(plan))
+    source = getattr(model, "source", "")  # of the user's own layers, whose code may change
+    key = source + _architecture(model) + json.dumps(astuple(plan))
     graphs = _mine.graphs
     if key not in graphs:
         while len(graphs) >= _GRAPHS:

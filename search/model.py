@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
-from search import own_model
 from search.data import Normalization
+from search.own_model import OwnModel
 from search.recipe import LOSS, OUTPUT_ACTIVATION
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
@@ -20,7 +21,7 @@ def build(
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    own: str | None = None,
+    own: OwnModel | None = None,
 ) -> keras.Sequential:
     """The compiled network of `tried`, which has a value for every hyperparameter that matters.
 
@@ -35,6 +36,8 @@ def build(
         layers = [keras.layers.Reshape(shape), _own(own, tried, shape, classes, seed)]
         name = "own_network"
     model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
+    if own is not None:
+        model.source = own.fingerprint
     model.compile(
         optimizer=_optimizer(tried),
         loss=LOSS,
@@ -153,10 +156,10 @@ def decay_weights(optimizer: keras.optimizers.Optimizer, decay: Any) -> None:
 
 
 def _own(
-    name: str, tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+    own: OwnModel, tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
 ) -> keras.Model:
     """The user's own network. Raises ValueError where it is none that can be trained and saved."""
-    own = own_model.load(name)
+    name = own.name
     with _seeding:  # Keras draws the seeds of layers that have none from Python's global generator
         keras.utils.set_random_seed(seed)
         network = own.build({name: tried[name] for name in own.space}, shape, classes)
@@ -179,6 +182,30 @@ def _own(
             f"shape (None, {classes}), but it gives {gives}"
         )
     return network
+
+
+def check_probabilities(own: OwnModel, network: keras.Sequential) -> None:
+    """Raise ValueError where what `build` made of the user's own model gives no probabilities.
+
+    A few random examples pass through it, which changes nothing: neither its variables nor the
+    state of any random generator.
+    """
+    examples = np.random.default_rng(0).random((4, *network.input_shape[1:]), np.float32)
+    try:
+        given, _ = network.stateless_call(
+            network.trainable_variables, network.non_trainable_variables, examples, training=False
+        )
+    except Exception:  # whatever its layers raise: training will say it
+        return
+    rows = np.asarray(given, np.float32)
+    sums = rows.sum(axis=1)
+    if not (np.all(rows >= 0) and np.allclose(sums, 1, rtol=0, atol=1e-3)):
+        raise ValueError(
+            f"{own.name} must return a model that gives probabilities, each row from 0 up and 1 in "
+            f"all, but it gives {rows.min():.4g} to {rows.max():.4g} and {sums[0]:.4g} in all; end "
+            f"it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
+            'activation="softmax") or keras.layers.Softmax()'
+        )
 
 
 def is_of_layers(network: Any) -> bool:

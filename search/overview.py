@@ -11,6 +11,7 @@ from requests import RequestException
 
 from search import production, ranking, runner, storage
 from search.config import StudyConfig
+from search.errors import printable
 from search.parameter import Value
 from search.production import Production
 from search.ranking import Finalist
@@ -149,6 +150,7 @@ def row(trial: FrozenTrial) -> Row:
     """What is shown of a trial."""
     history = trial.user_attrs.get("history", [])
     last = history[-1]["val_accuracy"] if history else None
+    failure = trial.user_attrs.get("failure")
     return Row(
         number=trial.number,
         state=trial.state.name,
@@ -157,7 +159,7 @@ def row(trial: FrozenTrial) -> Row:
         epochs=len(history),
         seconds=None if trial.duration is None else trial.duration.total_seconds(),
         run_id=trial.user_attrs.get("mlflow_run_id"),
-        failure=trial.user_attrs.get("failure"),
+        failure=None if failure is None else printable(failure),
     )
 
 
@@ -187,7 +189,7 @@ def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:
 
 
 def importances_of(study: optuna.Study) -> Importances | None:
-    """Which hyperparameters matter; None where too few trials tell."""
+    """Which hyperparameters matter; None where too few trials tell, or their values are equal."""
     epoch, copy = comparable(study)
     trials = copy.get_trials(deepcopy=False)
     varied = {  # what only some trials were asked for can't be compared
@@ -201,8 +203,12 @@ def importances_of(study: optuna.Study) -> Importances | None:
     from optuna.importance import get_param_importances  # slow: it imports scikit-learn
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where all values are equal
-        shares = get_param_importances(copy, params=sorted(varied))
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", "Target and region quantiles select the same")
+        try:
+            shares = get_param_importances(copy, params=sorted(varied))
+        except UserWarning:  # none of the values is below the best tenth's: nothing to explain
+            return None
     return Importances(epoch, len(trials), {name: float(share) for name, share in shares.items()})
 
 

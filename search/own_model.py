@@ -9,18 +9,19 @@ FUNCTION gets the hyperparameters by name, the shape of one example, such as (28
 number of classes; its model takes examples of that shape and gives a probability for every class.
 """
 
-import functools
 import hashlib
-import importlib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from search.errors import InputError
+from search.errors import InputError, printable
 from search.imports import silent_stderr
 from search.parameter import SWITCH, Domain, Parameter, Value, parse, text_of
 from search.recipe import HYPERPARAMETERS
@@ -54,49 +55,118 @@ class OwnModel:
         return f"{self.name} ({self.digest[:12]})"
 
 
-@functools.cache
+_loaded: dict[tuple[str, str], OwnModel] = {}  # by name and digest
+
+
 def load(name: str) -> OwnModel:
-    """Import the model that `--model` names. Raises ModelError, in one line."""
+    """The model that `--model` names, as its source is now. Raises ModelError, in one line."""
     module_name, function_name = name.split(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: no namesake there shall hide a package
+        sys.path.append(os.getcwd())  # last: a namesake there must not hide a package
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ.setdefault(threads, "1")  # its code may start TensorFlow before a worker does
+    before = sys.modules.get(module_name)
     try:
         with silent_stderr():
-            module = importlib.import_module(module_name)
+            spec = _find(module_name)
+            source = Path(str(spec.origin)).read_bytes()
+            key = name, hashlib.sha256(source).hexdigest()
+            if key not in _loaded:
+                module = _run(spec, source)
     except (Exception, SystemExit) as error:  # whatever its code raises
+        _restore(module_name, before)
+        why = printable(" ".join(str(error).split()))
         raise _refusal(
             name,
-            f"a module that can be imported ({type(error).__name__}: {error})",
+            f"a module that can be imported ({type(error).__name__}: {why})",
             "mend it, or run the command in its folder",
         ) from None
+    if key not in _loaded:
+        try:
+            _loaded[key] = _checked(name, function_name, module, key[1])
+        except ModelError:
+            _restore(module_name, before)
+            raise
+    return _loaded[key]
+
+
+def find(name: str, fingerprint: str) -> OwnModel:
+    """The model with this fingerprint: the one in this process, or else what its source is now.
+
+    Raises ModelError where that is another one.
+    """
+    for found in list(_loaded.values()):
+        if found.fingerprint == fingerprint:
+            return found
+    return check(name, fingerprint)
+
+
+def _find(name: str) -> ModuleSpec:
+    """Where the module is, looked up anew."""
+    if name == "__main__":
+        raise ImportError("what Python runs as a script is no module; write it in its own file")
+    importlib.invalidate_caches()
+    known = sys.modules.pop(name, None)
+    try:
+        spec = importlib.util.find_spec(name)
+    finally:
+        _restore(name, known)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return spec
+
+
+def _run(spec: ModuleSpec, source: bytes) -> ModuleType:
+    """The module, made anew from just this source.
+
+    Python's own import answers with what it imported earlier in this process, and takes bytecode
+    for current where an edit kept the second and the size.
+    """
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    if isinstance(spec.loader, SourceFileLoader):
+        exec(spec.loader.source_to_code(source, str(spec.origin)), module.__dict__)
+    elif spec.loader is not None:
+        spec.loader.exec_module(module)
+    package, _, last = spec.name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], last, module)
+    return module
+
+
+def _restore(name: str, module: ModuleType | None) -> None:
+    sys.modules.pop(name, None)
+    if module is not None:
+        sys.modules[name] = module
+
+
+def _checked(name: str, function_name: str, module: ModuleType, digest: str) -> OwnModel:
     build = getattr(module, function_name, None)
     if not callable(build):
         raise _refusal(
-            name, f"a function, but {module_name} has no function {function_name}", "define it"
+            name, f"a function, but {module.__name__} has no function {function_name}", "define it"
         )
     declared = getattr(module, "SPACE", None)
     if not isinstance(declared, dict):
         raise _refusal(
             name,
-            f"a function beside its search space, but {module_name} has no SPACE",
+            f"a function beside its search space, but {module.__name__} has no SPACE",
             'declare it, for example SPACE = {"units": "32,64,128"}',
         )
     space = {key: _parameter(name, key, value) for key, value in declared.items()}
-    source = Path(str(module.__file__)).read_bytes()
-    return OwnModel(name, build, space, hashlib.sha256(source).hexdigest())
+    return OwnModel(name, build, space, digest)
 
 
-def check(name: str, fingerprint: str) -> None:
-    """Raise ModelError where the model's source is no longer the one with this fingerprint."""
-    found = load(name).fingerprint
-    if found != fingerprint:
+def check(name: str, fingerprint: str) -> OwnModel:
+    """The model as its source is now. Raises ModelError where that has another fingerprint."""
+    found = load(name)
+    if found.fingerprint != fingerprint:
         raise ModelError(
-            f"{name} must be the model of the study, {fingerprint}, but is now {found}; "
-            "bring back its source as it was"
+            f"{name} must be the model of the study, {fingerprint}, but is now "
+            f"{found.fingerprint}; bring back its source as it was"
         )
+    return found
 
 
 def _parameter(model: str, name: Any, value: Any) -> Parameter:
@@ -113,11 +183,18 @@ def _parameter(model: str, name: Any, value: Any) -> Parameter:
             f"a model whose SPACE holds texts, numbers or lists of them, but {name} is {value!r}",
             'write it in the notation, for example "32,64,128"',
         )
-    text = ",".join(map(text_of, items))
+    words = [str(item) if type(item) is int else text_of(item) for item in items]
+    text = ",".join(words)
+    kinds = {kind for kind in (bool, int, float, str) for i in items if isinstance(i, kind)}
+    domain = _NUMBERS if float in kinds <= {int, float} else _domain(text)  # 1.0 stays a float
     try:
-        return parse(_domain(text), text)
+        return parse(domain, text)
     except ValueError as error:
         raise _refusal(model, f"a model whose SPACE is valid: {name} {error}", "mend it") from None
+
+
+_WHOLE_NUMBERS = Domain(int, "whole numbers", "32,64")
+_NUMBERS = Domain(float, "numbers", "0.0:0.5")
 
 
 def _domain(text: str) -> Domain:
@@ -125,13 +202,13 @@ def _domain(text: str) -> Domain:
     words = [word.strip() for word in re.split("[,:]", text)]
     if ":" in text and words[-1] == "log":
         words.pop()
-    for kind, rule, example in ((int, "whole numbers", "32,64"), (float, "numbers", "0.0:0.5")):
+    for domain, kind in ((_WHOLE_NUMBERS, int), (_NUMBERS, float)):
         try:
             for word in words:
                 kind(word)
         except ValueError:
             continue
-        return Domain(kind, rule, example)
+        return domain
     if set(words) <= set(SWITCH.words):
         return SWITCH
     named = {word: word for word in words if word}

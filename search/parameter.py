@@ -38,10 +38,13 @@ class Suggests(Protocol):
 
 
 def text_of(value: Value) -> str:
-    """`value` in the notation."""
+    """`value` in the notation; a study's settings are compared by it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return value if isinstance(value, str) else f"{value:.12g}"
+    if isinstance(value, str):
+        return value
+    text = f"{value:.12g}"
+    return str(value) if isinstance(value, int) and float(text) != value else text
 
 
 @dataclass(frozen=True)

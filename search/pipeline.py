@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -114,7 +113,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
     if config.report != "none":
-        presentation.check(Path(config.report))
+        presentation.check(config, config.report)
     storage.check_same(config, settings)
     with runner.sole_runner(config) as keep:
         study = storage.open_study(config, settings)

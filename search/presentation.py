@@ -1,27 +1,74 @@
 """Put what a study found where people look: the descriptions in both UIs, and the report."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
 
 from search import evaluation, overview, ranking, registry, storage, tracking
-from search.config import InputError, StudyConfig
+from search.config import InputError, RunError, StudyConfig, defaults
 from search.reconcile import Ledgers, existing
 from search.tracking import Tracking
+from search.urls import sqlite_path
 
 if TYPE_CHECKING:
     from search.pipeline import Winner
     from search.report import Tested
 
 
-def check(path: Path) -> None:
-    """Raise InputError where the report can't be written to `path`."""
+_MARK = re.compile(r'<meta name="search-study" content="([^"]*)" data-uid="([^"]*)">')
+_TITLE = re.compile(r"<title>([^<]*)(): hyperparameter search</title>")  # before there was a mark
+
+
+def report_path(given: str, study: str) -> Path:
+    """The file of the report of the study named `study`, where `given` is what was asked for.
+
+    That is just the file, but for the default where another study's report is there.
+    """
+    path, own = Path(given), Path(f"report-{study}.html")
+    if given != defaults()["report"]:
+        return path
+    found = _study_of(path)
+    others = found is not None and found[0] != study
+    return own if others or (_study_of(own) or ("",))[0] == study else path
+
+
+def _study_of(path: Path) -> tuple[str, str] | None:
+    """Name and uid, empty where it has none, of the study in a report; None: it is no report."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2_000).decode(errors="replace")
+    except OSError:
+        return None
+    mark = _MARK.search(head) or _TITLE.search(head)
+    return (mark[1], mark[2]) if mark and head.startswith("<!doctype html>") else None
+
+
+def check(config: StudyConfig, given: str) -> None:
+    """Raise InputError where the report can't be written to `given`, or would destroy a file."""
+    path = report_path(given, config.study_name)
     if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
         raise InputError(
             f"the report must be a file in a folder that can be written to, but got {str(path)!r}; "
             "give another file"
+        )
+    databases = [sqlite_path(url) for url in (config.storage, config.tracking_uri)]
+    if path.resolve() in [
+        Path(f"{file.resolve()}{end}")
+        for file in databases
+        if file is not None
+        for end in ("", "-wal", "-shm", "-journal")
+    ]:
+        raise InputError(
+            f"the report must be a file of its own, but {str(path)!r} is a database's; "
+            "give another file, for example report-2.html"
+        )
+    if path.exists() and _study_of(path) is None:
+        raise InputError(
+            f"the report must be a new file or replace a report, but {str(path)!r} is something "
+            "else; move it away or give another file, for example report-2.html"
         )
 
 
@@ -38,8 +85,12 @@ def present(ledgers: Ledgers, winner: "Winner") -> None:
         found, [won, f"Trials and their curves: study {study.study_name} in {found.storage}."]
     )
     new = not mirror.is_described(ledgers.parent, described)
-    path = Path(config.report)
-    if config.report != "none" and (new or not path.exists()):
+    path = report_path(config.report, study.study_name)
+    if config.report != "none" and (new or not _is_of(path, study)):
+        try:
+            check(config, config.report)
+        except InputError as error:  # it was another file at the start of the run
+            raise RunError(f"{error}, and run the same command again") from None
         _write(path, study, config, mirror)
     if not new:
         return
@@ -50,18 +101,28 @@ def present(ledgers: Ledgers, winner: "Winner") -> None:
     mirror.describe(ledgers.parent, described)  # last: it says that the rest is done
 
 
-def report(config: StudyConfig, path: Path) -> None:
-    """Write the report of the study that `config` names into `path`.
+def _is_of(path: Path, study: optuna.Study) -> bool:
+    """Whether `path` is a report of this study, which another one may have the name of."""
+    return _study_of(path) in [
+        (study.study_name, study.user_attrs["study_uid"]),
+        (study.study_name, ""),
+    ]
+
+
+def report(config: StudyConfig, given: str) -> Path:
+    """Write the report of the study that `config` names into `given`; returns the true path.
 
     Raises InputError where there is none, RunError where it can't be read or written.
     """
-    check(path)
+    check(config, given)
+    path = report_path(given, config.study_name)
     try:
         study, config = existing(config)
         mirror = Tracking(config)
         _write(path, study, config, mirror.open() if mirror.exists() else None)
     except (*storage.ERRORS, *tracking.ERRORS) as error:
         raise storage.failure(error) from error
+    return path
 
 
 def _write(path: Path, study: optuna.Study, config: StudyConfig, mirror: Tracking | None) -> None:

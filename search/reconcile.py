@@ -26,6 +26,7 @@ from search.contract import (
     run_name,
     tags_of,
 )
+from search.errors import printable
 from search.tracking import Tracking
 
 UNKNOWN = "unknown: its process could not write why, as on a full disk"
@@ -213,7 +214,7 @@ class Ledgers:
         ):
             for name, value in expected.items():
                 if found.get(name) != str(value):
-                    yield f"{name} {found.get(name)} in place of {value}"
+                    yield printable(f"{name} {found.get(name)} in place of {value}")
         history = trial.user_attrs.get("history", [])
         for name in METRICS.values():
             last = history[-1][name] if history else None

@@ -84,7 +84,7 @@ def retrain(
     tried = complete(trial.params, study.user_attrs["facts"]["params"])
     then, seed = trial.user_attrs["history"], trial.user_attrs["seed"]
     epochs = best_epoch(then, stopping=bool(tried["early_stopping"])) + 1
-    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
+    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
     losses = training.train(
         network,
         (dataset.x_all, dataset.y_all),

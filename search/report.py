@@ -66,7 +66,7 @@ def write(path: Path, study: optuna.Study, config: StudyConfig, tested: Tested |
     path = path.resolve()  # a link stays one
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(html, encoding="utf-8")
+        unfinished.write_text(html, encoding="utf-8", errors="backslashreplace")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -86,6 +86,7 @@ def build(study: optuna.Study, found: Overview, tested: Tested | None) -> str:
     )
     return environment.get_template("report.html.j2").render(
         found=found,
+        uid=study.user_attrs.get("study_uid", ""),
         sentences=overview.sentences(found),
         production=overview.in_production(found),
         charts=charts,

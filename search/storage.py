@@ -29,6 +29,7 @@ from search.database import (
     sqlite_mode,
     tune_sqlite,
 )
+from search.errors import printable
 from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
@@ -328,7 +329,7 @@ def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
     The reason is written first, so that no failure lacks one.
     """
     with contextlib.suppress(UpdateFinishedTrialError):
-        study._storage.set_trial_user_attr(trial._trial_id, "failure", reason)
+        study._storage.set_trial_user_attr(trial._trial_id, "failure", printable(reason))
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 

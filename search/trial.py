@@ -30,6 +30,7 @@ from search import (
 )
 from search.config import RunError, StudyConfig, one_line
 from search.contract import LOST, METRICS, STATE, Facts, best_epoch
+from search.errors import printable
 from search.outcome import Outcome
 from search.recipe import complete
 from search.tracking import Tracking
@@ -178,7 +179,7 @@ def train_again(
     Returns its value.
     """
     tried = complete(trial.params, facts["params"])
-    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
+    network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
 
     def record(epoch: int, logs: dict[str, float]) -> None:
         history.append(_entry(epoch, logs))
@@ -263,7 +264,7 @@ class _Attempt:
         except optuna.TrialPruned:
             raise
         except KeyboardInterrupt as interruption:
-            trial.set_user_attr("failure", str(interruption) or "interrupted")
+            trial.set_user_attr("failure", printable(str(interruption)) or "interrupted")
             raise
         except Exception as error:
             trial.set_user_attr("failure", _reason(error))
@@ -274,7 +275,10 @@ class _Attempt:
         seed = worker.study.marks["seed"]
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), worker.dataset
-        network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
+        own = config.custom_model
+        network = model.build(tried, dataset.sample_shape, dataset.classes, seed, own)
+        if own is not None:
+            model.check_probabilities(own, network)
         trial.set_user_attr("trainable_parameters", model.trainable_parameters(network))
         self._mirror(self._open_run, trial)
 

@@ -1217,6 +1217,35 @@ def test_a_report_that_cannot_be_written_is_refused(
     refused(command(report=place), "error: the report must be a file in a folder", "another file")
 
 
+@pytest.mark.parametrize(
+    "place", ["tiny.npz", "notes.txt", "empty.html", "report.html", "page.html"]
+)
+def test_a_report_overwrites_no_file_that_is_none(
+    folder: Path, refused: Refused, place: str
+) -> None:
+    (folder / "notes.txt").write_text("<title>x: hyperparameter search</title>")
+    (folder / "empty.html").touch()
+    for name in ("report.html", "page.html"):
+        (folder / name).write_text("<!doctype html><title>my page</title>")
+    fragments = ("error: the report must be a new file or replace a report", "give another file")
+    refused(command(report=place), *fragments)
+    refused(["report", "--output", place], *fragments)
+
+
+@pytest.mark.parametrize("place", ["study.db", "mlflow.db", "link.html", "study.db-wal"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_report_overwrites_no_database_be_it_there_or_not_yet(
+    folder: Path, refused: Refused, study_database: bytes, place: str, there: bool
+) -> None:
+    (folder / "link.html").symlink_to("study.db")
+    if there:
+        (folder / "study.db").write_bytes(study_database)
+    refused(
+        command(report=place), "error: the report must be a file of its own", "give another file"
+    )
+    refused(["report", "--output", place], "error: the report must be a file of its own")
+
+
 def test_a_zero_length_database_is_refused(folder: Path, refused: Refused, ledger: str) -> None:
     (folder / ledger).touch()
     refused(

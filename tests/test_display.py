@@ -71,7 +71,7 @@ RESULT = Result(
 )
 
 
-def test_the_summary_of_a_whole_run() -> None:
+def test_the_summary_of_a_whole_run(in_folder: Path) -> None:
     assert display.summary(RESULT).splitlines() == [
         "",
         "50 finished trials: 30 complete, 20 pruned; 1 failed. 51 run now, in 0:02:05.",

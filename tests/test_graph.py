@@ -1,5 +1,6 @@
 """Each way to train in the graph is Keras' own, to float precision; graphs are shared rightly."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,14 +248,13 @@ class Unknown(keras.layers.Layer):  # type: ignore[misc]
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> Callable[..., keras.Sequential]:
+def own() -> Callable[..., keras.Sequential]:
     space = {name: Choice((0.1,)) for name in ("drop", "spatial", "whole")}
     made = own_model.OwnModel("here:noisy", noisy, space, "0")  # type: ignore[arg-type]
-    monkeypatch.setattr(own_model, "load", lambda _: made)
 
     def make(seed: int = 3, **rates: float) -> keras.Sequential:
         what = {**tried(), "drop": 0.1, "spatial": 0.1, "whole": 0.1, **rates}
-        return model.build(what, (FEATURES,), CLASSES, seed, own="here:noisy")
+        return model.build(what, (FEATURES,), CLASSES, seed, own=made)
 
     return make
 
@@ -301,7 +301,7 @@ Layers = list[keras.layers.Layer]
     ids=["a wrapped dropout's rate", "a value that is a layer's name"],
 )
 def test_networks_that_differ_share_no_graph(
-    no_graphs: None, monkeypatch: pytest.MonkeyPatch, layers: Callable[[bool], Layers]
+    no_graphs: None, layers: Callable[[bool], Layers]
 ) -> None:
     for count, other in enumerate((False, True), start=1):
 
@@ -310,22 +310,18 @@ def test_networks_that_differ_share_no_graph(
             return keras.Sequential([keras.Input(shape), *layers(other), last])
 
         found = own_model.OwnModel("here:made", made, {}, "0")
-        monkeypatch.setattr(own_model, "load", lambda _, found=found: found)
-        net = model.build(tried(), (FEATURES,), CLASSES, 3, own="here:made")
+        net = model.build(tried(), (FEATURES,), CLASSES, 3, own=found)
         train(net, tried(), examples(WHOLE))
         assert len(graph._mine.graphs) == count
 
 
-def test_a_network_within_that_has_weights_of_its_own_learns(
-    no_graphs: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) -> None:
     def made(_: Any, shape: Any, classes: int) -> keras.Model:
         last = keras.layers.Dense(classes, activation="softmax")
         return keras.Sequential([keras.Input(shape), Scaled(), last])
 
     found = own_model.OwnModel("here:made", made, {}, "0")
-    monkeypatch.setattr(own_model, "load", lambda _: found)
-    ours, theirs = (model.build(tried(), (FEATURES,), CLASSES, 3, own="here:made") for _ in "ab")
+    ours, theirs = (model.build(tried(), (FEATURES,), CLASSES, 3, own=found) for _ in "ab")
     before = ours.get_weights()
     train(ours, tried(), examples(WHOLE))
     plain_fit(theirs, examples(WHOLE))
@@ -345,6 +341,48 @@ def test_an_own_model_learns_and_is_plain_keras(
     loaded = keras.saving.load_model(tmp_path / "net.keras")
     x, _ = examples(20)
     assert np.allclose(loaded.predict(x, verbose=0), net.predict(x, verbose=0), atol=1e-6)
+
+
+class Jumps(keras.layers.Layer):  # type: ignore[misc]
+    """Draws, in and out of training, from a generator of its own and from Keras'."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.generator = keras.random.SeedGenerator(1)
+
+    def call(self, x: Any) -> Any:
+        noise = keras.random.normal((CLASSES,), seed=self.generator)
+        return x + noise + keras.random.normal((CLASSES,))
+
+
+keras.saving.register_keras_serializable("here")(Jumps)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (keras.layers.Softmax, None),
+        (lambda: keras.layers.Activation("linear"), "but it gives -"),
+        (lambda: keras.layers.Activation("sigmoid"), "in all; end it with a softmax, for example"),
+    ],
+)
+def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
+    last: Any, said: str | None
+) -> None:
+    def made(_: Any, shape: Any, classes: int) -> keras.Model:
+        dense = keras.layers.Dense(classes)
+        return keras.Sequential([keras.Input(shape), dense, Jumps(), last()])
+
+    def state(net: keras.Model) -> list[Any]:
+        shared = keras.src.random.seed_generator.global_seed_generator().state
+        return [v.numpy().tolist() for v in (*net.variables, shared)]
+
+    found = own_model.OwnModel("here:made", made, {}, "0")
+    net = model.build(tried(), (FEATURES,), CLASSES, 3, own=found)
+    before = state(net)
+    with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        model.check_probabilities(found, net)
+    assert state(net) == before
 
 
 @pytest.mark.parametrize(
@@ -369,10 +407,7 @@ def test_an_own_model_learns_and_is_plain_keras(
         ),
     ],
 )
-def test_an_own_model_that_does_not_fit_says_so(
-    monkeypatch: pytest.MonkeyPatch, made: Any, said: str
-) -> None:
+def test_an_own_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
     found = own_model.OwnModel("here:made", made, {}, "0")
-    monkeypatch.setattr(own_model, "load", lambda _: found)
     with pytest.raises(ValueError, match=said):
-        model.build(tried(), (FEATURES,), CLASSES, 3, own="here:made")
+        model.build(tried(), (FEATURES,), CLASSES, 3, own=found)

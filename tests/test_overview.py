@@ -121,6 +121,23 @@ def test_production_is_the_same_through_a_server(finished: dict[str, Any], tmp_p
     assert through is not None
 
 
+def test_the_password_of_a_server_is_shown_nowhere(finished: dict[str, Any]) -> None:
+    server = MlflowServer(finished["folder"])
+    secret = "hunter2 'of' \"mine\""
+    uri = server.uri.replace("//", f"//someone:{secret}@")
+    try:
+        for verb in (("show", "--json"), ("show",)):
+            code, out, err = command(finished["folder"], *verb, "--tracking-uri", uri)
+            assert (code, err) == (0, "")
+            assert "hunter2" not in out
+            assert "mine" not in out
+            assert verb == ("show",) or json.loads(out)["tracking_uri"].startswith(
+                "http://someone:***@127"
+            )
+    finally:
+        server.stop()
+
+
 def test_a_server_that_is_gone_is_one_line_without_its_password(finished: dict[str, Any]) -> None:
     began = time.monotonic()
     gone = ("--tracking-uri", "http://someone:hunter2@127.0.0.1:9")
@@ -225,3 +242,39 @@ def test_importances_need_trials_and_something_that_varies() -> None:
     found = overview.importances_of(study)
     assert found is not None
     assert found.shares == {"learning_rate": 1.0}
+
+
+@pytest.mark.parametrize("best", [0.5, 0.75])
+def test_trials_of_one_value_have_no_importances_in_any_view(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], best: float
+) -> None:
+    from rich.console import Console
+
+    from search import display, report
+
+    config = StudyConfig()
+    study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
+    study.set_user_attr("facts", {})
+    for number in range(12):
+        value = 0.5 if number else best
+        study.add_trial(
+            create_trial(
+                value=value,
+                params={
+                    "hidden_units": 128 * 2 ** (number % 4),
+                    "dropout_rate": number / 40,
+                    "learning_rate": 0.001 + number / 10_000,
+                },
+                distributions=dict(sampling.distributions(config.space)),
+                intermediate_values={0: value},
+                user_attrs={"history": [{"epoch": 0, "val_accuracy": value}]},
+            )
+        )
+    found = overview.read(config)
+    assert found.importances is None
+    assert found.as_json()["importances"] is None
+    display.show(Console(), found)
+    assert "Importance" not in capsys.readouterr().out
+    page = report.build(study, found, None)
+    assert "All hyperparameters together" in page
+    assert "most of all" not in page

@@ -1,5 +1,8 @@
 """A network of the user's own, as the README writes it, through the real command."""
 
+import hashlib
+import importlib
+import math
 import os
 import re
 import shutil
@@ -14,7 +17,7 @@ import pytest
 from conftest import ROOT, command, mlflow_at
 
 from search import StudyConfig, data, own_model, run
-from search.errors import InputError
+from search.errors import InputError, RunError
 from search.facts import facts_of
 from search.trial import Worker
 
@@ -123,12 +126,97 @@ def test_a_worker_with_another_source_trains_nothing(
     )
     result = run(config)
     (in_folder / "theirs.py").write_text(DENSE.replace("units", "width"))
-    own_model.load.cache_clear()
     dataset = data.load(config.dataset, config.validation_split)
     with pytest.raises(InputError, match=f"{model} must be the model of the study"):
         Worker(config, result.parent_run_id, dataset)
 
 
+EDITED = DENSE.replace("4,8", "5,9")  # of the same size
+
+
+def loaded_units(config: StudyConfig) -> object:
+    """What the model of `config` makes for the first of its units."""
+    found = config.custom_model
+    assert found is not None
+    units = next(iter(found.space["units"].values))  # type: ignore[union-attr]
+    return found.build({"units": units}, (3,), 2).layers[0].units
+
+
+def test_an_edited_module_is_imported_again_even_where_its_bytecode_looks_current(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    source = in_folder / "edited_soon.py"
+    digests = []
+    for units, text in ((4, DENSE), (5, EDITED), (4, DENSE)):
+        source.write_text(text)
+        os.utime(source, (1_700_000_000, 1_700_000_000))
+        config = StudyConfig(model="edited_soon:build")
+        assert loaded_units(config) == units
+        assert config.custom_model is not None
+        digests.append(config.custom_model.digest)
+        assert digests[-1] == hashlib.sha256(text.encode()).hexdigest()
+        importlib.import_module("edited_soon")  # as the user does, which leaves bytecode
+
+
+def test_what_was_imported_before_an_edit_is_imported_again(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    (in_folder / "imported_before.py").write_text(DENSE)
+    importlib.import_module("imported_before")
+    (in_folder / "imported_before.py").write_text(EDITED)
+    assert loaded_units(StudyConfig(model="imported_before:build")) == 5
+
+
+def test_settings_keep_the_model_that_they_were_made_with_and_refuse_to_run_another(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    (in_folder / "edited_later.py").write_text(DENSE)
+    config = StudyConfig(dataset=str(clouds), model="edited_later:build", report="none")
+    (in_folder / "edited_later.py").write_text(EDITED)
+    assert loaded_units(config) == 4
+    before = sorted(in_folder.iterdir())
+    with pytest.raises(InputError, match="must be as it was when these settings were made"):
+        run(config)
+    assert sorted(in_folder.iterdir()) == before
+
+
+def test_an_edited_layer_trains_as_it_is_now(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    losses = []
+    for name, factor in (("first", "1.0"), ("second", "0.0"), ("third", "1.0")):
+        (in_folder / "with_layer.py").write_text(LAYERED.replace("FACTOR", factor))
+        small = {"n_trials": 1, "epochs": 1, "workers": 1, "report": "none"}
+        config = StudyConfig(
+            dataset=str(clouds), study_name=name, model="with_layer:build", **small
+        )
+        result = run(config)
+        assert result.best is not None
+        losses.append(result.best.user_attrs["history"][0]["val_loss"])
+    assert losses[0] == losses[2]
+    assert losses[1] == pytest.approx(math.log(3))  # it sees zeros: every class is as likely
+
+
+LAYERED = """
+import keras
+
+SPACE = {"units": "4"}
+
+
+@keras.saving.register_keras_serializable()
+class Times(keras.layers.Layer):
+    def call(self, x):
+        return x * FACTOR
+
+
+def build(hyperparameters, shape, classes):
+    last = keras.layers.Dense(classes, "softmax", use_bias=False)
+    return keras.Sequential([keras.Input(shape), Times(), last])
+"""
 CONVOLUTION = """
 import keras
 
@@ -180,6 +268,39 @@ def test_a_module_that_starts_tensorflow_does_not_change_the_digits(folder: Path
         for module in ("late", "early")
     ]
     assert losses[0] == losses[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("declared", "values"),
+    [
+        ([1.0, 2.0], (1.0, 2.0)),
+        (2.0, (2.0,)),
+        ([1, 2.5], (1.0, 2.5)),
+        ([1, 2], (1, 2)),
+        ([10**13, 10**13 + 1], (10**13, 10**13 + 1)),
+        (f"{10**13},{10**13 + 1}", (10**13, 10**13 + 1)),
+        ([True, False], (True, False)),
+        (["8", 16], (8, 16)),
+    ],
+)
+def test_numbers_in_a_space_stay_what_they_are(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, declared: object, values: tuple[object, ...]
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    (in_folder / "numbers_only.py").write_text(f"SPACE = {{'n': {declared!r}}}\nbuild = print\n")
+    found = StudyConfig(model="numbers_only:build").space.parameters["n"].values  # type: ignore[union-attr]
+    assert found == values
+    assert [type(value) for value in found] == [type(value) for value in values]
+
+
+def test_a_network_of_logits_fails_its_trials_with_the_remedy(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(in_folder)
+    (in_folder / "of_logits.py").write_text(DENSE.replace(', "softmax"', ""))
+    small = {"n_trials": 1, "epochs": 1, "workers": 1, "report": "none", "max_failures": 1}
+    with pytest.raises(RunError, match=r'end it with a softmax.*Dense\(3, activation="softmax"\)'):
+        run(StudyConfig(dataset=str(clouds), model="of_logits:build", **small))
 
 
 def test_a_network_that_does_not_fit_fails_its_trials_with_the_reason(folder: Path) -> None:

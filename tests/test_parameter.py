@@ -130,6 +130,20 @@ def test_a_parameter_prints_as_the_notation_that_makes_it(text: str) -> None:
     assert str(parse("dropout_rate", text)) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.001, "0.001"), (1e-4, "0.0001"), (1e-5, "1e-05"), (512.0, "512"), (0.1 + 0.2, "0.3")),
+        *((512, "512"), (10**9, "1000000000"), (10**13, "1e+13"), (10**13 + 1, "10000000000001")),
+        *((True, "true"), ("gelu", "gelu")),
+    ],
+)
+def test_values_print_as_in_the_settings_of_studies_that_exist(
+    value: notation.Value, text: str
+) -> None:
+    assert notation.text_of(value) == text
+
+
 def test_equal_spaces_print_alike_however_they_were_written() -> None:
     assert str(parse("learning_rate", "0.0001:0.01:log")) == str(
         parse("learning_rate", " 1e-4 : 1E-2 : log")

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from optuna.trial import TrialState
 
 from search import cli, doctor, pipeline, runner, storage
 from search.config import RunError, StudyConfig
@@ -287,6 +288,30 @@ def test_the_doctor_on_the_command_line(study: Damaged, capsys: pytest.CaptureFi
     assert "has none named other" in capsys.readouterr().err
     assert cli.main(["--study-name", "other", "doctor"]) == 2
     assert "--study-name must come after the verb" in capsys.readouterr().err
+
+
+def test_a_failure_that_an_earlier_version_stored_raw_is_mended_shown_and_reported(
+    study: Damaged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = "ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
+    shown = r"ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
+    own = storage.load_study(study.config)
+    marks = {**own.trials[-1].user_attrs, "failure": raw}
+    for name in ("mlflow_run_id", "history"):
+        marks.pop(name, None)
+    own.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=marks))
+    assert cli.main(["doctor", "--fix"]) == 0
+    run = study.client.get_run(study.run_of(TRIALS))
+    assert run.data.tags["optuna.failure"] == shown
+    study.client.set_tag(run.info.run_id, "optuna.failure", "\x1b[31mrot")
+    assert cli.main(["doctor", "--fix"]) == 0
+    assert cli.main(["doctor"]) == 0
+    assert cli.main(["show"]) == 0
+    assert cli.main(["report", "--output", "new.html"]) == 0
+    out = capsys.readouterr().out
+    assert f"trial {TRIALS}: {shown}\n" in out
+    assert not {"\x1b", "\x00", "\ud800"} & set(out)
+    assert shown in (study.folder / "new.html").read_text(encoding="utf-8")
 
 
 def test_the_doctor_creates_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

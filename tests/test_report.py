@@ -1,5 +1,6 @@
 """The report, in a real browser."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from conftest import TRIALS, command
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from search import data, display, overview, report, sampling, storage
+from search import data, display, overview, pipeline, presentation, report, sampling, storage
 from search.config import StudyConfig
 from search.facts import facts_of
 
@@ -225,3 +226,59 @@ def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
     assert "architecture dense,cnn" in shown
     assert "gelu" in shown
     assert "| gelu |" in overview.markdown(found, [])
+
+
+def of_study(path: Path) -> str:
+    """The study that a report names."""
+    found = re.search('<meta name="search-study" content="([^"]*)"', path.read_text())
+    assert found is not None
+    return found[1]
+
+
+def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says(
+    in_folder: Path, clouds: Path
+) -> None:
+    small = {"n_trials": 1, "epochs": 1, "workers": 1, "hidden_units": "4"}
+
+    def told(name: str) -> str:
+        result = pipeline.run(StudyConfig(dataset=str(clouds), study_name=name, **small))
+        lines = display.summary(result).splitlines()
+        return lines[lines.index("Look further:") + 1].strip()
+
+    expected = {"first": "report.html", "second": "report-second.html"}
+    for name in ("first", "second", "first", "second"):  # from the third on there is nothing to do
+        assert told(name) == expected[name]
+        for study in {"first", name}:
+            assert of_study(in_folder / expected[study]) == study
+    written = (in_folder / "report.html").stat().st_mtime_ns
+    assert told("first") == "report.html"
+    assert (in_folder / "report.html").stat().st_mtime_ns == written
+    (in_folder / "report-second.html").unlink()
+    assert told("second") == "report-second.html"
+    assert of_study(in_folder / "report-second.html") == "second"
+    config = StudyConfig(study_name="second")
+    assert presentation.report(config, "report.html") == Path("report-second.html")
+    assert presentation.report(config, "all.html") == Path("all.html")
+    assert of_study(in_folder / "report.html") == "first"
+
+
+def test_a_rerun_replaces_the_report_of_a_namesake_in_another_database(
+    in_folder: Path, clouds: Path
+) -> None:
+    small = {"n_trials": 1, "epochs": 1, "workers": 1, "hidden_units": "4"}
+    for storage_url in ("sqlite:///study.db", "sqlite:///other.db"):
+        pipeline.run(StudyConfig(dataset=str(clouds), storage=storage_url, **small))
+    assert "mnist-dnn in sqlite:///other.db" in (in_folder / "report.html").read_text()
+    pipeline.run(StudyConfig(dataset=str(clouds), **small))
+    assert "mnist-dnn in sqlite:///study.db" in (in_folder / "report.html").read_text()
+
+
+def test_a_report_of_before_reports_named_their_study_is_known_by_its_title(
+    in_folder: Path,
+) -> None:
+    old = '<!doctype html>\n<html lang="en">\n<title>{}: hyperparameter search</title>'
+    (in_folder / "report.html").write_text(old.format("mnist-dnn"))
+    presentation.check(StudyConfig(), "report.html")
+    assert presentation.report_path("report.html", "mnist-dnn") == Path("report.html")
+    assert presentation.report_path("report.html", "other") == Path("report-other.html")
+    presentation.check(StudyConfig(study_name="other"), str(in_folder / "report.html"))

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import invariants
@@ -8,6 +9,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search import StudyConfig, run
+from search.errors import RunError
 from search.listener import Listener
 from search.outcome import Outcome
 
@@ -79,3 +81,20 @@ def test_a_run_leaves_no_address_behind(
     assert mlflow.get_tracking_uri() == (known or default)
     mlflow.set_tracking_uri("sqlite:///another.db")
     assert mlflow.get_registry_uri() == "sqlite:///another.db"
+
+
+def test_a_failure_is_kept_and_shown_without_control_characters(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("\x1b[31mrot\x00 \ud800 größer 模型\nnext")
+
+    monkeypatch.setattr("search.training.train", fail)
+    outcomes = Outcomes()
+    with pytest.raises(RunError) as stopped:
+        run(replace(config(clouds), max_failures=1), outcomes)
+    shown = r"ValueError: \x1b[31mrot\x00 \ud800 größer 模型 next"
+    assert shown in str(stopped.value)
+    assert outcomes.seen[0].failure == shown
+    found = invariants.check(in_folder, 0, registered=False)
+    assert found["trials"][0].user_attrs["failure"] == shown
