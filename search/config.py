@@ -53,7 +53,7 @@ class StudyConfig:
     n_trials: int = _option(
         50,
         _STUDY,
-        "Finished trials (complete or pruned) the study shall have in all.",
+        "Total number of finished trials (complete, pruned, or failed twice on their own).",
         low=1,
         high=10**6,
     )
@@ -96,7 +96,9 @@ class StudyConfig:
         "threads (at most --workers); storage and tracking must be servers then.",
         example="tcp://HOST:8786",
     )
-    max_failures: int = _option(5, _STUDY, "Stop after so many trials in a row have failed.", low=1)
+    max_failures: int = _option(
+        5, _STUDY, "Stop after so many configurations in a row have failed.", low=1
+    )
     report: str = _option(
         "report.html", _STUDY, "Where the report is written at the end; none: nowhere."
     )

@@ -63,7 +63,7 @@ class Panel(Lines):
         super().start(study, dataset, missing)
         if not missing:
             return
-        from search import ranking
+        from search import ranking, storage
 
         trials = study.get_trials(deepcopy=False)
         best, self._reference = ranking.best(trials), ranking.reference_params(study)
@@ -75,6 +75,7 @@ class Panel(Lines):
             if trial.state.name in self._counts:
                 self._counts[trial.state.name] += 1
         self._before = self._counts["COMPLETE"] + self._counts["PRUNED"]
+        self._before += len(storage.given_up(study))
         self._total = self._before + missing
         self._epochs = int(study.user_attrs["settings"]["epochs"])
         self._began = time.monotonic()
@@ -122,7 +123,7 @@ class Panel(Lines):
         super().trial(outcome, best)
         self._doing = ""
         self._counts[outcome.state] += 1
-        self._done += outcome.state != "FAIL"
+        self._done += outcome.state != "FAIL" or outcome.given_up
         if outcome.value is not None:
             stands = _stands(outcome.value, outcome.number, outcome.hyperparameters)
             if self._best is None or outcome.value > self._best:

@@ -65,7 +65,8 @@ class Result:
     reference: the study's trial of the reference configuration, None where it was not tried.
     winner: the best configuration trained anew on training and validation data, its accuracy on
     the test images and its version of the registered model; None where the run was interrupted.
-    complete, pruned, failed: trials of the study in all; `ran` of them in this run.
+    complete, pruned, failed: trials of the study in all; `ran` of them in this run. given_up: slots
+    whose configuration failed by itself twice; they count as finished.
     stopped: why the search ended before its budget, if it did.
     mended: what the reconciliation had to mend.
     """
@@ -79,6 +80,7 @@ class Result:
     complete: int
     pruned: int
     failed: int
+    given_up: int
     ran: int
     seconds: float
     stopped: str | None
@@ -86,7 +88,7 @@ class Result:
 
 
 def run(config: StudyConfig, listener: Listener | None = None) -> Result:
-    """Run the study until it has `config.n_trials` finished trials, and register the best.
+    """Run the study until `config.n_trials` of its slots are finished, and register the best.
 
     Doing it again after the end changes nothing. Raises InputError where something given cannot
     be used, RunError where the run has to stop.
@@ -326,6 +328,7 @@ class _Job:
             complete=states.count(TrialState.COMPLETE),
             pruned=states.count(TrialState.PRUNED),
             failed=states.count(TrialState.FAIL),
+            given_up=len(storage.given_up(self.study)),
             ran=self.ran,
             seconds=seconds,
             stopped=stopped,
@@ -334,4 +337,5 @@ class _Job:
 
     def _finished(self) -> list[FrozenTrial]:
         trials = self.study.get_trials(deepcopy=False, states=storage.FINISHED)
+        trials += storage.given_up(self.study).values()
         return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))

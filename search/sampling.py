@@ -46,7 +46,7 @@ def repeat_seed(seed: int, place: int, repeat: int) -> int:
 
 
 def budget(config: StudyConfig) -> int:
-    """How many finished trials the study shall have: at most the whole grid, for a grid."""
+    """How many slots of the study must be finished: at most the whole grid, for a grid."""
     if config.sampler == "grid":
         return min(config.n_trials, len(config.space.grid()))
     return config.n_trials

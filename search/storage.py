@@ -33,6 +33,7 @@ from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+BY_ITSELF = "failed_by_itself"  # user attribute of a FAIL trial: its own training raised an error
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 # ---- checks that change nothing -------------------------------------------------------------
@@ -290,6 +291,23 @@ def _is_gone(mark: Mapping[str, Any]) -> bool:
         return True
 
 
+def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """The slots that are finished without a result, each with its last trial.
+
+    A configuration that has failed by itself twice is not tried again. A lost trial says nothing
+    of its configuration, and neither does one that another version of this tool recorded.
+    """
+    first: set[int] = set()
+    found = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+        if trial.user_attrs.get(BY_ITSELF):
+            slot = trial.user_attrs["place"]
+            if slot in first:
+                found[slot] = trial
+            first.add(slot)
+    return found
+
+
 def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
     """End a RUNNING trial as FAIL, unless it has just ended.
 
@@ -321,13 +339,12 @@ def close(storage: RDBStorage) -> None:
 
 
 def missing_places(study: optuna.Study, total: int) -> list[int]:
-    """The places, of 0 to `total` - 1, that no finished trial has, as far as the budget goes.
+    """The slots, of 0 to `total` - 1, that are not finished yet, as far as the budget goes.
 
-    A trial's place is how many trials that did not fail came before it. A study of `total` trials
-    has every place once, and a lost trial is replaced in its place.
+    A slot (stored as `place`) is finished by a trial that is COMPLETE or PRUNED, or by being given
+    up; a lost trial is repeated in its slot.
     """
-    taken = {
-        trial.user_attrs.get("place") for trial in study.get_trials(deepcopy=False, states=FINISHED)
-    }
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    taken = {trial.user_attrs.get("place") for trial in finished} | set(given_up(study))
     missing = [place for place in range(total) if place not in taken]
     return missing[: max(0, total - len(taken))]  # fewer where the budget was lowered

@@ -21,7 +21,7 @@ from conftest import command, start
 from optuna.trial import TrialState
 
 from search import engine, pipeline, pool
-from search.config import StudyConfig
+from search.config import RunError, StudyConfig
 from search.data import Dataset
 from search.engine import Patience
 from search.listener import Listener
@@ -124,6 +124,52 @@ def test_a_trial_that_ended_as_a_worker_died_is_not_run_again(
     assert stopped is None
     assert submitted == [0, 1, 1, 2, 3]  # two were running, so both died
     assert sorted(told) == [1, 2, 3]
+
+
+def outcomes(
+    monkeypatch: pytest.MonkeyPatch, failing: dict[int, int], max_failures: int
+) -> list[tuple[int, str]]:
+    """Slots and states of the trials of slots 0 to 7, where `failing` of them fail at first."""
+    nothing: Any = None
+    left = dict(failing)
+    failed: set[int] = set()
+
+    def run_trial(_: str, place: int) -> Outcome:
+        fails = left.get(place, 0) > 0
+        left[place] = left.get(place, 0) - 1
+        given_up = fails and place in failed
+        failed.update([place] if fails else [])
+        state, value = ("FAIL", None) if fails else ("COMPLETE", 0.5)
+        return Outcome(place, place, state, value, None, None, 0, 0.1, "why", given_up)
+
+    monkeypatch.setattr(engine.tasks, "run_trial", run_trial)
+    seen: list[tuple[int, str]] = []
+    with engine.Engine(StudyConfig(workers=1), "run", nothing, Listener()) as workers:
+        workers.run_trials(
+            range(8),
+            lambda outcome: seen.append((outcome.place, outcome.state)),
+            list,
+            timeout=None,
+            patience=Patience(None),
+            max_failures=max_failures,
+        )
+    return seen
+
+
+def test_a_slot_that_is_given_up_is_not_tried_a_third_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = outcomes(monkeypatch, {1: 9, 3: 1}, max_failures=3)
+    assert [place for place, _ in seen] == [0, 1, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert [place for place, state in seen if state == "FAIL"] == [1, 1, 3]
+
+
+def test_the_second_attempt_at_a_slot_is_not_another_configuration_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(outcomes(monkeypatch, {1: 9, 2: 9}, max_failures=3)) == 10
+    with pytest.raises(RunError, match=r"^3 configurations in a row failed, the last with why; "):
+        outcomes(monkeypatch, {1: 9, 2: 9, 3: 9}, max_failures=3)
 
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
@@ -260,7 +306,7 @@ def test_three_deaths_in_a_row_end_the_run_in_one_line(tmp_path: Path, clouds: P
 # ---- failures ------------------------------------------------------------------------------------
 
 
-def test_five_failures_in_a_row_end_the_run_and_every_one_says_why_in_both_ledgers(
+def test_five_failing_configurations_in_a_row_end_the_run_and_every_one_says_why_in_both_ledgers(
     tmp_path: Path, clouds: Path
 ) -> None:
     with np.load(clouds) as data:
@@ -269,10 +315,13 @@ def test_five_failures_in_a_row_end_the_run_and_every_one_says_why_in_both_ledge
     code, out, err = command(tmp_path, *options(tmp_path / "huge.npz", 20, epochs=2))
     assert code == 1
     assert err.count("\n") == 1
-    assert err.startswith("error: 5 trials in a row failed, the last with TrainingDiverged: ")
-    assert out.count("FAIL") == 5
-    found = invariants.check(tmp_path, 0, registered=False)
+    assert err.startswith(
+        "error: 5 configurations in a row failed, the last with TrainingDiverged: "
+    )
+    assert 5 <= out.count("FAIL") <= 10  # each was tried twice, but for those that ran last
+    found = invariants.check(tmp_path, registered=False)
     assert found["parent"].info.status == "FAILED"
-    assert 5 <= len(found["trials"]) <= 7
+    assert {trial.state for trial in found["trials"]} == {TrialState.FAIL}
+    assert 5 <= len(found["trials"]) <= 11
     reasons = [run.data.tags["optuna.failure"] for run in found["runs"].values()]
     assert sum(reason.startswith("TrainingDiverged: ") for reason in reasons) >= 5

@@ -70,23 +70,34 @@ def search(
     settings: StudyConfig,
     *,
     broken: Collection[int] = (),
+    impossible: Collection[int] = (),
     sessions: Collection[int] = (),
     places: int = PLACES,
 ) -> dict[int, FrozenTrial]:
-    """The finished trials by place. broken: places that fail first; sessions: where one begins."""
+    """The finished trials by slot.
+
+    broken: slots that fail once; impossible: that fail twice, and are given up; sessions: where one
+    begins.
+    """
     storage = InMemoryStorage()
     study = session(settings, storage)
     for place in range(places):
         if place in sessions:
             study = session(settings, storage)
+        if place in impossible:
+            run_trial(study, settings, place, broken=True)
+            if place in broken:
+                study = session(settings, storage)
+            run_trial(study, settings, place, broken=True)
+            continue
         if place in broken:
             run_trial(study, settings, place, broken=True)
         run_trial(study, settings, place, broken=False)
     trials = study.get_trials()
     states = Counter(trial.state for trial in trials)
-    assert states[TrialState.FAIL] == len(broken)
+    assert states[TrialState.FAIL] == len(set(broken) - set(impossible)) + 2 * len(impossible)
     finished = {t.user_attrs["place"]: t for t in trials if t.state is not TrialState.FAIL}
-    assert sorted(finished) == list(range(places))
+    assert sorted(finished) == [place for place in range(places) if place not in impossible]
     return finished
 
 
@@ -126,6 +137,18 @@ def test_a_sampler_proposes_the_same_resumed_or_with_failed_trials_replaced(
     assert proposals(search(settings, broken=(0, 3, 14))) == in_one_go
     assert proposals(search(settings, broken=(6, 18), sessions=(7, 18))) == in_one_go
     assert len({tuple(point.values()) for point in in_one_go}) == PLACES
+
+
+@pytest.mark.parametrize("pruner", ["none", "halving", "hyperband"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_slots_given_up_a_study_goes_on_the_same_in_one_go_or_resumed(
+    name: str, pruner: str
+) -> None:
+    settings = config(sampler=name, pruner=pruner)
+    in_one_go = search(settings, impossible=(0, 5, 12))
+    resumed = search(settings, impossible=(0, 5, 12), broken=(5, 7), sessions=(1, 12, 13))
+    assert proposals(resumed) == proposals(in_one_go)
+    assert decisions(resumed) == decisions(in_one_go)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

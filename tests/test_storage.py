@@ -177,6 +177,21 @@ def test_the_missing_places_are_those_that_no_finished_trial_has() -> None:
     assert storage.missing_places(study, 1) == []
 
 
+def test_a_slot_is_finished_by_two_failures_of_its_own_but_not_by_lost_trials() -> None:
+    study = optuna.create_study(direction="maximize")
+    for place, by_itself in ((0, True), (1, False), (0, False), (1, True), (2, None), (2, None)):
+        marks = {"place": place, "failed_by_itself": by_itself}
+        attrs = {name: value for name, value in marks.items() if value is not None}
+        study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=attrs))
+    assert storage.missing_places(study, 4) == [0, 1, 2, 3]
+    for place in (3, 0, 3):
+        attrs = {"place": place, "failed_by_itself": True}
+        study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=attrs))
+    assert {slot: trial.number for slot, trial in storage.given_up(study).items()} == {0: 7, 3: 8}
+    assert storage.missing_places(study, 4) == [1, 2]
+    assert storage.missing_places(study, 2) == []
+
+
 def test_a_lowered_budget_that_is_met_misses_nothing() -> None:
     study = optuna.create_study(direction="maximize")
     for place in (0, 1, 2, 4):
