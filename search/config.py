@@ -181,7 +181,7 @@ class StudyConfig:
             )
         if self.sampler == "grid":
             try:
-                self.space.grid()
+                self.space.grid_size()
             except ValueError as error:
                 lists = " ".join(
                     f"{flag(name)} {p.low:.12g},{p.high:.12g}"

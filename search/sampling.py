@@ -48,7 +48,7 @@ def repeat_seed(seed: int, place: int, repeat: int) -> int:
 def budget(config: StudyConfig) -> int:
     """How many slots of the study must be finished: at most the whole grid, for a grid."""
     if config.sampler == "grid":
-        return min(config.n_trials, len(config.space.grid()))
+        return min(config.n_trials, config.space.grid_size())
     return config.n_trials
 
 
@@ -56,7 +56,7 @@ def sampler(config: StudyConfig, place: int) -> BaseSampler:
     """The sampler of the trial at `place`; the first one proposes the reference."""
     seed, _ = seeds(config.seed, place)
     if config.sampler == "grid":
-        return _fixed(config.space.grid()[place], RandomSampler(seed))
+        return _fixed(config.space.grid_point(place), RandomSampler(seed))
     reference = config.space.reference()
     if place == 0 and reference is not None:
         return _fixed(reference, RandomSampler(seed))

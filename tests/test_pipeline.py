@@ -6,6 +6,7 @@ import invariants
 import pytest
 
 from search import InputError, RunError, StudyConfig, run
+from search.tasks import load_trial
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -58,6 +59,7 @@ def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path
 
 def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let every trial of 16 units raise `error`; returns the units of all that were built."""
+    load_trial()  # TensorFlow, in silence
     from search import model
 
     tried: list[int] = []

@@ -1,6 +1,7 @@
 """What a place proposes and whom a pruner ends is the same in one go, resumed, or with failures."""
 
 import hashlib
+import tracemalloc
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -237,6 +238,19 @@ def test_a_grid_covers_every_point_once_the_reference_first() -> None:
 def test_the_budget_is_what_was_asked_where_the_grid_is_larger() -> None:
     assert sampling.budget(config(**GRID, learning_rate="0.001,0.01", n_trials=7)) == 7
     assert sampling.budget(config(n_trials=70)) == 70
+
+
+def test_a_trial_of_a_large_grid_needs_no_memory_for_the_other_points() -> None:
+    many = ",".join(str(number) for number in range(1, 201))
+    rates = ",".join(f"{number / 200:g}" for number in range(200))
+    settings = config(sampler="grid", hidden_units=many, dropout_rate=rates, learning_rate="0.1")
+    tracemalloc.start()
+    try:
+        sampling.sampler(settings, 39_999)
+        assert sampling.budget(settings) == PLACES
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes; all points: 15 million
+    finally:
+        tracemalloc.stop()
 
 
 # ---- pruners -----------------------------------------------------------------------------------
