@@ -18,7 +18,16 @@ from mlflow.models import Model, infer_signature
 
 from search import environment, evaluation
 from search.config import StudyConfig
-from search.contract import COMMIT, METRICS, MODEL_URI, NUMBER, STUDY, STUDY_UID, best_epoch
+from search.contract import (
+    COMMIT,
+    METRICS,
+    MODEL_URI,
+    NUMBER,
+    STUDY,
+    STUDY_UID,
+    best_epoch,
+    history_of,
+)
 from search.data import Dataset, scaled
 from search.recipe import complete, unusual
 from search.tracking import Tracking
@@ -72,7 +81,7 @@ def retrain(
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
     tracking.log_start(run_id, trial, study.user_attrs["facts"])
     tried = complete(trial.params, study.user_attrs["facts"]["params"])
-    then, seed = trial.user_attrs["history"], trial.user_attrs["seed"]
+    then, seed = history_of(trial), trial.user_attrs["seed"]
     epochs = best_epoch(then, stopping=bool(tried["early_stopping"])) + 1
     network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.model)
     losses = training.train(

@@ -5,7 +5,7 @@ import os
 import socket
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ import psutil
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,6 +27,7 @@ from search.database import (
     check_sqlite,
     create_sqlite,
     other_schema,
+    patient,
     sqlite_mode,
     tune_sqlite,
 )
@@ -214,6 +216,24 @@ class PlacedStudy(optuna.Study):
     """A study whose trials are created with their marks (place, seed, owner), in one write."""
 
     marks: Mapping[str, Any] = MappingProxyType({})
+    _finished: Mapping[tuple[TrialState, ...], list[FrozenTrial]] = MappingProxyType({})
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """As Optuna's; where all are to be finished, they are read only if there are new ones.
+
+        A pruner asks after every epoch, and Optuna would read the running trials each time, whose
+        records grow with their epochs.
+        """
+        if deepcopy or not isinstance(states, tuple) or not all(s.is_finished() for s in states):
+            return super().get_trials(deepcopy=deepcopy, states=states)
+        known = self._finished.get(states)
+        backend = getattr(self._storage, "_backend", None)
+        if known is None or backend is None or _count(backend, self._study_id, states) > len(known):
+            known = super().get_trials(deepcopy=False, states=states)
+            self._finished = {**self._finished, states: known}
+        return list(known)
 
     def ask(self, fixed_distributions: dict[str, Any] | None = None) -> optuna.Trial:
         """Create the next trial; one that was enqueued elsewhere is left alone.
@@ -237,6 +257,19 @@ class PlacedStudy(optuna.Study):
                 fail(self, mine, f"trial {trial.number} was begun in its place a moment earlier")
                 raise PlaceTaken
             fail(self, trial, f"a cut connection hid that it was begun; see trial {number}")
+
+
+@patient
+def _count(storage: RDBStorage, study_id: int, states: tuple[TrialState, ...]) -> int:
+    """How many trials of a study have one of `states`."""
+    trial = models.TrialModel
+    query = (
+        sqlalchemy.select(sqlalchemy.func.count())
+        .select_from(trial)
+        .where(trial.study_id == study_id, trial.state.in_(states))
+    )
+    with storage.engine.connect() as connection:
+        return int(connection.execute(query).scalar_one())
 
 
 def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:

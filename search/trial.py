@@ -29,7 +29,16 @@ from search import (
     training,
 )
 from search.config import RunError, StudyConfig, one_line
-from search.contract import LOST, METRICS, STATE, Facts, best_epoch
+from search.contract import (
+    HISTORY_BLOCK,
+    LOST,
+    METRICS,
+    STATE,
+    Facts,
+    best_epoch,
+    history_attr,
+    history_of,
+)
 from search.outcome import Outcome
 from search.recipe import complete
 from search.tracking import Tracking
@@ -245,7 +254,7 @@ class _Pruning(KerasPruningCallback):  # type: ignore[misc]
     """Prunes on val_accuracy after every epoch but the last one, where it would save nothing."""
 
     def __init__(self, trial: optuna.Trial, epochs: int) -> None:
-        super().__init__(trial, "val_accuracy")
+        super().__init__(sampling.Judged(trial), "val_accuracy")
         self._last = epochs - 1
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -302,7 +311,8 @@ class _Attempt:
     def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
         entry = _entry(epoch, logs)
         self._history.append(entry)
-        trial.set_user_attr("history", self._history)
+        block = self._history[epoch // HISTORY_BLOCK * HISTORY_BLOCK :]
+        trial.set_user_attr(history_attr(epoch), block)
         self._mirror(lambda: self._worker.tracking.log_epoch(str(self._run_id), entry))
 
     def _open_run(self, trial: optuna.Trial) -> None:
@@ -353,7 +363,7 @@ class _Attempt:
 
 def outcome_of(trial: FrozenTrial, *, given_up: bool = False) -> Outcome:
     """How a finished trial went."""
-    history = trial.user_attrs.get("history", [])
+    history = history_of(trial)
     return Outcome(
         number=trial.number,
         place=trial.user_attrs["place"],

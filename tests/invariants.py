@@ -117,7 +117,11 @@ def check_pair(client: MlflowClient, trial: optuna.trial.FrozenTrial, run: Any) 
     if trial.state is TrialState.FAIL:
         assert trial.user_attrs["failure"]
         assert run.data.tags["optuna.failure"] == trial.user_attrs["failure"]
-    history = trial.user_attrs.get("history", [])
+    history = [
+        entry
+        for name in ("history", *(f"history_{block}" for block in range(1, 100)))
+        for entry in trial.user_attrs.get(name, [])
+    ]
     assert [entry["epoch"] for entry in history] == list(range(len(history)))
     for name in METRICS.values():
         logged = client.get_metric_history(run.info.run_id, name)

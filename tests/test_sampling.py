@@ -54,13 +54,14 @@ def accuracy(tried: Mapping[str, Any], place: int, epoch: int) -> float:
 def run_trial(study: PlacedStudy, settings: StudyConfig, place: int, *, broken: bool) -> None:
     def objective(trial: optuna.Trial) -> float:
         tried = settings.space.suggest(trial)
-        for epoch in range(EPOCHS):
-            trial.report(accuracy(tried, place, epoch), epoch)
+        judged = sampling.Judged(trial)
+        for epoch in range(settings.epochs):
+            judged.report(accuracy(tried, place, epoch), epoch)
             if broken and epoch == 4:
                 raise Broken
-            if trial.should_prune() and not broken:
+            if judged.should_prune() and not broken:
                 raise optuna.TrialPruned
-        return accuracy(tried, place, EPOCHS - 1)
+        return accuracy(tried, place, settings.epochs - 1)
 
     study.marks = {"place": place, "seed": sampling.seeds(settings.seed, place)[1]}
     study.sampler = sampling.sampler(settings, place)
@@ -266,6 +267,18 @@ def test_a_pruner_decides_the_same_resumed_or_with_failed_trials_replaced(pruner
     assert decisions(search(settings, sessions=(1, 7, 15))) == in_one_go
     assert decisions(search(settings, broken=(0, 3, 4, 14))) == in_one_go
     assert decisions(search(settings, broken=range(PLACES), sessions=range(PLACES))) == in_one_go
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_pruner_that_is_shown_little_decides_as_one_that_is_shown_everything(
+    monkeypatch: pytest.MonkeyPatch, pruner: str
+) -> None:
+    settings = config(sampler="random", pruner=pruner, epochs=40)
+    found = decisions(search(settings, places=40))
+    assert {state for state, _ in found} == {"COMPLETE", "PRUNED"}
+    monkeypatch.setattr(sampling, "_is_at_rung", lambda *_: True)
+    monkeypatch.setattr(sampling, "Judged", lambda trial: trial)  # as Optuna shows itself
+    assert decisions(search(settings, places=40)) == found
 
 
 def test_without_a_pruner_every_trial_completes() -> None:
