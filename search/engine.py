@@ -222,7 +222,7 @@ def _home(
 ) -> "Pool | Cluster":
     """Where the tasks go."""
     if config.scheduler is None:
-        return Pool(config, parent_run, dataset)
+        return Pool(config, parent_run, dataset, say)
     from search import cluster
 
     return cluster.Cluster(config, parent_run, dataset, say)

@@ -21,7 +21,32 @@ def here() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        **({} if (name := gpu()) is None else {"gpu": name}),
     }
+
+
+def gpu_device() -> str | None:
+    """The file of a GPU of NVIDIA's or AMD's, None where there is none: whether to look closer."""
+    return next(filter(os.path.exists, ("/dev/nvidia0", "/dev/kfd")), None)
+
+
+def gpu() -> str | None:
+    """The name of the GPU that TensorFlow trains on in this process, None where it sees none.
+
+    TensorFlow is imported only where there is a device.
+    """
+    if gpu_device() is None:
+        return None
+    from search.imports import silent_stderr
+
+    with silent_stderr():
+        import tensorflow as tf
+
+        found = tf.config.list_physical_devices("GPU")
+        if not found:
+            return None
+        details = tf.config.experimental.get_device_details(found[0])
+    return str(details.get("device_name", found[0].name))
 
 
 def _processor() -> str:

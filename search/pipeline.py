@@ -1,6 +1,7 @@
 """The one path of a run, top to bottom."""
 
 import contextlib
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,10 +94,23 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
     Doing it again after the end changes nothing. Raises InputError where something given cannot
     be used, RunError where the run has to stop.
     """
+    _check_main_module()
     try:
         return _run(config, listener or Listener())
     except (*storage.ERRORS, *tracking.ERRORS) as error:
         raise storage.failure(error) from error
+
+
+def _check_main_module() -> None:
+    """Raise InputError in a child process that is only importing the main module.
+
+    Workers do not import it, but other children of a script may, to find what they are to do.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing does
+        raise InputError(
+            "run() must not be called when the main module is imported, as a child process of "
+            "multiprocessing does; put the call under: if __name__ == '__main__':"
+        )
 
 
 def _run(config: StudyConfig, listener: Listener) -> Result:

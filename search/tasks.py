@@ -6,6 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from search import environment
 from search.config import RunError, StudyConfig, one_line
 from search.data import Dataset
 from search.imports import silent_stderr
@@ -85,6 +86,12 @@ def load_trial() -> "type[Worker]":
         from search.trial import Worker
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
     return Worker
+
+
+def gpu() -> str | None:
+    """As `environment.gpu`, where a process may import TensorFlow."""
+    load_trial()
+    return environment.gpu()
 
 
 def run_trial(parent_run: str, place: int) -> Outcome:

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from search import environment
 from search.data import Images, Labels
 from search.graph import Examples, graph_for, plan_of, scaled
 
@@ -30,13 +31,16 @@ class TrainingDiverged(Exception):
 def one_thread_each(trainings: int) -> None:
     """Give TensorFlow a thread for each of so many trainings at once, in as many threads.
 
-    Has no effect on TensorFlow once it has run.
+    It takes a GPU's memory only as it needs it. Has no effect on TensorFlow once it has run.
     """
     global _alone
     _alone = trainings == 1
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(trainings)
+        if environment.gpu_device() is not None:
+            for gpu in tf.config.list_physical_devices("GPU"):  # other workers may use it, too
+                tf.config.experimental.set_memory_growth(gpu, True)
 
 
 def train(
