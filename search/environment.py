@@ -21,7 +21,7 @@ def here() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
-        **({} if (name := gpu()) is None else {"gpu": name}),
+        **({} if (name := _gpu()) is None else {"gpu": name}),
     }
 
 
@@ -30,23 +30,12 @@ def gpu_device() -> str | None:
     return next(filter(os.path.exists, ("/dev/nvidia0", "/dev/kfd")), None)
 
 
-def gpu() -> str | None:
-    """The name of the GPU that TensorFlow trains on in this process, None where it sees none.
-
-    TensorFlow is imported only where there is a device.
-    """
+def _gpu() -> str | None:
     if gpu_device() is None:
         return None
-    from search.imports import silent_stderr
+    from search import training  # imports TensorFlow, so only where there is a device
 
-    with silent_stderr():
-        import tensorflow as tf
-
-        found = tf.config.list_physical_devices("GPU")
-        if not found:
-            return None
-        details = tf.config.experimental.get_device_details(found[0])
-    return str(details.get("device_name", found[0].name))
+    return training.gpu()
 
 
 def _processor() -> str:

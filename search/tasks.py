@@ -6,7 +6,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from search import environment
 from search.config import RunError, StudyConfig, one_line
 from search.data import Dataset
 from search.imports import silent_stderr
@@ -89,9 +88,12 @@ def load_trial() -> "type[Worker]":
 
 
 def gpu() -> str | None:
-    """As `environment.gpu`, where a process may import TensorFlow."""
+    """As `training.gpu`."""
     load_trial()
-    return environment.gpu()
+    from search import training
+
+    with silent_stderr():
+        return training.gpu()
 
 
 def run_trial(parent_run: str, place: int) -> Outcome:

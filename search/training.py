@@ -13,7 +13,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from search import environment
 from search.data import Images, Labels
 from search.graph import Examples, graph_for, plan_of, scaled
 
@@ -38,9 +37,17 @@ def one_thread_each(trainings: int) -> None:
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(trainings)
-        if environment.gpu_device() is not None:
-            for gpu in tf.config.list_physical_devices("GPU"):  # other workers may use it, too
-                tf.config.experimental.set_memory_growth(gpu, True)
+        for device in tf.config.list_physical_devices("GPU"):  # other workers may use it, too
+            tf.config.experimental.set_memory_growth(device, True)
+
+
+def gpu() -> str | None:
+    """The name of the GPU that this process trains on, None where TensorFlow sees none."""
+    found = tf.config.list_physical_devices("GPU")
+    if not found:
+        return None
+    details = tf.config.experimental.get_device_details(found[0])
+    return str(details.get("device_name", found[0].name))
 
 
 def train(

@@ -298,9 +298,7 @@ def test_a_worker_takes_of_a_gpus_memory_only_what_it_needs(
         monkeypatch.setattr(tf.config.threading, name, lambda count: None)
     training.one_thread_each(1)
     assert grown == ["/physical_device:GPU:0", "/physical_device:GPU:1"]
-    monkeypatch.setattr(environment, "gpu_device", lambda: None)
-    training.one_thread_each(1)
-    assert len(grown) == 2
+    assert training.gpu() == "NVIDIA H100"
 
 
 def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
@@ -312,4 +310,5 @@ def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
     without = here()
     assert "gpu" not in without
     monkeypatch.setattr(environment, "gpu_device", lambda: None)
+    monkeypatch.setattr(training, "gpu", None)  # is not asked
     assert here() == without
