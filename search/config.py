@@ -1,6 +1,7 @@
 """StudyConfig: every setting of a run, checked when it is built and never changed afterwards."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, get_args
@@ -56,7 +57,7 @@ class StudyConfig:
     n_trials: int = _option(
         50,
         _STUDY,
-        "Finished trials (complete or pruned) the study shall have in all.",
+        "Total number of finished trials (complete, pruned, or failed twice on their own).",
         low=1,
         high=10**6,
     )
@@ -99,7 +100,9 @@ class StudyConfig:
         "threads (at most --workers); storage and tracking must be servers then.",
         example="tcp://HOST:8786",
     )
-    max_failures: int = _option(5, _STUDY, "Stop after so many trials in a row have failed.", low=1)
+    max_failures: int = _option(
+        5, _STUDY, "Stop after so many configurations in a row have failed.", low=1
+    )
     report: str = _option(
         "report.html", _STUDY, "Where the report is written at the end; none: nowhere."
     )
@@ -203,7 +206,7 @@ class StudyConfig:
             )
         if self.sampler == "grid":
             try:
-                self.space.grid()
+                self.space.grid_size()
             except ValueError as error:
                 lists = " ".join(
                     f"{flag(name)} {p.low:.12g},{p.high:.12g}"
@@ -234,6 +237,12 @@ class StudyConfig:
                 f"a cluster share no disk, but got {redact(self.tracking_uri)}; start one with "
                 "mlflow server and give --tracking-uri http://HOST:5000"
             )
+
+    def with_epochs(self, epochs: int) -> "StudyConfig":
+        """The same settings with so many epochs; the model stays the one they were made with."""
+        changed = copy(self)
+        object.__setattr__(changed, "epochs", epochs)
+        return changed
 
     @property
     def trial_epochs(self) -> int:

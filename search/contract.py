@@ -36,6 +36,26 @@ METRICS = {  # Keras' name -> ours
     "val_accuracy": "val_accuracy",
 }
 Facts = Mapping[str, Mapping[str, Any]]
+HISTORY_BLOCK = 100  # epochs
+
+# A trial's history, an entry an epoch, is kept in user attributes of so many epochs each: what is
+# written after an epoch does not grow with the epochs before it.
+
+
+def history_attr(epoch: int) -> str:
+    """The user attribute of a trial that keeps the entry of `epoch`, from 0."""
+    block = epoch // HISTORY_BLOCK
+    return f"history_{block}" if block else "history"
+
+
+def history_of(trial: FrozenTrial) -> list[dict[str, float]]:
+    """The whole history of a trial or a repeat, also where it was kept in one attribute."""
+    found = list(trial.user_attrs.get("history", ()))
+    block = 1
+    while f"history_{block}" in trial.user_attrs:
+        found += trial.user_attrs[f"history_{block}"]
+        block += 1
+    return found
 
 
 # A finalist's repeats, its trainings on fresh seeds, are kept in user attributes of its trial. For

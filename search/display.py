@@ -136,8 +136,10 @@ def summary(result: "Result") -> str:
     took = timedelta(seconds=round(result.seconds))
     lines = [
         "",
-        f"{result.complete + result.pruned} finished trials: {result.complete} complete, "
-        f"{result.pruned} pruned; {result.failed} failed. {result.ran} run now, in {took}.",
+        f"{result.complete + result.pruned + result.given_up} finished trials: "
+        f"{result.complete} complete, {result.pruned} pruned"
+        + (f", {result.given_up} given up (failed twice)" if result.given_up else "")
+        + f"; {result.failed} failed. {result.ran} run now, in {took}.",
     ]
     if result.stopped:
         lines.append(f"Stopped early: {result.stopped}.")

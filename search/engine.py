@@ -109,15 +109,18 @@ class Engine:
         patience: "Patience",
         max_failures: int,
     ) -> str | None:
-        """Run a trial for every place, a failed one again; returns why it stopped early, if so.
+        """Run a trial for every place; returns why it stopped early, if so.
+
+        A trial that failed is tried again, unless its slot is given up.
 
         on_trial: gets every trial's outcome, in the order in which they end.
         on_death: is called when a worker has died; says which places are missing now, because a
         trial may have ended whose outcome did not arrive.
-        Raises RunError after `max_failures` failures in a row.
+        Raises RunError after `max_failures` configurations in a row have failed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         failures = 0
+        failed: set[int] = set()  # slots, since a trial last ended well
 
         def why_stop() -> str | None:
             if self._stopping():
@@ -133,15 +136,20 @@ class Engine:
             on_trial(outcome)
             if outcome.state != "FAIL":
                 failures = 0
+                failed.clear()
                 patience.see(outcome.value)
                 return False
-            failures += 1
+            if not (outcome.given_up and outcome.place in failed):  # the same configuration
+                failures += 1
+            failed.add(outcome.place)
             if failures == max_failures:
                 raise RunError(
-                    f"{failures} trials in a row failed, the last with {outcome.failure}; "
+                    f"{failures} configurations in a row failed, the last with {outcome.failure}; "
                     "mend the cause, or allow more with --max-failures, and run again"
                 )
-            return True
+            if outcome.given_up:
+                patience.see(None)
+            return not outcome.given_up
 
         def missing() -> list[Arguments]:
             return [(place,) for place in on_death()]
@@ -214,14 +222,14 @@ def _home(
 ) -> "Pool | Cluster":
     """Where the tasks go."""
     if config.scheduler is None:
-        return Pool(config, parent_run, dataset)
+        return Pool(config, parent_run, dataset, say)
     from search import cluster
 
     return cluster.Cluster(config, parent_run, dataset, say)
 
 
 class Patience:
-    """Counts the finished trials since the best one; a pruned one is not better."""
+    """Counts the finished slots since the best trial; one pruned or given up is not better."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
@@ -229,7 +237,7 @@ class Patience:
         self._since = 0
 
     def see(self, value: float | None) -> None:
-        """Take note of a finished trial: its value, or None where it was pruned."""
+        """Take note of a finished slot: its value, or None where it was pruned or given up."""
         if value is not None and value > self._best:
             self._best, self._since = value, 0
         else:

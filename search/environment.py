@@ -21,7 +21,21 @@ def here() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        **({} if (name := _gpu()) is None else {"gpu": name}),
     }
+
+
+def gpu_device() -> str | None:
+    """The file of a GPU of NVIDIA's or AMD's, None where there is none: whether to look closer."""
+    return next(filter(os.path.exists, ("/dev/nvidia0", "/dev/kfd")), None)
+
+
+def _gpu() -> str | None:
+    if gpu_device() is None:
+        return None
+    from search import training  # imports TensorFlow, so only where there is a device
+
+    return training.gpu()
 
 
 def _processor() -> str:

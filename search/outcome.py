@@ -12,6 +12,7 @@ class Outcome:
 
     value: val_accuracy of the weights that a COMPLETE trial ended with.
     last: val_accuracy after the last epoch that was run, where there was one.
+    given_up: it failed by itself, as a trial of its slot had before, so the slot is finished.
     """
 
     number: int
@@ -23,3 +24,4 @@ class Outcome:
     epochs: int
     seconds: float
     failure: str | None
+    given_up: bool = False

@@ -11,6 +11,7 @@ from requests import RequestException
 
 from search import production, ranking, runner, storage
 from search.config import StudyConfig
+from search.contract import history_of
 from search.errors import printable
 from search.parameter import Value
 from search.production import Production
@@ -148,7 +149,7 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
 
 def row(trial: FrozenTrial) -> Row:
     """What is shown of a trial."""
-    history = trial.user_attrs.get("history", [])
+    history = history_of(trial)
     last = history[-1]["val_accuracy"] if history else None
     failure = trial.user_attrs.get("failure")
     return Row(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _REFRESH = 0.25  # seconds
 _POLL = 1.0  # seconds between two looks at the running trials
+_REST = 20  # times as long as a look took, which after thousands of epochs takes a while
 _SHOWN = 8  # running trials; a cluster may have hundreds
 _BAR = 24  # characters
 _END = "\0the end of the panel\n"
@@ -63,7 +64,7 @@ class Panel(Lines):
         super().start(study, dataset, missing)
         if not missing:
             return
-        from search import ranking
+        from search import ranking, storage
 
         trials = study.get_trials(deepcopy=False)
         best, self._reference = ranking.best(trials), ranking.reference_params(study)
@@ -75,6 +76,7 @@ class Panel(Lines):
             if trial.state.name in self._counts:
                 self._counts[trial.state.name] += 1
         self._before = self._counts["COMPLETE"] + self._counts["PRUNED"]
+        self._before += len(storage.given_up(study))
         self._total = self._before + missing
         self._epochs = int(study.user_attrs["settings"]["epochs"])
         self._began = time.monotonic()
@@ -113,16 +115,19 @@ class Panel(Lines):
     def _watch(self, study: "optuna.Study") -> None:
         from optuna.trial import TrialState
 
-        while not self._closed.wait(_POLL):
+        took = 0.0
+        while not self._closed.wait(max(_POLL, _REST * took)):
+            began = time.monotonic()
             with contextlib.suppress(Exception):  # a database may be busy; look again
                 self._running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            took = time.monotonic() - began
 
     def trial(self, outcome: Outcome, best: float | None) -> None:
         """A line, and the counts."""
         super().trial(outcome, best)
         self._doing = ""
         self._counts[outcome.state] += 1
-        self._done += outcome.state != "FAIL"
+        self._done += outcome.state != "FAIL" or outcome.given_up
         if outcome.value is not None:
             stands = _stands(outcome.value, outcome.number, outcome.hyperparameters)
             if self._best is None or outcome.value > self._best:
@@ -170,12 +175,14 @@ class Panel(Lines):
         return Group(progress, counts, *(_short(line) for line in self._below()))
 
     def _below(self) -> Iterator[str]:
+        from search.contract import history_of
+
         for title in ("best", "reference"):
             if title in self._standing:
                 yield f"{title:9s}  {self._standing[title]}"
         running = sorted(self._running, key=lambda trial: trial.number)
         for trial in running[:_SHOWN]:
-            history = trial.user_attrs.get("history", [])
+            history = history_of(trial)
             worker = trial.user_attrs.get("owner", {}).get("pid", "")
             last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
             epoch = min(len(history) + 1, self._epochs)

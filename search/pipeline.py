@@ -2,9 +2,10 @@
 
 import contextlib
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import optuna
@@ -65,7 +66,8 @@ class Result:
     reference: the study's trial of the reference configuration, None where it was not tried.
     winner: the best configuration trained anew on training and validation data, its accuracy on
     the test images and its version of the registered model; None where the run was interrupted.
-    complete, pruned, failed: trials of the study in all; `ran` of them in this run.
+    complete, pruned, failed: trials of the study in all; `ran` of them in this run. given_up: slots
+    whose configuration failed by itself twice; they count as finished.
     stopped: why the search ended before its budget, if it did.
     mended: what the reconciliation had to mend.
     """
@@ -79,6 +81,7 @@ class Result:
     complete: int
     pruned: int
     failed: int
+    given_up: int
     ran: int
     seconds: float
     stopped: str | None
@@ -86,15 +89,28 @@ class Result:
 
 
 def run(config: StudyConfig, listener: Listener | None = None) -> Result:
-    """Run the study until it has `config.n_trials` finished trials, and register the best.
+    """Run the study until `config.n_trials` of its slots are finished, and register the best.
 
     Doing it again after the end changes nothing. Raises InputError where something given cannot
     be used, RunError where the run has to stop.
     """
+    _check_main_module()
     try:
         return _run(config, listener or Listener())
     except (*storage.ERRORS, *tracking.ERRORS) as error:
         raise storage.failure(error) from error
+
+
+def _check_main_module() -> None:
+    """Raise InputError in a child process that is only importing the main module.
+
+    Workers do not import it, but other children of a script may, to find what they are to do.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing does
+        raise InputError(
+            "run() must not be called when the main module is imported, as a child process of "
+            "multiprocessing does; put the call under: if __name__ == '__main__':"
+        )
 
 
 def _run(config: StudyConfig, listener: Listener) -> Result:
@@ -102,7 +118,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     storage.check(config)
     stored = storage.stored_settings(config)
     dataset = _load(config, stored)
-    config = replace(config, epochs=_epochs(config, dataset, stored))
+    config = config.with_epochs(_epochs(config, dataset, stored))
     data.check(dataset, recipe.needs_images(config.space))
     if dataset.problem is not None and stored is None:
         raise InputError(dataset.problem)
@@ -384,6 +400,7 @@ class _Job:
             complete=states.count(TrialState.COMPLETE),
             pruned=states.count(TrialState.PRUNED),
             failed=states.count(TrialState.FAIL),
+            given_up=len(storage.given_up(self.study)),
             ran=self.ran,
             seconds=seconds,
             stopped=stopped,
@@ -392,4 +409,5 @@ class _Job:
 
     def _finished(self) -> list[FrozenTrial]:
         trials = self.study.get_trials(deepcopy=False, states=storage.FINISHED)
+        trials += storage.given_up(self.study).values()
         return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))

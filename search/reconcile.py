@@ -20,6 +20,7 @@ from search.contract import (
     ORPHAN,
     PARENT,
     STATUS,
+    history_of,
     mirrored,
     params_of,
     repeat_attr,
@@ -215,7 +216,7 @@ class Ledgers:
             for name, value in expected.items():
                 if found.get(name) != str(value):
                     yield printable(f"{name} {found.get(name)} in place of {value}")
-        history = trial.user_attrs.get("history", [])
+        history = history_of(trial)
         for name in METRICS.values():
             last = history[-1][name] if history else None
             if run.data.metrics.get(name) != last:

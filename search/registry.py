@@ -28,6 +28,7 @@ from search.contract import (
     STUDY,
     STUDY_UID,
     best_epoch,
+    history_of,
 )
 from search.data import Dataset, scaled
 from search.recipe import complete, unusual
@@ -82,7 +83,7 @@ def retrain(
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
     tracking.log_start(run_id, trial, study.user_attrs["facts"])
     tried = complete(trial.params, study.user_attrs["facts"]["params"])
-    then, seed = trial.user_attrs["history"], trial.user_attrs["seed"]
+    then, seed = history_of(trial), trial.user_attrs["seed"]
     epochs = best_epoch(then, stopping=bool(tried["early_stopping"])) + 1
     network = model.build(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
     losses = training.train(

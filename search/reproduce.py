@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 
 from search import data, environment, own_model, ranking, storage
 from search.config import InputError, StudyConfig, differences
+from search.contract import history_of
 from search.recipe import describe
 
 _COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -65,7 +66,7 @@ def reproduce(
             f"{name} has the digest {dataset.digest[:12]}; name the right file"
         )
     model = _model_of(settings)
-    then = trial.user_attrs["history"]
+    then = history_of(trial)
     say(f"{dataset}")
     say(
         f"trial {trial.number} of study {study.study_name}: {describe(trial.params)}  "
@@ -121,7 +122,7 @@ def _find(trials: list[FrozenTrial], number: int) -> FrozenTrial:
             "look with python study.py show"
         )
     trial = trials[number]
-    if not trial.state.is_finished() or not trial.user_attrs.get("history"):
+    if not trial.state.is_finished() or not history_of(trial):
         raise InputError(
             f"--trial must have ended after at least one epoch, but trial {number} is "
             f"{trial.state.name} without one; name another"

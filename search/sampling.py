@@ -46,9 +46,9 @@ def repeat_seed(seed: int, place: int, repeat: int) -> int:
 
 
 def budget(config: StudyConfig) -> int:
-    """How many finished trials the study shall have: at most the whole grid, for a grid."""
+    """How many slots of the study must be finished: at most the whole grid, for a grid."""
     if config.sampler == "grid":
-        return min(config.n_trials, len(config.space.grid()))
+        return min(config.n_trials, config.space.grid_size())
     return config.n_trials
 
 
@@ -56,7 +56,7 @@ def sampler(config: StudyConfig, place: int) -> BaseSampler:
     """The sampler of the trial at `place`; the first one proposes the reference."""
     seed, _ = seeds(config.seed, place)
     if config.sampler == "grid":
-        return _fixed(config.space.grid()[place], RandomSampler(seed))
+        return _fixed(config.space.grid_point(place), RandomSampler(seed))
     reference = config.space.reference()
     if place == 0 and reference is not None:
         return _fixed(reference, RandomSampler(seed))
@@ -113,6 +113,9 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(low, high, log=log, step=step)
 
 
+_REDUCTION = 3  # of the trials that reach a rung of halving, one in so many goes on
+
+
 def pruner(config: StudyConfig) -> BasePruner:
     """The pruner; it judges an epoch's val_accuracy by the same epoch of earlier trials."""
     makers: dict[str, Callable[[], BasePruner]] = {
@@ -125,14 +128,64 @@ def pruner(config: StudyConfig) -> BasePruner:
     return makers[config.pruner]()
 
 
+class Judged:
+    """A running trial as far as its pruner needs it, which after every epoch costs the same.
+
+    The pruners go by the value after the last epoch, or by the best one so far. Optuna would hand
+    them all of its values, and look at each.
+    """
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self._trial = trial
+        self._seen = FrozenTrial(
+            number=trial.number,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=trial.datetime_start,
+            datetime_complete=None,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=trial.user_attrs,
+            system_attrs={},  # the pruners that need them read them
+            intermediate_values={},
+            trial_id=trial._trial_id,
+        )
+
+    def report(self, value: float, step: int) -> None:
+        """Record the value after an epoch; `step` is the epoch, from 0."""
+        self._trial.report(value, step)
+        values = self._seen.intermediate_values
+        best = max(values, key=lambda epoch: values[epoch], default=step)
+        self._seen.intermediate_values = {best: values.get(best, value), step: value}
+
+    def should_prune(self) -> bool:
+        """Whether the pruner ends the trial after the epoch reported last."""
+        study = self._trial.study
+        return bool(study.pruner.prune(study, self._seen))
+
+
 class _Halving(SuccessiveHalvingPruner):
     """Successive halving that leaves out failed trials, whose places others have taken."""
 
     def __init__(self) -> None:
-        super().__init__(min_resource=1, reduction_factor=3)
+        super().__init__(min_resource=1, reduction_factor=_REDUCTION)
 
     def prune(self, study: Any, trial: FrozenTrial) -> bool:
+        if not _is_at_rung(trial.last_step, 0):
+            return False
+        trial.system_attrs = study._storage.get_trial_system_attrs(trial._trial_id)
         return super().prune(_WithoutFailures(study), trial)  # type: ignore[arg-type]
+
+
+def _is_at_rung(step: int | None, rate: int) -> bool:
+    """Whether halving compares trials after the epoch `step`: 1, 3, 9 and so on, from `3 ** rate`.
+
+    After the others it lets them go on, and would read the whole study to find that out.
+    """
+    rung: int = _REDUCTION**rate
+    while step is not None and rung < step:
+        rung *= _REDUCTION
+    return step == rung
 
 
 class _WithoutFailures:
@@ -152,9 +205,15 @@ class _PlacedHyperband(HyperbandPruner):
     """Hyperband whose brackets go by a trial's place, not its number; failed trials have none."""
 
     def __init__(self, epochs: int) -> None:
-        super().__init__(min_resource=1, max_resource=epochs, reduction_factor=3)
+        super().__init__(min_resource=1, max_resource=epochs, reduction_factor=_REDUCTION)
         # Made at once, so that the first proposal of a resumed study, too, knows its bracket.
         self._try_initialization(None)  # type: ignore[arg-type]
+
+    def prune(self, study: Any, trial: FrozenTrial) -> bool:
+        if not _is_at_rung(trial.last_step, self._get_bracket_id(study, trial)):
+            return False
+        trial.system_attrs = study._storage.get_trial_system_attrs(trial._trial_id)
+        return super().prune(study, trial)
 
     def _get_bracket_id(self, study: Any, trial: FrozenTrial) -> int:
         place = trial.user_attrs.get("place")

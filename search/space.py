@@ -1,7 +1,9 @@
 """The search space: which hyperparameters matter where, and how a trial samples them."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from search.parameter import Choice, Parameter, Range, Suggests, Value, is_fixed, only, text_of
 
@@ -112,32 +114,117 @@ class Space:
                 tried[name] = only(parameter)
         return {name: value for name, value in tried.items() if self.asks(name)}
 
-    def grid(self) -> list[dict[str, Value]]:
-        """Everything that a trial may be asked for, the reference first where it is one of them.
+    def grid_size(self) -> int:
+        """How many different things a trial may be asked for.
 
         Raises ValueError where a parameter is a range.
         """
-        points: list[dict[str, Value]] = [self.fixed()]
+        return self._grid.size
+
+    def grid_point(self, index: int) -> dict[str, Value]:
+        """One of the `grid_size` things that a trial may be asked for, the reference first.
+
+        The others follow in the order of a product, the last parameter changing fastest.
+        Raises ValueError where a parameter is a range.
+        """
+        first = self._grid_start
+        if index == 0 and first is not None:
+            return self._grid.point(first)
+        return self._grid.point(index - 1 if first is not None and index <= first else index)
+
+    @cached_property
+    def _grid(self) -> "_Grid":
+        choices: dict[str, tuple[Value, ...]] = {}
         for name, parameter in self.searched().items():
             if isinstance(parameter, Range):
                 raise ValueError(
                     f"a grid takes lists and values only, but {name} is the range {parameter}"
                 )
-            points = list(_extended(points, name, parameter.values, self._matters))
-        searched = self.searched()
-        asked = [{k: v for k, v in point.items() if k in searched} for point in points]
+            choices[name] = parameter.values
+        return _Grid(choices, self.conditions, self.fixed())
+
+    @cached_property
+    def _grid_start(self) -> int | None:
         reference = self.reference()
-        return sorted(asked, key=lambda point: point != reference)
+        return None if reference is None else self._grid.index(reference)
 
 
-def _extended(
-    points: list[dict[str, Value]],
-    name: str,
-    values: tuple[Value, ...],
-    matters: Callable[[str, Mapping[str, Value]], bool],
-) -> Iterator[dict[str, Value]]:
-    for point in points:
-        if matters(name, point):
-            yield from ({**point, name: value} for value in values)
-        else:
-            yield point
+class _Grid:
+    """All combinations of choices, by index: a number whose digits are the parameters' values.
+
+    What a digit is worth depends on the digits before it, because some parameters matter only for
+    some values of an earlier one. No combination is made until it is asked for.
+    """
+
+    def __init__(
+        self,
+        choices: Mapping[str, tuple[Value, ...]],
+        conditions: Mapping[str, Condition],
+        fixed: Mapping[str, Value],
+    ) -> None:
+        self._choices = choices
+        self._children: dict[str, list[tuple[str, Condition]]] = {name: [] for name in choices}
+        roots = []
+        for name in choices:
+            condition = conditions.get(name)
+            if condition is not None and condition.parent in choices:
+                self._children[condition.parent].append((name, condition))
+            elif condition is None or fixed.get(condition.parent) in condition.values:
+                roots.append(name)
+        self._roots = frozenset(roots)
+        self._below: dict[str, int] = {}  # combinations of a parameter and all that hang from it
+        for name in reversed(list(choices)):  # children before their parents
+            self._below[name] = sum(self._worth(name, value) for value in choices[name])
+        self.size = math.prod(self._below[name] for name in roots)
+
+    def _worth(self, name: str, value: Value) -> int:
+        """How many combinations hang from `name` where it is `value`."""
+        return math.prod(self._below[child] for child in self._matter(name, value))
+
+    def _matter(self, name: str, value: Value) -> list[str]:
+        return [child for child, condition in self._children[name] if value in condition.values]
+
+    def _walk(self, choose: Callable[[str, list[int]], int]) -> dict[str, Value]:
+        """A combination. `choose` picks a value of a parameter by its place.
+
+        It gets the number of combinations that go on from each of the values.
+        """
+        point: dict[str, Value] = {}
+        matter, left = set(self._roots), self.size
+        for name, values in self._choices.items():
+            if name in matter:
+                left //= self._below[name]
+                sizes = [left * self._worth(name, value) for value in values]
+                chosen = choose(name, sizes)
+                point[name] = values[chosen]
+                matter.update(self._matter(name, values[chosen]))
+                left = sizes[chosen]
+        return point
+
+    def point(self, index: int) -> dict[str, Value]:
+        """The combination at `index`."""
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+
+        def choose(_: str, sizes: list[int]) -> int:
+            nonlocal index
+            for place, size in enumerate(sizes):
+                if index < size:
+                    return place
+                index -= size
+            raise AssertionError("the sizes add up to what is left")
+
+        return self._walk(choose)
+
+    def index(self, point: Mapping[str, Value]) -> int:
+        """Where the combination `point` is."""
+        found = 0
+
+        def choose(name: str, sizes: list[int]) -> int:
+            nonlocal found
+            place = self._choices[name].index(point[name])
+            found += sum(sizes[:place])
+            return place
+
+        self._walk(choose)
+        return found

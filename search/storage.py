@@ -5,7 +5,7 @@ import os
 import socket
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ import psutil
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,6 +27,7 @@ from search.database import (
     check_sqlite,
     create_sqlite,
     other_schema,
+    patient,
     sqlite_mode,
     tune_sqlite,
 )
@@ -35,6 +37,7 @@ from search.urls import redact, sqlite_path, sqlite_url
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _BEFORE = {"split": "last", "normalize": "none"}  # of a study whose settings do not name them
+BY_ITSELF = "failed_by_itself"  # user attribute of a FAIL trial: its own training raised an error
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 # ---- checks that change nothing -------------------------------------------------------------
@@ -246,6 +249,24 @@ class PlacedStudy(optuna.Study):
     """A study whose trials are created with their marks (place, seed, owner), in one write."""
 
     marks: Mapping[str, Any] = MappingProxyType({})
+    _finished: Mapping[tuple[TrialState, ...], list[FrozenTrial]] = MappingProxyType({})
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """As Optuna's; where all are to be finished, they are read only if there are new ones.
+
+        A pruner asks after every epoch, and Optuna would read the running trials each time, whose
+        records grow with their epochs.
+        """
+        if deepcopy or not isinstance(states, tuple) or not all(s.is_finished() for s in states):
+            return super().get_trials(deepcopy=deepcopy, states=states)
+        known = self._finished.get(states)
+        backend = getattr(self._storage, "_backend", None)
+        if known is None or backend is None or _count(backend, self._study_id, states) > len(known):
+            known = super().get_trials(deepcopy=False, states=states)
+            self._finished = {**self._finished, states: known}
+        return list(known)
 
     def ask(self, fixed_distributions: dict[str, Any] | None = None) -> optuna.Trial:
         """Create the next trial; one that was enqueued elsewhere is left alone.
@@ -269,6 +290,19 @@ class PlacedStudy(optuna.Study):
                 fail(self, mine, f"trial {trial.number} was begun in its place a moment earlier")
                 raise PlaceTaken
             fail(self, trial, f"a cut connection hid that it was begun; see trial {number}")
+
+
+@patient
+def _count(storage: RDBStorage, study_id: int, states: tuple[TrialState, ...]) -> int:
+    """How many trials of a study have one of `states`."""
+    trial = models.TrialModel
+    query = (
+        sqlalchemy.select(sqlalchemy.func.count())
+        .select_from(trial)
+        .where(trial.study_id == study_id, trial.state.in_(states))
+    )
+    with storage.engine.connect() as connection:
+        return int(connection.execute(query).scalar_one())
 
 
 def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:
@@ -323,6 +357,23 @@ def _is_gone(mark: Mapping[str, Any]) -> bool:
         return True
 
 
+def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """The slots that are finished without a result, each with its last trial.
+
+    A configuration that has failed by itself twice is not tried again. A lost trial says nothing
+    of its configuration, and neither does one that another version of this tool recorded.
+    """
+    first: set[int] = set()
+    found = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+        if trial.user_attrs.get(BY_ITSELF):
+            slot = trial.user_attrs["place"]
+            if slot in first:
+                found[slot] = trial
+            first.add(slot)
+    return found
+
+
 def fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
     """End a RUNNING trial as FAIL, unless it has just ended.
 
@@ -354,13 +405,12 @@ def close(storage: RDBStorage) -> None:
 
 
 def missing_places(study: optuna.Study, total: int) -> list[int]:
-    """The places, of 0 to `total` - 1, that no finished trial has, as far as the budget goes.
+    """The slots, of 0 to `total` - 1, that are not finished yet, as far as the budget goes.
 
-    A trial's place is how many trials that did not fail came before it. A study of `total` trials
-    has every place once, and a lost trial is replaced in its place.
+    A slot (stored as `place`) is finished by a trial that is COMPLETE or PRUNED, or by being given
+    up; a lost trial is repeated in its slot.
     """
-    taken = {
-        trial.user_attrs.get("place") for trial in study.get_trials(deepcopy=False, states=FINISHED)
-    }
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    taken = {trial.user_attrs.get("place") for trial in finished} | set(given_up(study))
     missing = [place for place in range(total) if place not in taken]
     return missing[: max(0, total - len(taken))]  # fewer where the budget was lowered

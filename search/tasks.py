@@ -87,6 +87,15 @@ def load_trial() -> "type[Worker]":
     return Worker
 
 
+def gpu() -> str | None:
+    """As `training.gpu`."""
+    load_trial()
+    from search import training
+
+    with silent_stderr():
+        return training.gpu()
+
+
 def run_trial(parent_run: str, place: int) -> Outcome:
     """As `trial.Worker.run_trial`."""
     return _worker(parent_run).run_trial(place)

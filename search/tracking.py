@@ -37,6 +37,7 @@ from search.contract import (
     STUDY_UID,
     SUMMARY,
     Facts,
+    history_of,
     params_of,
     tags_of,
 )
@@ -262,7 +263,7 @@ class Tracking:
     def mend(self, run_id: str, trial: FrozenTrial, facts: Facts) -> None:
         """Write all of a finished trial into its run; what is there already stays as it is."""
         self.log_start(run_id, trial, facts)
-        self._log(run_id, metrics=_metrics(trial.user_attrs.get("history", ())))
+        self._log(run_id, metrics=_metrics(history_of(trial)))
         self.finish(run_id, trial)
 
     def curve(self, run_id: str, metric: str) -> list[tuple[int, float]]:

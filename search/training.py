@@ -30,13 +30,24 @@ class TrainingDiverged(Exception):
 def one_thread_each(trainings: int) -> None:
     """Give TensorFlow a thread for each of so many trainings at once, in as many threads.
 
-    Has no effect on TensorFlow once it has run.
+    It takes a GPU's memory only as it needs it. Has no effect on TensorFlow once it has run.
     """
     global _alone
     _alone = trainings == 1
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(trainings)
+        for device in tf.config.list_physical_devices("GPU"):  # other workers may use it, too
+            tf.config.experimental.set_memory_growth(device, True)
+
+
+def gpu() -> str | None:
+    """The name of the GPU that this process trains on, None where TensorFlow sees none."""
+    found = tf.config.list_physical_devices("GPU")
+    if not found:
+        return None
+    details = tf.config.experimental.get_device_details(found[0])
+    return str(details.get("device_name", found[0].name))
 
 
 def train(

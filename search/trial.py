@@ -29,7 +29,16 @@ from search import (
     training,
 )
 from search.config import RunError, StudyConfig, one_line
-from search.contract import LOST, METRICS, STATE, Facts, best_epoch
+from search.contract import (
+    HISTORY_BLOCK,
+    LOST,
+    METRICS,
+    STATE,
+    Facts,
+    best_epoch,
+    history_attr,
+    history_of,
+)
 from search.errors import printable
 from search.outcome import Outcome
 from search.recipe import complete
@@ -81,14 +90,24 @@ class Worker:
             self._let_the_first_begin()
         found = self._find(place)
         if found is not None:
-            return outcome_of(found)
+            return self._outcome_of(found)
         try:
             return self._run_trial(place)
         except storage.PlaceTaken:
             return self.run_trial(place)
 
+    def _outcome_of(self, trial: FrozenTrial) -> Outcome:
+        """How a finished trial went."""
+        if trial.state is not TrialState.FAIL:
+            return outcome_of(trial)
+        last = storage.given_up(self.study).get(trial.user_attrs["place"])
+        return outcome_of(trial, given_up=last is not None and last.number == trial.number)
+
     def _find(self, place: int) -> FrozenTrial | None:
-        """The finished trial at `place`; one that runs is waited for, unless it is lost."""
+        """The trial that finished the slot `place`, or with which the slot was given up.
+
+        One that runs is waited for, unless it is lost.
+        """
         while not self.closed:
             alive = False
             for trial in storage.trials_at(self.study, place):
@@ -99,7 +118,7 @@ class Worker:
                 else:
                     alive = True
             if not alive:
-                return None
+                return storage.given_up(self.study).get(place)
             time.sleep(_LOOK)  # at what another process writes
         raise RunError("the run has ended")
 
@@ -123,7 +142,7 @@ class Worker:
                 raise storage.failure(error) from error
         finally:
             attempt.end()
-        return attempt.outcome()
+        return self._outcome_of(attempt.frozen())
 
     def _let_the_first_begin(self) -> None:
         """A study's first trial is the one at place 0, whichever worker is ready first."""
@@ -236,7 +255,7 @@ class _Pruning(KerasPruningCallback):  # type: ignore[misc]
     """Prunes on val_accuracy after every epoch but the last one, where it would save nothing."""
 
     def __init__(self, trial: optuna.Trial, epochs: int) -> None:
-        super().__init__(trial, "val_accuracy")
+        super().__init__(sampling.Judged(trial), "val_accuracy")
         self._last = epochs - 1
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -268,6 +287,8 @@ class _Attempt:
             raise
         except Exception as error:
             trial.set_user_attr("failure", _reason(error))
+            if not isinstance(error, storage.ERRORS):  # those say nothing of the configuration
+                trial.set_user_attr(storage.BY_ITSELF, True)
             raise
 
     def _train(self, trial: optuna.Trial) -> float:
@@ -294,7 +315,8 @@ class _Attempt:
     def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
         entry = _entry(epoch, logs)
         self._history.append(entry)
-        trial.set_user_attr("history", self._history)
+        block = self._history[epoch // HISTORY_BLOCK * HISTORY_BLOCK :]
+        trial.set_user_attr(history_attr(epoch), block)
         self._mirror(lambda: self._worker.tracking.log_epoch(str(self._run_id), entry))
 
     def _open_run(self, trial: optuna.Trial) -> None:
@@ -329,26 +351,23 @@ class _Attempt:
     def end(self) -> None:
         """End the run as the trial ended."""
         if self._number is not None and self._run_id is not None:
-            self._mirror(lambda: self._worker.tracking.finish(str(self._run_id), self._frozen()))
+            self._mirror(lambda: self._worker.tracking.finish(str(self._run_id), self.frozen()))
 
-    def _frozen(self) -> FrozenTrial:
+    def frozen(self) -> FrozenTrial:
+        """The trial, as it is recorded."""
         assert self._number is not None
         return self._worker.study.get_trials(deepcopy=False)[self._number]
 
     def was_ended(self) -> bool:
         """Whether the trial has an end, from here or from where it was taken for lost."""
         with contextlib.suppress(Exception):  # the database may be what failed
-            return self._number is not None and self._frozen().state.is_finished()
+            return self._number is not None and self.frozen().state.is_finished()
         return False
 
-    def outcome(self) -> Outcome:
-        """How it went."""
-        return outcome_of(self._frozen())
 
-
-def outcome_of(trial: FrozenTrial) -> Outcome:
+def outcome_of(trial: FrozenTrial, *, given_up: bool = False) -> Outcome:
     """How a finished trial went."""
-    history = trial.user_attrs.get("history", [])
+    history = history_of(trial)
     return Outcome(
         number=trial.number,
         place=trial.user_attrs["place"],
@@ -359,4 +378,5 @@ def outcome_of(trial: FrozenTrial) -> Outcome:
         epochs=len(history),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
         failure=trial.user_attrs.get("failure"),
+        given_up=given_up,
     )

@@ -22,6 +22,8 @@ from search.urls import sqlite_path, sqlite_url
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before any test module imports TensorFlow
+
 TRIALS, EPOCHS = 12, 3
 FINISHED = (*("--dataset", "digits.npz", "--epochs", str(EPOCHS), "--n-trials", str(TRIALS)),)
 ROOT = Path(__file__).parents[1]

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, start
 from optuna.trial import TrialState
 from test_engine import running_owners, wait_for
+from test_space import points
 
 from search import cli, files, signals
 from search.config import StudyConfig
@@ -78,7 +79,7 @@ def test_the_default_preset_is_what_the_command_does_without_one() -> None:
 
 
 def test_the_grid_preset_is_the_classic_table() -> None:
-    grid = cli.build_config({"preset": "grid"}).space.grid()
+    grid = points(cli.build_config({"preset": "grid"}).space)
     assert {(p["hidden_units"], p["dropout_rate"]) for p in grid} == {
         (units, dropout) for units in (128, 256, 512, 1024) for dropout in (0.1, 0.2, 0.3, 0.5)
     }

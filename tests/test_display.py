@@ -64,6 +64,7 @@ RESULT = Result(
     complete=30,
     pruned=20,
     failed=1,
+    given_up=0,
     ran=51,
     seconds=125.4,
     stopped=None,
@@ -97,6 +98,14 @@ def test_the_summary_of_a_whole_run(in_folder: Path) -> None:
 
 def summary(**changed: Any) -> str:
     return display.summary(replace(RESULT, **changed))
+
+
+def test_the_summary_counts_the_slots_that_were_given_up() -> None:
+    text = summary(pruned=18, failed=5, given_up=2)
+    assert text.splitlines()[1] == (
+        "50 finished trials: 30 complete, 18 pruned, 2 given up (failed twice); 5 failed. "
+        "51 run now, in 0:02:05."
+    )
 
 
 def test_a_rerun_says_that_the_model_was_registered_before() -> None:

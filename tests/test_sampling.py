@@ -1,6 +1,7 @@
 """What a place proposes and whom a pruner ends is the same in one go, resumed, or with failures."""
 
 import hashlib
+import tracemalloc
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -53,13 +54,14 @@ def accuracy(tried: Mapping[str, Any], place: int, epoch: int) -> float:
 def run_trial(study: PlacedStudy, settings: StudyConfig, place: int, *, broken: bool) -> None:
     def objective(trial: optuna.Trial) -> float:
         tried = settings.space.suggest(trial)
-        for epoch in range(EPOCHS):
-            trial.report(accuracy(tried, place, epoch), epoch)
+        judged = sampling.Judged(trial)
+        for epoch in range(settings.epochs):
+            judged.report(accuracy(tried, place, epoch), epoch)
             if broken and epoch == 4:
                 raise Broken
-            if trial.should_prune() and not broken:
+            if judged.should_prune() and not broken:
                 raise optuna.TrialPruned
-        return accuracy(tried, place, EPOCHS - 1)
+        return accuracy(tried, place, settings.epochs - 1)
 
     study.marks = {"place": place, "seed": sampling.seeds(settings.seed, place)[1]}
     study.sampler = sampling.sampler(settings, place)
@@ -70,23 +72,34 @@ def search(
     settings: StudyConfig,
     *,
     broken: Collection[int] = (),
+    impossible: Collection[int] = (),
     sessions: Collection[int] = (),
     places: int = PLACES,
 ) -> dict[int, FrozenTrial]:
-    """The finished trials by place. broken: places that fail first; sessions: where one begins."""
+    """The finished trials by slot.
+
+    broken: slots that fail once; impossible: that fail twice, and are given up; sessions: where one
+    begins.
+    """
     storage = InMemoryStorage()
     study = session(settings, storage)
     for place in range(places):
         if place in sessions:
             study = session(settings, storage)
+        if place in impossible:
+            run_trial(study, settings, place, broken=True)
+            if place in broken:
+                study = session(settings, storage)
+            run_trial(study, settings, place, broken=True)
+            continue
         if place in broken:
             run_trial(study, settings, place, broken=True)
         run_trial(study, settings, place, broken=False)
     trials = study.get_trials()
     states = Counter(trial.state for trial in trials)
-    assert states[TrialState.FAIL] == len(broken)
+    assert states[TrialState.FAIL] == len(set(broken) - set(impossible)) + 2 * len(impossible)
     finished = {t.user_attrs["place"]: t for t in trials if t.state is not TrialState.FAIL}
-    assert sorted(finished) == list(range(places))
+    assert sorted(finished) == [place for place in range(places) if place not in impossible]
     return finished
 
 
@@ -126,6 +139,18 @@ def test_a_sampler_proposes_the_same_resumed_or_with_failed_trials_replaced(
     assert proposals(search(settings, broken=(0, 3, 14))) == in_one_go
     assert proposals(search(settings, broken=(6, 18), sessions=(7, 18))) == in_one_go
     assert len({tuple(point.values()) for point in in_one_go}) == PLACES
+
+
+@pytest.mark.parametrize("pruner", ["none", "halving", "hyperband"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_slots_given_up_a_study_goes_on_the_same_in_one_go_or_resumed(
+    name: str, pruner: str
+) -> None:
+    settings = config(sampler=name, pruner=pruner)
+    in_one_go = search(settings, impossible=(0, 5, 12))
+    resumed = search(settings, impossible=(0, 5, 12), broken=(5, 7), sessions=(1, 12, 13))
+    assert proposals(resumed) == proposals(in_one_go)
+    assert decisions(resumed) == decisions(in_one_go)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -216,6 +241,19 @@ def test_the_budget_is_what_was_asked_where_the_grid_is_larger() -> None:
     assert sampling.budget(config(n_trials=70)) == 70
 
 
+def test_a_trial_of_a_large_grid_needs_no_memory_for_the_other_points() -> None:
+    many = ",".join(str(number) for number in range(1, 201))
+    rates = ",".join(f"{number / 200:g}" for number in range(200))
+    settings = config(sampler="grid", hidden_units=many, dropout_rate=rates, learning_rate="0.1")
+    tracemalloc.start()
+    try:
+        sampling.sampler(settings, 39_999)
+        assert sampling.budget(settings) == PLACES
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes; all points: 38 million
+    finally:
+        tracemalloc.stop()
+
+
 # ---- pruners -----------------------------------------------------------------------------------
 
 
@@ -229,6 +267,18 @@ def test_a_pruner_decides_the_same_resumed_or_with_failed_trials_replaced(pruner
     assert decisions(search(settings, sessions=(1, 7, 15))) == in_one_go
     assert decisions(search(settings, broken=(0, 3, 4, 14))) == in_one_go
     assert decisions(search(settings, broken=range(PLACES), sessions=range(PLACES))) == in_one_go
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_pruner_that_is_shown_little_decides_as_one_that_is_shown_everything(
+    monkeypatch: pytest.MonkeyPatch, pruner: str
+) -> None:
+    settings = config(sampler="random", pruner=pruner, epochs=40)
+    found = decisions(search(settings, places=40))
+    assert {state for state, _ in found} == {"COMPLETE", "PRUNED"}
+    monkeypatch.setattr(sampling, "_is_at_rung", lambda *_: True)
+    monkeypatch.setattr(sampling, "Judged", lambda trial: trial)  # as Optuna shows itself
+    assert decisions(search(settings, places=40)) == found
 
 
 def test_without_a_pruner_every_trial_completes() -> None:

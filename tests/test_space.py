@@ -5,12 +5,17 @@ from itertools import pairwise
 import optuna
 import pytest
 
-from search.parameter import Value
+from search.parameter import Choice, Value
 from search.recipe import HYPERPARAMETERS, REFERENCE, space_of
-from search.space import Space
+from search.space import Condition, Space
 
 DEFAULTS = {name: known.default for name, known in HYPERPARAMETERS.items()}
 SPACE = space_of(DEFAULTS)
+
+
+def points(space: Space) -> list[dict[str, Value]]:
+    """The whole grid of `space`."""
+    return [space.grid_point(index) for index in range(space.grid_size())]
 
 
 def space_with(**changed: str) -> Space:
@@ -123,7 +128,7 @@ def test_a_grid_holds_every_combination_once_the_reference_first() -> None:
     space = space_with(
         hidden_units="128,512", dropout_rate="0.1,0.2,0.3", learning_rate="0.01,0.001"
     )
-    grid = space.grid()
+    grid = points(space)
     assert len(grid) == len({tuple(point.items()) for point in grid}) == 12
     assert grid[0] == REFERENCE
     assert all(point in space for point in grid)
@@ -132,16 +137,16 @@ def test_a_grid_holds_every_combination_once_the_reference_first() -> None:
 
 
 def test_a_grid_branches_where_its_parents_do() -> None:
-    grid = space_with(
+    space = space_with(
         hidden_units="8",
         dropout_rate="0",
         learning_rate="0.1",
         architecture="dense,cnn",
         filters="4,8",
         augmentation="none,shift",
-    ).grid()
+    )
     assert [
-        (p["architecture"], p.get("filters"), p.get("augmentation_strength")) for p in grid
+        (p["architecture"], p.get("filters"), p.get("augmentation_strength")) for p in points(space)
     ] == [
         ("dense", None, None),
         ("dense", None, 1.0),
@@ -153,10 +158,87 @@ def test_a_grid_branches_where_its_parents_do() -> None:
 
 
 def test_a_grid_without_the_reference_keeps_the_written_order() -> None:
-    grid = space_with(hidden_units="8,4", dropout_rate="0.5", learning_rate="0.1").grid()
+    grid = points(space_with(hidden_units="8,4", dropout_rate="0.5", learning_rate="0.1"))
     assert [point["hidden_units"] for point in grid] == [8, 4]
 
 
 def test_a_grid_refuses_a_range_by_name() -> None:
     with pytest.raises(ValueError, match=r"lists and values only, but dropout_rate .* 0:0\.5"):
-        SPACE.grid()
+        SPACE.grid_size()
+
+
+def all_at_once(space: Space) -> list[dict[str, Value]]:
+    """A grid as it was made before its points had an index: every point from those before."""
+    made: list[dict[str, Value]] = [space.fixed()]
+    for name, parameter in space.searched().items():
+        assert isinstance(parameter, Choice)
+        made = [
+            further
+            for point in made
+            for further in (
+                [{**point, name: value} for value in parameter.values]
+                if space._matters(name, point)
+                else [point]
+            )
+        ]
+    asked = [{k: v for k, v in point.items() if k in space.searched()} for point in made]
+    reference = space.reference()
+    return sorted(asked, key=lambda point: point != reference)
+
+
+CORE = {"hidden_units": "128,512", "dropout_rate": "0.1,0.2,0.3", "learning_rate": "0.01,0.001"}
+MANY = {
+    **CORE,
+    "architecture": "dense,cnn",
+    "conv_blocks": "2,3",
+    "filters": "16,32",
+    "augmentation": "none,shift,elastic",
+    "augmentation_strength": "0.5,1",
+    "optimizer": "adam,sgd",
+    "batch_size": "32,128",
+}
+NESTED = Space(
+    {
+        "a": Choice((1, 2, 3)),
+        "b": Choice(("x", "y")),
+        "c": Choice((0.1, 0.2, 0.3)),
+        "d": Choice((True, False)),
+        "e": Choice((7,)),
+        "f": Choice((5, 6)),
+    },
+    {"c": Condition("a", (2, 3)), "d": Condition("c", (0.2,)), "f": Condition("e", (7,))},
+    frozenset("abcdf"),
+    {"a": 2, "b": "y", "c": 0.2, "d": False, "f": 6},
+)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        space_with(**CORE),
+        space_with(**{**CORE, "dropout_rate": "0.1,0.3"}),
+        space_with(**{**CORE, **BRANCHING, "filters": "16,32", "augmentation_strength": "0.5,1"}),
+        space_with(**{**MANY, "architecture": "cnn"}),
+        space_with(**MANY),
+        space_with(hidden_units="8", dropout_rate="0", learning_rate="0.1"),
+        NESTED,
+    ],
+)
+def test_a_grid_has_the_points_and_the_order_of_one_that_is_made_all_at_once(space: Space) -> None:
+    expected = all_at_once(space)
+    found = points(space)
+    assert found == expected
+    assert [list(point) for point in found] == [list(point) for point in expected]
+    with pytest.raises(IndexError):
+        space.grid_point(space.grid_size())
+
+
+def test_a_huge_grid_has_its_first_and_its_last_point_at_once() -> None:
+    many = ",".join(str(number) for number in range(1, 1001))
+    rates = ",".join(f"{number / 1000:g}" for number in range(1000))
+    space = space_with(hidden_units=many, dropout_rate=rates, learning_rate="0.1,0.001")
+    assert space.grid_size() == 2_000_000
+    last = {"hidden_units": 1000, "dropout_rate": 0.999, "learning_rate": 0.001}
+    assert space.grid_point(0) == REFERENCE
+    assert space.grid_point(1) == {"hidden_units": 1, "dropout_rate": 0.0, "learning_rate": 0.1}
+    assert space.grid_point(1_999_999) == last

@@ -8,10 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import plain
 from numpy.typing import NDArray
 
-from search import data, graph, model, training
+from search import data, environment, graph, model, training
 
 FEATURES, CLASSES, BATCH = 20, 4, 32
 WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
@@ -270,3 +271,44 @@ assert int(net.optimizer.iterations) == 102
     expected = net.predict(x, verbose=0)
     assert np.allclose(np.load(tmp_path / "prediction.npy"), expected, rtol=1e-5, atol=1e-6)
     assert len(set(expected.argmax(axis=1))) > 1
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """TensorFlow sees two GPUs; whose memory is to grow."""
+    names: list[str] = []
+    gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(2)]
+    monkeypatch.setattr(environment, "gpu_device", lambda: "/dev/nvidia0")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(
+        tf.config.experimental, "set_memory_growth", lambda gpu, on: names.append(gpu.name)
+    )
+    details = {"device_name": "NVIDIA H100"}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
+    return names
+
+
+def test_a_worker_takes_of_a_gpus_memory_only_what_it_needs(
+    grown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
+        monkeypatch.setattr(tf.config.threading, name, lambda count: None)
+    training.one_thread_each(1)
+    assert grown == ["/physical_device:GPU:0", "/physical_device:GPU:1"]
+    assert training.gpu() == "NVIDIA H100"
+
+
+def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
+    grown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = environment.here.__wrapped__
+    assert here()["gpu"] == "NVIDIA H100"
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    without = here()
+    assert "gpu" not in without
+    monkeypatch.setattr(environment, "gpu_device", lambda: None)
+    monkeypatch.setattr(training, "gpu", None)  # is not asked
+    assert here() == without

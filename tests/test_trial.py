@@ -1,17 +1,27 @@
 import os
+import sqlite3
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 import invariants
 import mlflow
 import pytest
+import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from optuna.trial import TrialState, create_trial
+from sqlalchemy.engine import Engine
 
 from search import StudyConfig, run
+from search.contract import HISTORY_BLOCK, METRICS, history_attr, history_of
 from search.errors import RunError
 from search.listener import Listener
 from search.outcome import Outcome
+from search.tasks import load_trial
 
 
 class Outcomes(Listener):
@@ -64,6 +74,87 @@ def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> 
         assert outcome.hyperparameters is not None
         assert outcome.hyperparameters == trial.params
         assert (outcome.epochs, outcome.failure) == (2, None)
+
+
+class Traffic:
+    """What comes from and goes to all SQLite databases of this process."""
+
+    def __init__(self) -> None:
+        self.rows = self.characters = 0
+
+    def connected(self, connection: sqlite3.Connection, _: object) -> None:
+        connection.row_factory = self.read
+
+    def read(self, _: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
+        self.rows += 1
+        self.characters += len(repr(row))
+        return row
+
+    def executed(self, *arguments: Any) -> None:
+        self.characters += len(repr(arguments[3]))
+
+
+@pytest.fixture
+def traffic() -> Iterator[Traffic]:
+    counted = Traffic()
+    listeners = (("connect", counted.connected), ("before_cursor_execute", counted.executed))
+    for name, listener in listeners:
+        sqlalchemy.event.listen(Engine, name, listener)
+    yield counted
+    for name, listener in listeners:
+        sqlalchemy.event.remove(Engine, name, listener)
+
+
+@pytest.mark.parametrize("pruner", ["percentile", "halving", "hyperband"])
+def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, traffic: Traffic, pruner: str
+) -> None:
+    epochs, trials = 302, 6
+    rows: list[int] = []
+    characters: list[int] = []
+
+    def train(*_: Any, callbacks: Sequence[Any], **__: Any) -> None:
+        longest = len(outcomes.seen) == trials - 1  # the one that the pruner judges
+        model = SimpleNamespace(stop_training=False)
+        for callback in callbacks:
+            callback.set_model(model)
+        for epoch in range(epochs if longest else 2):
+            model.stop_training = not longest
+            traffic.rows = traffic.characters = 0
+            logs = dict.fromkeys(METRICS, 0.5)
+            for callback in callbacks:
+                callback.on_epoch_end(epoch, logs)
+            if longest:
+                rows.append(traffic.rows)
+                characters.append(traffic.characters)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    load_trial()
+    from search import registry, training
+
+    outcomes = Outcomes()
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(registry, "retrain", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(config(clouds), epochs=epochs, n_trials=trials, pruner=pruner), outcomes)
+    assert len(rows) == epochs
+    assert median(rows[200:300]) == median(rows[100:200])
+    assert sum(characters[200:300]) < 1.2 * sum(characters[100:200])
+    study = invariants.check(in_folder, trials, registered=False)
+    assert len(history_of(study["trials"][-1])) == epochs
+    assert len(study["trials"][-1].user_attrs["history"]) == HISTORY_BLOCK
+
+
+def test_a_history_in_one_attribute_is_read_as_before() -> None:
+    entries = [{"epoch": epoch} for epoch in range(250)]
+    old = create_trial(state=TrialState.PRUNED, user_attrs={"history": entries})
+    assert history_of(old) == entries
+    blocks = {history_attr(at): entries[at : at + 100] for at in (200, 0, 100)}
+    assert list(blocks) == ["history_2", "history", "history_1"]
+    assert history_of(create_trial(state=TrialState.PRUNED, user_attrs=blocks)) == entries
+    assert history_of(create_trial(state=TrialState.FAIL)) == []
 
 
 @pytest.mark.parametrize("known", [None, "sqlite:///elsewhere.db"])
