@@ -110,6 +110,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         presentation.check(Path(config.report))
     storage.check_same(config, settings)
     with runner.sole_runner(config) as keep:
+        promotion.check_lock(config)  # not after all the training
         study = storage.open_study(config, settings)
         if "facts" not in study.user_attrs:
             study.set_user_attr("facts", facts.facts_of(config, dataset))

@@ -1,9 +1,10 @@
+import shutil
 from pathlib import Path
 
 import invariants
 import pytest
 
-from search import InputError, RunError, StudyConfig, run
+from search import InputError, RunError, StudyConfig, doctor, run
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -70,3 +71,22 @@ def test_a_grid_ends_when_it_is_exhausted_and_covers_every_point(
     found = invariants.check(in_folder, 4)
     points = {(t.params["hidden_units"], t.params["dropout_rate"]) for t in found["trials"]}
     assert points == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}
+
+
+def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) -> None:
+    given = {
+        "study_name": "s" * 200,
+        "experiment": "e" * 200,
+        "model_name": "m" * 200,
+        "storage": f"sqlite:///{'o' * 197}.db",
+        "tracking_uri": f"sqlite:///{'f' * 197}.db",
+        "report": f"{'r' * 250}.html",
+        "dataset": f"{'d' * 251}.npz",
+    }
+    shutil.copy(clouds, given["dataset"])
+    settings = config(clouds, n_trials=1, **given)
+    assert run(settings).winner is not None
+    assert (in_folder / given["report"]).exists()
+    again = run(settings)
+    assert (again.ran, again.mended) == (0, ())
+    assert doctor.examine(settings, fix=False) == ([], [])

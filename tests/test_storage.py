@@ -5,15 +5,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from filelock import FileLock
 from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS, dump, killed_after
 
-from search import runner, storage
+from search import promotion, runner, storage
 from search.config import InputError, RunError, StudyConfig
 
 # ---- the study ---------------------------------------------------------------------------------
@@ -107,6 +110,91 @@ def test_a_study_has_one_runner_until_that_is_gone(in_folder: Path) -> None:
         for _ in range(2):
             with runner.sole_runner(StudyConfig()):
                 pass
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of its own for temporary files, which every user reaches."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o1777)
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        monkeypatch.chdir(folder)
+        yield folder
+
+
+def as_nobody(act: Callable[[], None]) -> None:
+    """Do `act` in a process of another user, who has to end well."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            act()
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading) as said:
+        assert said.read() == ""
+
+
+SERVERS = {"storage": "mysql://127.0.0.1/study", "tracking_uri": "http://127.0.0.1:1"}
+of_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@of_root
+@pytest.mark.parametrize("first", ["this", "other"])
+def test_two_users_of_a_host_take_turns_at_studies_and_models_on_servers(
+    temporary: Path, first: str
+) -> None:
+    config = StudyConfig(**SERVERS)
+
+    def take() -> None:
+        with runner.sole_runner(config), promotion._promoting(config):
+            pass
+
+    if first == "this":
+        take()
+    as_nobody(take)
+    take()
+
+    def be_refused() -> None:
+        with pytest.raises(RunError, match=f"is being run by .*, pid {pid};"):
+            take()
+
+    with runner.sole_runner(config):
+        pid = os.getpid()
+        as_nobody(be_refused)
+
+
+@of_root
+def test_two_users_of_one_file_take_turns_also_where_an_earlier_lock_is_not_writable(
+    temporary: Path,
+) -> None:
+    folder = temporary / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    config = StudyConfig(storage=f"sqlite:///{folder}/study.db")
+
+    def take() -> None:
+        with runner.sole_runner(config):
+            pass
+
+    take()
+    as_nobody(take)
+    (lock,) = folder.iterdir()
+    os.chown(lock, 0, 0)
+    lock.chmod(0o644)  # as an earlier version left it
+    as_nobody(take)
+    lock.unlink()
+    refused = pytest.raises(AssertionError, match=r"InputError.* must be writable, but is not")
+    with FileLock(lock, mode=0o644), refused:
+        as_nobody(take)
+    take()
 
 
 # ---- trials ------------------------------------------------------------------------------------
