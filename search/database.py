@@ -8,7 +8,6 @@ import contextlib
 import functools
 import os
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy
-from filelock import FileLock
 from sqlalchemy.engine import Engine
 
 from search.config import InputError, one_line
+from search.lock import file_lock
 from search.urls import is_postgresql, redact, sqlite_url
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LONGEST_NAME = 255  # bytes, of a file on every common file system
 SERVER_TIMEOUT = 30  # seconds that a server which was restarted gets to come back
 _BUSY_TIMEOUT = 60_000  # milliseconds that a SQLite connection waits for another's write
 
@@ -313,76 +311,6 @@ def _on_connect(connection: Any, _: Any) -> None:
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT}")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")  # WAL: safe against kills
-
-
-def lock_file(path: Path, purpose: str = "creation") -> Path:
-    """The hidden file beside `path` whose lock guards `purpose`."""
-    name = f".{path.name}.{purpose}.lock"
-    if len(name.encode()) > _LONGEST_NAME:
-        name = f".{sha256(name.encode()).hexdigest()}.lock"
-    return path.with_name(name)
-
-
-def host_wide(key: str) -> Path:
-    """What `file_lock` takes for a lock of this host, for all its users, that guards no file."""
-    return Path(tempfile.gettempdir()) / "search-locks" / sha256(key.encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def file_lock(
-    path: Path, purpose: str = "creation", *, timeout: float = 120, reentrant: bool = False
-) -> Iterator[Path]:
-    """Hold the lock beside `path` that guards `purpose`; gives its file.
-
-    Whoever can write in the folder can take it, whichever user made the file. reentrant: a thread
-    that has it can take it again. Raises InputError where another user's file forbids it, Timeout
-    where it is still held after `timeout` seconds.
-    """
-    file = lock_file(path, purpose)
-    try:
-        _share(file)
-        lock = FileLock(file, timeout=timeout, is_singleton=reentrant)
-        lock.acquire()
-    except (PermissionError, BlockingIOError, FileExistsError, NotADirectoryError) as error:
-        raise InputError(
-            f"the lock file {str(file)!r} must be writable, but is not ({type(error).__name__}); "
-            "let its owner change its and its folder's permissions, or remove it while nobody "
-            "runs a study there"
-        ) from None
-    try:
-        yield file
-    finally:
-        lock.release()
-
-
-def _share(file: Path) -> None:
-    """Make a lock's `file`, which all who can write in its folder can open, whatever the umask."""
-    with contextlib.suppress(FileExistsError):
-        file.parent.mkdir()
-        file.parent.chmod(0o777)  # without the sticky bit, which keeps a file for its owner
-    try:
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        if not os.access(file, os.R_OK | os.W_OK):
-            _remove_free(file)
-        return
-    folder = file.parent.stat()
-    with contextlib.suppress(PermissionError):  # the folder's group is not one of ours
-        os.fchown(descriptor, -1, folder.st_gid)
-    os.fchmod(descriptor, folder.st_mode & 0o666)
-    os.close(descriptor)
-
-
-def _remove_free(file: Path) -> None:
-    """Remove a lock's file that can't be written to. Raises BlockingIOError where it is held.
-
-    It goes while we hold its lock, so that nobody else does; who waits for it takes the new one.
-    """
-    import fcntl  # not on Windows
-
-    with file.open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.unlink()
 
 
 def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:

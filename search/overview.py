@@ -11,6 +11,7 @@ from requests import RequestException
 
 from search import production, ranking, runner, storage
 from search.config import StudyConfig
+from search.imports import undisturbed
 from search.parameter import Value
 from search.production import Production
 from search.ranking import Finalist
@@ -96,6 +97,7 @@ class Overview:
         return {"schema": SCHEMA, **asdict(self)}
 
 
+@undisturbed()
 def read(config: StudyConfig) -> Overview:
     """The overview of the study that `config` names; changes nothing.
 

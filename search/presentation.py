@@ -8,6 +8,7 @@ import optuna
 
 from search import evaluation, overview, ranking, registry, storage, tracking
 from search.config import InputError, StudyConfig
+from search.imports import undisturbed
 from search.reconcile import Ledgers, existing
 from search.tracking import Tracking
 
@@ -50,6 +51,7 @@ def present(ledgers: Ledgers, winner: "Winner") -> None:
     mirror.describe(ledgers.parent, described)  # last: it says that the rest is done
 
 
+@undisturbed()
 def report(config: StudyConfig, path: Path) -> None:
     """Write the report of the study that `config` names into `path`.
 

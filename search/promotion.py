@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import Timeout
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -24,7 +23,8 @@ from requests import RequestException
 from search.config import RunError, StudyConfig, one_line
 from search.contract import LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
-from search.database import file_lock, host_wide, server_lock
+from search.database import server_lock
+from search.lock import Timeout, file_lock, host_wide
 from search.production import ALIAS, aliased
 from search.tracking import Tracking
 from search.urls import sqlite_path

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-from filelock import Timeout
 
 from search.config import RunError, StudyConfig
-from search.database import ServerLock, file_lock, host_wide, lock_file
+from search.database import ServerLock
+from search.lock import Timeout, file_lock, host_wide, lock_file
 from search.urls import is_postgresql, sqlite_path
 
 

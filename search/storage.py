@@ -151,7 +151,11 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
     study = optuna.create_study(
         study_name=config.study_name, storage=storage, direction="maximize", load_if_exists=True
     )
-    _refuse_other(study, config, settings)
+    try:
+        _refuse_other(study, config, settings)
+    except InputError:
+        close(storage)
+        raise
     if study.metric_names is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -312,6 +316,13 @@ def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, url: s
     finally:
         close(storage)
     trial.user_attrs[name] = value  # Optuna keeps finished trials, and reads no more
+
+
+def close_study(study: optuna.Study) -> None:
+    """Close every connection of the storage behind `study`."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    if isinstance(backend, RDBStorage):
+        close(backend)
 
 
 def close(storage: RDBStorage) -> None:

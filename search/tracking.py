@@ -118,6 +118,14 @@ class Tracking:
         self.experiment_id = self._experiment_id()
         return self
 
+    def disconnect(self) -> None:
+        """Close the connections to a database, which MLflow keeps for the whole process."""
+        registry = self.client._get_registry_client()  # type: ignore[no-untyped-call]
+        for store in (self.client._tracking_client.store, registry.store):
+            engine = getattr(store, "engine", None)  # None of a server's
+            if engine is not None:
+                engine.dispose()
+
     def exists(self) -> bool:
         """Whether `open` would create nothing."""
         if self._path is not None and not self._path.exists():

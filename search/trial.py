@@ -24,7 +24,6 @@ from search import (
     promotion,
     registry,
     sampling,
-    server,
     storage,
     training,
 )
@@ -67,9 +66,7 @@ class Worker:
     def close(self) -> None:
         """Close the connections, and begin nothing more."""
         self.closed = True
-        behind = server.of(self.study)
-        if behind is not None:
-            storage.close(behind)
+        storage.close_study(self.study)
 
     def run_trial(self, place: int) -> Outcome:
         """Run the trial at `place` to its end, whatever that is, unless one has finished there.

@@ -1,12 +1,9 @@
 """A database file is complete or absent, and open for many writers."""
 
-import os
 import signal
 import sqlite3
-import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -144,52 +141,6 @@ def test_a_path_of_braces_spaces_and_percents_works(
     assert again.trials[0].user_attrs == {"mlflow_run_id": "abc"}
     assert {p.name.lstrip(".").split(".db")[0] for p in path.parent.iterdir()} == {name}
     assert [p.name for p in in_folder.iterdir()] == [name]
-
-
-# ---- locks -------------------------------------------------------------------------------------
-
-
-def test_a_locks_file_keeps_an_ordinary_name_and_a_long_one_fits_every_file_system() -> None:
-    path = Path("there/study.db")
-    assert database.lock_file(path, "mnist-dnn") == Path("there/.study.db.mnist-dnn.lock")
-    longest = database.lock_file(path, "n" * 240)
-    assert longest.name == f".study.db.{'n' * 240}.lock"
-    longer = [database.lock_file(path, "n" * 250 + end).name for end in "ab"]
-    assert all(len(name) <= 255 and name.startswith(".") for name in longer)
-    assert longer[0] != longer[1]
-
-
-@pytest.fixture
-def private_umask() -> Iterator[None]:
-    before = os.umask(0o077)
-    yield
-    os.umask(before)
-
-
-@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o775, 0o664), (0o777, 0o666)])
-def test_who_can_write_in_a_folder_can_take_its_locks(
-    in_folder: Path, private_umask: None, folder: int, file: int
-) -> None:
-    in_folder.chmod(folder)
-    with database.file_lock(in_folder / "study.db") as lock:
-        assert stat.S_IMODE(lock.stat().st_mode) == file
-
-
-def test_a_lock_of_the_host_lies_where_every_user_can_take_it(
-    in_folder: Path, private_umask: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(in_folder))
-    with database.file_lock(database.host_wide("a server"), "model") as lock:
-        assert stat.S_IMODE(lock.stat().st_mode) == 0o666
-        assert stat.S_IMODE(lock.parent.stat().st_mode) == 0o777
-    monkeypatch.setattr(tempfile, "tempdir", str(in_folder / "other"))
-    (in_folder / "other").mkdir()
-    (in_folder / "other" / "search-locks").write_text("a file")
-    with (
-        pytest.raises(InputError, match=r"^the lock file '.*' must be writable, but is not"),
-        database.file_lock(database.host_wide("a server"), "model"),
-    ):
-        pass
 
 
 # ---- connections -------------------------------------------------------------------------------

@@ -1,10 +1,27 @@
+import logging
+import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import invariants
+import optuna
+import psutil
 import pytest
 
-from search import InputError, RunError, StudyConfig, doctor, run
+from search import (
+    InputError,
+    RunError,
+    StudyConfig,
+    doctor,
+    overview,
+    presentation,
+    reproduce,
+    run,
+    tasks,
+)
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -90,3 +107,52 @@ def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) 
     again = run(settings)
     assert (again.ran, again.mended) == (0, ())
     assert doctor.examine(settings, fix=False) == ([], [])
+
+
+# ---- in the process of who calls it --------------------------------------------------------------
+
+
+def test_a_run_leaves_no_descriptor_open(in_folder: Path, clouds: Path) -> None:
+    run(config(clouds, n_trials=1))  # what it imports keeps some
+    before = psutil.Process().num_fds()
+    for number in range(3):
+        changed = {"study_name": f"study-{number}", "storage": f"sqlite:///study-{number}.db"}
+        settings = config(clouds, tracking_uri=f"sqlite:///mlflow-{number}.db", **changed)
+        run(settings)
+        run(settings)
+        with pytest.raises(InputError, match="other settings"):
+            run(replace(settings, seed=1))
+        assert psutil.Process().num_fds() == before
+
+
+def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks.load_trial()  # the import of TensorFlow sets variables of its own
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    names = ("optuna", "mlflow", "alembic", "tensorflow", "distributed")
+    before = [logging.getLogger(name).level for name in names]
+    for name in names:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+    def state() -> tuple[Any, ...]:
+        levels = [logging.getLogger(name).level for name in names]
+        return sorted(os.environ.items()), levels, list(sys.path), optuna.logging.get_verbosity()
+
+    try:
+        expected = state()
+        run(config(clouds, n_trials=1))
+        assert state() == expected
+        with pytest.raises(InputError):
+            run(config(clouds, n_trials=1, seed=1))
+        assert state() == expected
+        doctor.examine(config(clouds), fix=False)
+        overview.read(config(clouds))
+        presentation.report(config(clouds), in_folder / "report.html")
+        reproduce.reproduce(config(clouds), 0, None, lambda _: None)
+        assert state() == expected
+    finally:
+        for name, level in zip(names, before, strict=True):
+            logging.getLogger(name).setLevel(level)
