@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import quote
 
 import sqlalchemy
 from sqlalchemy.engine import Engine
@@ -99,6 +100,11 @@ def sqlite_mode(path: Path) -> str:
     journal that a crash left has to be applied before anyone can read.)
     """
     return "ro" if Path(f"{path}-wal").exists() else "rw"
+
+
+def read_only_url(path: Path) -> str:
+    """SQLAlchemy's URL of the SQLite file `path` that leaves every file as it was."""
+    return f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
 
 
 @contextlib.contextmanager

@@ -107,6 +107,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     settings = config.settings(_short(dataset))
     storage.check(config)
     tracking.check(config.tracking_uri)
+    tracking.Tracking(config).check()
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
     if config.report != "none":

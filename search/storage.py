@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote
 
 import optuna
 import psutil
@@ -26,7 +25,7 @@ from search.database import (
     check_sqlite,
     create_sqlite,
     other_schema,
-    sqlite_mode,
+    read_only_url,
     tune_sqlite,
 )
 from search.urls import redact, sqlite_path, sqlite_url
@@ -88,8 +87,8 @@ def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
     if path is None:
         storage: RDBStorage = server.open_storage(config.storage)
     else:
-        url = f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
-        storage = RDBStorage(server.braces(url), skip_table_creation=True)
+        url = server.braces(read_only_url(path))
+        storage = RDBStorage(url, skip_table_creation=True)
     try:
         study = optuna.load_study(study_name=config.study_name, storage=storage)
         _refuse_other(study, config, settings)
@@ -115,12 +114,19 @@ def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, 
                 f"{redact(config.storage)} was made by another program; {remedy}"
             )
         return
+    if _digest(stored) == _digest(settings):  # its file may have another name by now
+        settings = {**settings, "dataset": stored.get("dataset")}
     changed = differences(stored, settings)
     if changed:
         raise InputError(
             f"--study-name {config.study_name} exists with other settings (stored -> given): "
             f"{'; '.join(changed)}; {remedy}"
         )
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    """Of the dataset, which settings name as `NAME (DIGEST)`."""
+    return str(settings.get("dataset")).rpartition(" ")[2]
 
 
 # ---- creating and opening --------------------------------------------------------------------

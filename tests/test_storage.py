@@ -5,13 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from conftest import as_nobody, of_root
 from filelock import FileLock
 from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS, dump, killed_after
@@ -112,38 +111,7 @@ def test_a_study_has_one_runner_until_that_is_gone(in_folder: Path) -> None:
                 pass
 
 
-@pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of its own for temporary files, which every user reaches."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o1777)
-        monkeypatch.setattr(tempfile, "tempdir", name)
-        monkeypatch.chdir(folder)
-        yield folder
-
-
-def as_nobody(act: Callable[[], None]) -> None:
-    """Do `act` in a process of another user, who has to end well."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            act()
-        except BaseException as error:
-            os.write(writing, repr(error).encode())
-        os._exit(0)
-    os.close(writing)
-    os.waitpid(child, 0)
-    with open(reading) as said:
-        assert said.read() == ""
-
-
 SERVERS = {"storage": "mysql://127.0.0.1/study", "tracking_uri": "http://127.0.0.1:1"}
-of_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 
 @of_root
