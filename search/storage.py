@@ -256,13 +256,14 @@ def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:
 
 
 def owner() -> dict[str, Any]:
-    """This process's mark on a trial: host, pid and start time, which no later process shares."""
+    """This process's mark on a trial: host, pid and start, which no later process shares."""
     process = psutil.Process()
     return {
         "host": socket.gethostname(),
         "pids": _pids(),
         "pid": process.pid,
         "started": round(process.create_time(), 2),
+        "ticks": _ticks(process.pid),
     }
 
 
@@ -272,6 +273,19 @@ def _pids() -> str | None:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
+
+
+def _ticks(pid: int) -> str | None:
+    """When a process started, since which start of the system; None where that isn't known.
+
+    Setting the clock moves every process's start as a time, and with it those of living ones.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return f"{int(after_name[19])} {boot}"  # the 22nd field: proc(5)
 
 
 def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -293,9 +307,11 @@ def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
 def _is_gone(mark: Mapping[str, Any]) -> bool:
     try:
         process = psutil.Process(mark["pid"])
-        return abs(process.create_time() - mark["started"]) > 1 or (
-            process.status() == psutil.STATUS_ZOMBIE
-        )
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        if mark.get("ticks") is not None:
+            return bool(_ticks(mark["pid"]) != mark["ticks"])
+        return bool(abs(process.create_time() - mark["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
 

@@ -86,17 +86,19 @@ class Worker:
     def _find(self, place: int) -> FrozenTrial | None:
         """The finished trial at `place`; one that runs is waited for, unless it is lost."""
         while not self.closed:
+            begun = storage.trials_at(self.study, place)
+            if not begun:
+                return None
             alive = False
-            for trial in storage.trials_at(self.study, place):
+            for trial in begun:
                 if trial.state.is_finished():
                     return trial
                 if trial.user_attrs["owner"] == self.owner or storage.is_lost(self.study, trial):
-                    storage.fail(self.study, trial, LOST)
+                    storage.fail(self.study, trial, LOST)  # unless it has finished meanwhile
                 else:
                     alive = True
-            if not alive:
-                return None
-            time.sleep(_LOOK)  # at what another process writes
+            if alive:
+                time.sleep(_LOOK)  # at what another process writes
         raise RunError("the run has ended")
 
     def _run_trial(self, place: int) -> Outcome:

@@ -168,6 +168,9 @@ def test_two_users_of_one_file_take_turns_also_where_an_earlier_lock_is_not_writ
 # ---- trials ------------------------------------------------------------------------------------
 
 
+of_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no Linux")
+
+
 def is_lost(**mark: Any) -> bool:
     """Whether a running trial of a study in a file, with such an owner, is lost."""
     attrs = {"owner": {**storage.owner(), **mark}}
@@ -193,8 +196,23 @@ def test_a_trial_of_a_process_that_nobody_has_waited_for_is_lost() -> None:
     process.wait()
 
 
+@of_linux
 def test_a_trial_whose_pid_now_belongs_to_a_later_process_is_lost() -> None:
-    assert is_lost(started=storage.owner()["started"] - 60)
+    ticks, boot = storage.owner()["ticks"].split()
+    assert is_lost(ticks=f"{int(ticks) - 1} {boot}")
+    assert is_lost(ticks=f"{ticks} another-start")
+    assert is_lost(started=storage.owner()["started"] - 60, ticks=None)  # an earlier version's
+
+
+@of_linux
+def test_a_trial_of_a_living_process_is_not_lost_where_the_clock_was_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    booted = storage.psutil.boot_time()
+    mark = storage.owner()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 90)
+    assert storage.owner()["started"] == pytest.approx(mark["started"] + 90, abs=2)
+    assert not is_lost(**mark)
 
 
 def test_a_trial_of_another_host_in_a_file_is_lost() -> None:
