@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import quote
 
 import sqlalchemy
-from filelock import FileLock
 from sqlalchemy.engine import Engine
 
 from search.config import InputError, one_line
+from search.lock import file_lock
 from search.urls import is_postgresql, redact, sqlite_url
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LOCK_TIMEOUT = 120  # seconds; creating both databases takes about 4
 SERVER_TIMEOUT = 30  # seconds that a server which was restarted gets to come back
 _BUSY_TIMEOUT = 60_000  # milliseconds that a SQLite connection waits for another's write
 
@@ -100,6 +100,11 @@ def sqlite_mode(path: Path) -> str:
     journal that a crash left has to be applied before anyone can read.)
     """
     return "ro" if Path(f"{path}-wal").exists() else "rw"
+
+
+def read_only_url(path: Path) -> str:
+    """SQLAlchemy's URL of the SQLite file `path` that leaves every file as it was."""
+    return f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
 
 
 @contextlib.contextmanager
@@ -314,16 +319,11 @@ def _on_connect(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA synchronous=NORMAL")  # WAL: safe against kills
 
 
-def lock_file(path: Path, purpose: str = "creation") -> Path:
-    """The hidden file beside `path` whose lock guards `purpose`."""
-    return path.with_name(f".{path.name}.{purpose}.lock")
-
-
 def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
     """Make the database `path`, complete or not at all; `fill` gets the URL of an empty file."""
     if path.exists():
         return
-    with FileLock(lock_file(path), timeout=_LOCK_TIMEOUT):
+    with file_lock(path):
         if path.exists():  # another process was first
             return
         unfinished = path.with_name(f".{path.name}.unfinished")

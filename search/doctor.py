@@ -2,10 +2,12 @@
 
 from search import runner, storage, tracking
 from search.config import StudyConfig
+from search.imports import undisturbed
 from search.reconcile import Ledgers, existing
 from search.tracking import Tracking
 
 
+@undisturbed()
 def examine(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
     """What disagreed and was mended, and what disagrees still; without `fix` nothing is changed.
 

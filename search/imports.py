@@ -1,9 +1,35 @@
-"""Importing the large libraries without what makes them slow or noisy."""
+"""The large libraries: importing them without what makes them slow or noisy, and quiet use."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
+
+_LOGGERS = ("optuna", "mlflow", "alembic", "tensorflow", "distributed")
+_VARIABLES = (  # what importing TensorFlow sets by itself is not ours
+    *("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+    *("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"),
+    *("TF_CPP_MIN_LOG_LEVEL", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"),
+)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Give a Python caller back what we set: environment variables, log levels and sys.path."""
+    variables = {name: os.environ.get(name) for name in _VARIABLES}
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    path = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from search import production, ranking, runner, storage
 from search.config import StudyConfig
 from search.contract import history_of
 from search.errors import printable
+from search.imports import undisturbed
 from search.parameter import Value
 from search.production import Production
 from search.ranking import Finalist
@@ -98,6 +99,7 @@ class Overview:
         return {"schema": SCHEMA, **asdict(self)}
 
 
+@undisturbed()
 def read(config: StudyConfig) -> Overview:
     """The overview of the study that `config` names; changes nothing.
 

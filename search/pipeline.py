@@ -27,6 +27,7 @@ from search import (
 )
 from search.config import InputError, RunError, StudyConfig, one_line
 from search.contract import NOT_MADE, repeat_attr, repeats_of
+from search.imports import undisturbed
 from search.listener import Listener
 from search.outcome import Outcome
 from search.production import aliased
@@ -91,12 +92,14 @@ class Result:
 def run(config: StudyConfig, listener: Listener | None = None) -> Result:
     """Run the study until `config.n_trials` of its slots are finished, and register the best.
 
-    Doing it again after the end changes nothing. Raises InputError where something given cannot
-    be used, RunError where the run has to stop.
+    Doing it again after the end changes nothing. With one worker TensorFlow runs in this process,
+    where it keeps the one thread that it started with. Raises InputError where something given
+    cannot be used, RunError where the run has to stop.
     """
     _check_main_module()
     try:
-        return _run(config, listener or Listener())
+        with undisturbed():
+            return _run(config, listener or Listener())
     except (*storage.ERRORS, *tracking.ERRORS) as error:
         raise storage.failure(error) from error
 
@@ -126,17 +129,22 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         _short(dataset), split=dataset.split, normalized=dataset.normalization is not None
     )
     tracking.check(config.tracking_uri)
+    tracking.Tracking(config).check()
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
     if config.report != "none":
         presentation.check(config, config.report)
     storage.check_same(config, settings)
-    with runner.sole_runner(config) as keep:
+    with contextlib.ExitStack() as stack:
+        keep = stack.enter_context(runner.sole_runner(config))
+        promotion.check_lock(config)  # not after all the training
         study = storage.open_study(config, settings)
+        stack.callback(storage.close_study, study)
         if "facts" not in study.user_attrs:
             study.set_user_attr("facts", facts.facts_of(config, dataset))
         ledgers = Ledgers(study, config)
         ledger, parent = ledgers.tracking, ledgers.parent
+        stack.callback(ledger.disconnect)
         try:
             mended = ledgers.reconcile()
             listener.mended(mended)

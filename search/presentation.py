@@ -9,6 +9,7 @@ import optuna
 
 from search import evaluation, overview, ranking, registry, storage, tracking
 from search.config import InputError, RunError, StudyConfig, defaults
+from search.imports import undisturbed
 from search.reconcile import Ledgers, existing
 from search.tracking import Tracking
 from search.urls import sqlite_path
@@ -109,6 +110,7 @@ def _is_of(path: Path, study: optuna.Study) -> bool:
     ]
 
 
+@undisturbed()
 def report(config: StudyConfig, given: str) -> Path:
     """Write the report of the study that `config` names into `given`; returns the true path.
 

@@ -8,13 +8,12 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -25,7 +24,8 @@ from search import evaluation
 from search.config import RunError, StudyConfig, one_line
 from search.contract import DATASET, LINEAGE, MODEL, MODEL_URI, NUMBER
 from search.data import Dataset, scaled
-from search.database import lock_file, server_lock
+from search.database import server_lock
+from search.lock import Timeout, file_lock, host_wide
 from search.production import ALIAS, aliased
 from search.tracking import Tracking
 from search.urls import sqlite_path
@@ -366,14 +366,21 @@ def _follow_alias(tracking: Tracking, name: str) -> None:
             tracking.client.transition_model_version_stage(name, version.version, stage)
 
 
+def check_lock(config: StudyConfig) -> None:
+    """Raise InputError where this user can't take the lock that `promote` needs."""
+    with contextlib.suppress(Timeout), _lock_here(config, timeout=0):  # held: so it can be taken
+        pass
+
+
+def _lock_here(config: StudyConfig, *, timeout: float = 600) -> AbstractContextManager[Path]:
+    path = sqlite_path(config.tracking_uri)
+    beside = host_wide(f"registry {config.tracking_uri}") if path is None else path.resolve()
+    return file_lock(beside, config.model_name, timeout=timeout, reentrant=True)
+
+
 @contextlib.contextmanager
 def _promoting(config: StudyConfig) -> Iterator[None]:
     """One process at a time compares and promotes: of this host, and of the study's server."""
-    path = sqlite_path(config.tracking_uri)
-    if path is None:
-        key = sha256(config.tracking_uri.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"registry-{key}"
     name = f"model {config.model_name} of {config.tracking_uri}"
-    file = FileLock(lock_file(path, config.model_name), timeout=600, is_singleton=True)
-    with file, server_lock(config.storage, name):
+    with _lock_here(config), server_lock(config.storage, name):
         yield

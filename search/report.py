@@ -64,7 +64,7 @@ def write(path: Path, study: optuna.Study, config: StudyConfig, tested: Tested |
     """Write the report of `study` into `path`, whole or not at all."""
     html = build(study, overview.of(study, config), tested)
     path = path.resolve()  # a link stays one
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".report.{os.getpid()}")  # fits where the report's name is long
     try:
         unfinished.write_text(html, encoding="utf-8", errors="backslashreplace")
         unfinished.replace(path)

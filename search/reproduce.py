@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 from search import data, environment, own_model, ranking, storage
 from search.config import InputError, StudyConfig, differences
 from search.contract import history_of
+from search.imports import undisturbed
 from search.recipe import describe
 
 _COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -31,6 +32,7 @@ class Reproduction:
     changed: list[str] | None
 
 
+@undisturbed()
 def reproduce(
     config: StudyConfig, number: int | None, moved: str | None, say: Callable[[str], None]
 ) -> Reproduction:

@@ -3,16 +3,14 @@
 import contextlib
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 from search.config import RunError, StudyConfig
-from search.database import ServerLock, lock_file
+from search.database import ServerLock
+from search.lock import Timeout, file_lock, host_wide, lock_file
 from search.urls import is_postgresql, sqlite_path
 
 
@@ -29,7 +27,7 @@ def find(config: StudyConfig) -> str | None:
     """Host and pid of the process that holds the study, None where none does."""
     if is_postgresql(config.storage):
         return _server_lock(config).find_holder()
-    file = _file(config)
+    file = lock_file(_beside(config), config.study_name)
     try:
         holder, signed = file.read_text(), file.stat().st_mtime
     except OSError:
@@ -95,33 +93,25 @@ def _held_on_server(config: StudyConfig) -> Iterator[Callable[[], None]]:
 # ---- by a file -----------------------------------------------------------------------------------
 
 
-def _file(config: StudyConfig) -> Path:
+def _beside(config: StudyConfig) -> Path:
     path = sqlite_path(config.storage)
-    if path is None:
-        key = sha256(config.storage.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"study-{key}"
-    return lock_file(path.resolve(), config.study_name)
+    return host_wide(f"study {config.storage}") if path is None else path.resolve()
 
 
 @contextlib.contextmanager
 def _held_here(config: StudyConfig) -> Iterator[Callable[[], None]]:
-    file = _file(config)
-
-    def sign(descriptor: int) -> None:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _signature().encode(), 0)
-
-    lock = FileLock(file, on_acquired=sign)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = None
-        with contextlib.suppress(OSError):
-            holder = file.read_text()
-        raise _taken(config, holder) from None
-    try:
-        yield lambda: None
-    finally:
-        with contextlib.suppress(OSError):
-            os.truncate(file, 0)
-        lock.release()
+    beside = _beside(config)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(file_lock(beside, config.study_name, timeout=0))
+        except Timeout:
+            holder = None
+            with contextlib.suppress(OSError):
+                holder = lock_file(beside, config.study_name).read_text()
+            raise _taken(config, holder) from None
+        file.write_text(_signature())
+        try:
+            yield lambda: None
+        finally:
+            with contextlib.suppress(OSError):
+                os.truncate(file, 0)

@@ -9,7 +9,6 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote
 
 import optuna
 import psutil
@@ -28,7 +27,7 @@ from search.database import (
     create_sqlite,
     other_schema,
     patient,
-    sqlite_mode,
+    read_only_url,
     tune_sqlite,
 )
 from search.errors import printable
@@ -115,8 +114,8 @@ def _read_only(config: StudyConfig) -> Iterator[optuna.Study | None]:
     if path is None:
         storage: RDBStorage = server.open_storage(config.storage)
     else:
-        url = f"sqlite:///{quote(path.as_uri())}?mode={sqlite_mode(path)}&uri=true"
-        storage = RDBStorage(server.braces(url), skip_table_creation=True)
+        url = server.braces(read_only_url(path))
+        storage = RDBStorage(url, skip_table_creation=True)
     study = None
     try:
         with contextlib.suppress(KeyError):  # no such study yet
@@ -151,12 +150,19 @@ def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, 
     """Raise InputError where `study` is another program's or has other settings."""
     _refuse_foreign(study, config)
     stored = study.user_attrs.get("settings", settings)
+    if _digest(stored) == _digest(settings):  # its file may have another name by now
+        settings = {**settings, "dataset": stored.get("dataset")}
     changed = differences({**_BEFORE, **stored}, {**_BEFORE, **settings})
     if changed:
         raise InputError(
             f"--study-name {config.study_name} exists with other settings (stored -> given): "
             f"{'; '.join(changed)}; {_remedy(config)}"
         )
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    """Of the dataset, which settings name as `NAME (DIGEST)`."""
+    return str(settings.get("dataset")).rpartition(" ")[2]
 
 
 # ---- creating and opening --------------------------------------------------------------------
@@ -187,7 +193,11 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
     study = optuna.create_study(
         study_name=config.study_name, storage=storage, direction="maximize", load_if_exists=True
     )
-    _refuse_other(study, config, settings)
+    try:
+        _refuse_other(study, config, settings)
+    except InputError:
+        close(storage)
+        raise
     if study.metric_names is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -313,13 +323,14 @@ def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:
 
 
 def owner() -> dict[str, Any]:
-    """This process's mark on a trial: host, pid and start time, which no later process shares."""
+    """This process's mark on a trial: host, pid and start, which no later process shares."""
     process = psutil.Process()
     return {
         "host": socket.gethostname(),
         "pids": _pids(),
         "pid": process.pid,
         "started": round(process.create_time(), 2),
+        "ticks": _ticks(process.pid),
     }
 
 
@@ -329,6 +340,19 @@ def _pids() -> str | None:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
+
+
+def _ticks(pid: int) -> str | None:
+    """When a process started, since which start of the system; None where that isn't known.
+
+    Setting the clock moves every process's start as a time, and with it those of living ones.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return f"{int(after_name[19])} {boot}"  # the 22nd field: proc(5)
 
 
 def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -350,9 +374,11 @@ def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
 def _is_gone(mark: Mapping[str, Any]) -> bool:
     try:
         process = psutil.Process(mark["pid"])
-        return abs(process.create_time() - mark["started"]) > 1 or (
-            process.status() == psutil.STATUS_ZOMBIE
-        )
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        if mark.get("ticks") is not None:
+            return bool(_ticks(mark["pid"]) != mark["ticks"])
+        return bool(abs(process.create_time() - mark["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
 
@@ -396,6 +422,13 @@ def amend(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, url: s
     finally:
         close(storage)
     trial.user_attrs[name] = value  # Optuna keeps finished trials, and reads no more
+
+
+def close_study(study: optuna.Study) -> None:
+    """Close every connection of the storage behind `study`."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    if isinstance(backend, RDBStorage):
+        close(backend)
 
 
 def close(storage: RDBStorage) -> None:

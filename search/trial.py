@@ -24,7 +24,6 @@ from search import (
     promotion,
     registry,
     sampling,
-    server,
     storage,
     training,
 )
@@ -77,9 +76,7 @@ class Worker:
     def close(self) -> None:
         """Close the connections, and begin nothing more."""
         self.closed = True
-        behind = server.of(self.study)
-        if behind is not None:
-            storage.close(behind)
+        storage.close_study(self.study)
 
     def run_trial(self, place: int) -> Outcome:
         """Run the trial at `place` to its end, whatever that is, unless one has finished there.
@@ -109,17 +106,19 @@ class Worker:
         One that runs is waited for, unless it is lost.
         """
         while not self.closed:
+            begun = storage.trials_at(self.study, place)
+            if not begun:
+                return storage.given_up(self.study).get(place)
             alive = False
-            for trial in storage.trials_at(self.study, place):
+            for trial in begun:
                 if trial.state.is_finished():
                     return trial
                 if trial.user_attrs["owner"] == self.owner or storage.is_lost(self.study, trial):
-                    storage.fail(self.study, trial, LOST)
+                    storage.fail(self.study, trial, LOST)  # unless it has finished meanwhile
                 else:
                     alive = True
-            if not alive:
-                return storage.given_up(self.study).get(place)
-            time.sleep(_LOOK)  # at what another process writes
+            if alive:
+                time.sleep(_LOOK)  # at what another process writes
         raise RunError("the run has ended")
 
     def _run_trial(self, place: int) -> Outcome:

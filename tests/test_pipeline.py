@@ -1,18 +1,38 @@
+import gc
 import io
 import json
+import logging
+import os
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import invariants
-import mlflow
+import keras
 import numpy as np
+import optuna
+import psutil
 import pytest
+from conftest import arrays
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
-from search import InputError, RunError, StudyConfig, data, display, evaluation, run
-from search.tasks import load_trial
+from search import (
+    InputError,
+    RunError,
+    StudyConfig,
+    data,
+    display,
+    doctor,
+    evaluation,
+    overview,
+    presentation,
+    reproduce,
+    run,
+    tasks,
+)
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -52,6 +72,22 @@ def test_other_settings_are_refused_with_each_difference(in_folder: Path, clouds
     assert invariants.dump(in_folder) == before
 
 
+def test_a_dataset_under_another_name_goes_on_and_another_one_is_refused(
+    in_folder: Path, clouds: Path
+) -> None:
+    shutil.copy(clouds, "old.npz")
+    assert run(config(Path("old.npz"), n_trials=1)).ran == 1
+    Path("old.npz").rename("new (2).npz")
+    assert run(config(Path("new (2).npz"), n_trials=2)).ran == 1
+    before = invariants.dump(in_folder)
+    again = run(config(Path("new (2).npz"), n_trials=2))
+    assert (again.ran, again.mended) == (0, ())
+    np.savez("old.npz", **arrays())
+    with pytest.raises(InputError, match=r"dataset: old.npz \(.{12}\) -> old.npz \(.{12}\);"):
+        run(config(Path("old.npz"), n_trials=2))
+    assert invariants.dump(in_folder) == before
+
+
 def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path: Path) -> None:
     huge = np.full((40, 4), 1e30, "float32") * np.arange(1, 41, dtype="float32")[:, None]
     labels = np.arange(40) % 2
@@ -63,7 +99,7 @@ def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path
 
 def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let every trial of 16 units raise `error`; returns the units of all that were built."""
-    load_trial()  # TensorFlow, in silence
+    tasks.load_trial()  # TensorFlow, in silence
     from search import model
 
     tried: list[int] = []
@@ -148,15 +184,15 @@ def test_a_grid_ends_when_it_is_exhausted_and_covers_every_point(
 @pytest.fixture
 def sorted_clouds(in_folder: Path, clouds: Path) -> Path:
     """The clouds sorted by class, on scales far from one another."""
-    with np.load(clouds) as arrays:
-        order = np.argsort(arrays["y_train"], kind="stable")
+    with np.load(clouds) as cloud:
+        order = np.argsort(cloud["y_train"], kind="stable")
         scales = np.array([1e-3, 1, 1e3, 1e5], np.float32)
         np.savez(
             "sorted.npz",
-            x_train=(arrays["x_train"] + 9)[order] * scales,
-            y_train=arrays["y_train"][order],
-            x_test=(arrays["x_test"] + 9) * scales,
-            y_test=arrays["y_test"],
+            x_train=(cloud["x_train"] + 9)[order] * scales,
+            y_train=cloud["y_train"][order],
+            x_test=(cloud["x_test"] + 9) * scales,
+            y_test=cloud["y_test"],
         )
     return Path("sorted.npz")
 
@@ -170,15 +206,13 @@ def test_sorted_data_on_any_scale_are_learnt_with_defaults(sorted_clouds: Path) 
     assert "3 trials of 20 epochs to run" in second
     assert result.winner is not None
     assert result.winner.test_accuracy > 0.95
-    with np.load(sorted_clouds) as arrays:
-        x, y = arrays["x_test"], arrays["y_test"]
-    mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    registered = mlflow.keras.load_model("models:/MNIST_DNN_Model@production")
+    with np.load(sorted_clouds) as cloud:
+        x, y = cloud["x_test"], cloud["y_test"]
+    (file,) = Path().rglob("model.keras")
+    registered = keras.saving.load_model(file)
     accuracy = (registered.predict(x, verbose=0).argmax(axis=1) == y).mean()
     assert accuracy == pytest.approx(result.winner.test_accuracy, abs=1e-6)
-    kept = result.best
-    assert kept is not None and result.parent_run_id
-    params = mlflow.MlflowClient().get_run(kept.user_attrs["mlflow_run_id"]).data.params
+    params = invariants.check(Path.cwd(), 3)["runs"][0].data.params
     assert (params["split"], params["normalize"], params["epochs"]) == ("stratified", "auto", "20")
 
 
@@ -281,3 +315,74 @@ def test_what_is_only_shown_never_costs_the_registration(
     found = invariants.check(in_folder, 1)
     assert "mlflow.note.content" in found["parent"].data.tags
     assert [int(v.version) for v in client.search_model_versions()] == [1]
+
+
+def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) -> None:
+    given = {
+        "study_name": "s" * 200,
+        "experiment": "e" * 200,
+        "model_name": "m" * 200,
+        "storage": f"sqlite:///{'o' * 197}.db",
+        "tracking_uri": f"sqlite:///{'f' * 197}.db",
+        "report": f"{'r' * 250}.html",
+        "dataset": f"{'d' * 251}.npz",
+    }
+    shutil.copy(clouds, given["dataset"])
+    settings = config(clouds, n_trials=1, **given)
+    assert run(settings).winner is not None
+    assert (in_folder / given["report"]).exists()
+    again = run(settings)
+    assert (again.ran, again.mended) == (0, ())
+    assert doctor.examine(settings, fix=False) == ([], [])
+
+
+# ---- in the process of who calls it --------------------------------------------------------------
+
+
+def test_a_run_leaves_no_descriptor_open(in_folder: Path, clouds: Path) -> None:
+    run(config(clouds, n_trials=1))  # what it imports keeps some
+    process = psutil.Process()
+    gc.collect()  # what other tests have left
+    before = process.num_fds()
+    for number in range(3):
+        changed = {"study_name": f"study-{number}", "storage": f"sqlite:///study-{number}.db"}
+        settings = config(clouds, tracking_uri=f"sqlite:///mlflow-{number}.db", **changed)
+        run(settings)
+        run(settings)
+        with pytest.raises(InputError, match="other settings"):
+            run(replace(settings, seed=1))
+        assert [file for file in process.open_files() if str(in_folder) in file.path] == []
+        assert process.num_fds() <= before
+
+
+def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks.load_trial()  # the import of TensorFlow sets variables of its own
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    names = ("optuna", "mlflow", "alembic", "tensorflow", "distributed")
+    before = [logging.getLogger(name).level for name in names]
+    for name in names:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+    def state() -> tuple[Any, ...]:
+        levels = [logging.getLogger(name).level for name in names]
+        return sorted(os.environ.items()), levels, list(sys.path), optuna.logging.get_verbosity()
+
+    try:
+        expected = state()
+        run(config(clouds, n_trials=1))
+        assert state() == expected
+        with pytest.raises(InputError):
+            run(config(clouds, n_trials=1, seed=1))
+        assert state() == expected
+        doctor.examine(config(clouds), fix=False)
+        overview.read(config(clouds))
+        presentation.report(config(clouds), "report.html")
+        reproduce.reproduce(config(clouds), 0, None, lambda _: None)
+        assert state() == expected
+    finally:
+        for name, level in zip(names, before, strict=True):
+            logging.getLogger(name).setLevel(level)

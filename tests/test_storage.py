@@ -10,10 +10,12 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import as_nobody, of_root
+from filelock import FileLock
 from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS, dump, killed_after
 
-from search import runner, storage
+from search import promotion, runner, storage
 from search.config import InputError, RunError, StudyConfig
 
 # ---- the study ---------------------------------------------------------------------------------
@@ -109,7 +111,64 @@ def test_a_study_has_one_runner_until_that_is_gone(in_folder: Path) -> None:
                 pass
 
 
+SERVERS = {"storage": "mysql://127.0.0.1/study", "tracking_uri": "http://127.0.0.1:1"}
+
+
+@of_root
+@pytest.mark.parametrize("first", ["this", "other"])
+def test_two_users_of_a_host_take_turns_at_studies_and_models_on_servers(
+    temporary: Path, first: str
+) -> None:
+    config = StudyConfig(**SERVERS)
+
+    def take() -> None:
+        with runner.sole_runner(config), promotion._promoting(config):
+            pass
+
+    if first == "this":
+        take()
+    as_nobody(take)
+    take()
+
+    def be_refused() -> None:
+        with pytest.raises(RunError, match=f"is being run by .*, pid {pid};"):
+            take()
+
+    with runner.sole_runner(config):
+        pid = os.getpid()
+        as_nobody(be_refused)
+
+
+@of_root
+def test_two_users_of_one_file_take_turns_also_where_an_earlier_lock_is_not_writable(
+    temporary: Path,
+) -> None:
+    folder = temporary / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    config = StudyConfig(storage=f"sqlite:///{folder}/study.db")
+
+    def take() -> None:
+        with runner.sole_runner(config):
+            pass
+
+    take()
+    as_nobody(take)
+    (lock,) = folder.iterdir()
+    os.chown(lock, 0, 0)
+    lock.chmod(0o644)  # as an earlier version left it
+    as_nobody(take)
+    lock.unlink()
+    refused = pytest.raises(AssertionError, match=r"InputError.* must be writable, but is not")
+    with FileLock(lock, mode=0o644), refused:
+        as_nobody(take)
+    take()
+
+
 # ---- trials ------------------------------------------------------------------------------------
+
+
+of_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no Linux")
 
 
 def is_lost(**mark: Any) -> bool:
@@ -137,8 +196,23 @@ def test_a_trial_of_a_process_that_nobody_has_waited_for_is_lost() -> None:
     process.wait()
 
 
+@of_linux
 def test_a_trial_whose_pid_now_belongs_to_a_later_process_is_lost() -> None:
-    assert is_lost(started=storage.owner()["started"] - 60)
+    ticks, boot = storage.owner()["ticks"].split()
+    assert is_lost(ticks=f"{int(ticks) - 1} {boot}")
+    assert is_lost(ticks=f"{ticks} another-start")
+    assert is_lost(started=storage.owner()["started"] - 60, ticks=None)  # an earlier version's
+
+
+@of_linux
+def test_a_trial_of_a_living_process_is_not_lost_where_the_clock_was_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    booted = storage.psutil.boot_time()
+    mark = storage.owner()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 90)
+    assert storage.owner()["started"] == pytest.approx(mark["started"] + 90, abs=2)
+    assert not is_lost(**mark)
 
 
 def test_a_trial_of_another_host_in_a_file_is_lost() -> None:

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import optuna
 import pytest
+from conftest import as_nobody, of_root
 from optuna.trial import TrialState, create_trial
 
-from search import InputError, StudyConfig, data, storage, tracking
+from search import InputError, StudyConfig, data, run, storage, tracking
 from search.facts import facts_of
 from search.tracking import Tracking
 
@@ -76,6 +77,41 @@ def test_a_deleted_experiment_is_refused(ledger: Tracking) -> None:
     ledger.client.delete_experiment(ledger.experiment_id)
     with pytest.raises(InputError, match="must not be deleted"):
         Tracking(StudyConfig()).open()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file's content, but of those in which SQLite's readers leave their marks."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in found if not path.name.endswith("-shm")}
+
+
+def test_an_experiment_in_the_trash_is_refused_before_anything_is_made_or_changed(
+    ledger: Tracking, in_folder: Path, clouds: Path
+) -> None:
+    ledger.client.delete_experiment(ledger.experiment_id)
+    before = files(in_folder)
+    with pytest.raises(InputError, match="must not be deleted, but it is in the trash of sqlite"):
+        run(StudyConfig(dataset=str(clouds)))
+    assert files(in_folder) == before
+
+
+@of_root
+def test_an_experiment_whose_folder_is_another_users_is_refused(temporary: Path) -> None:
+    ledger = Tracking(StudyConfig()).open()
+    ledger.disconnect()
+    (temporary / "mlflow.db").chmod(0o666)
+    temporary.chmod(0o777)
+    folder = temporary / "mlruns" / "MNIST_Classification"
+    folder.mkdir(parents=True)
+    ledger.check()
+
+    def be_refused() -> None:
+        with pytest.raises(InputError, match="must have a folder that can be written to"):
+            ledger.check()
+
+    as_nobody(be_refused)
+    folder.chmod(0o777)
+    as_nobody(ledger.check)
 
 
 def test_artifacts_lie_beside_the_database(in_folder: Path) -> None:
