@@ -4,12 +4,11 @@ import contextlib
 import math
 import multiprocessing
 import os
-import pickle
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -18,8 +17,6 @@ from typing import Any
 from search import environment, signals, tasks
 from search.config import RunError, StudyConfig
 from search.data import Dataset
-
-_DYING = 10  # seconds that a process which has closed its pipe gets to be gone by itself
 
 
 def worker_count(workers: int | None, *, gpu: bool = False) -> int:
@@ -84,90 +81,12 @@ class InProcess(Executor):
         return future
 
 
-class WorkerDied(Exception):
-    """A process ended in the middle of its task."""
-
-
-class Process(Executor):
-    """A process of its own that runs one task at a time; `arguments` are those of `tasks.prepare`.
-
-    Where it dies, that task and no other raises WorkerDied: `ProcessPoolExecutor` would end all of
-    its processes and not tell which one was the first.
-    """
-
-    def __init__(self, context: Any, *arguments: Any) -> None:
-        self._died = False
-        self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), *arguments))
-        with signals.no_ctrl_c_for_children(), _no_main_module():
-            self._process.start()
-        theirs.close()
-        self._thread = ThreadPoolExecutor(1)  # hands over a task and waits for its result
-
-    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run `task` when those before it have ended."""
-        return self._thread.submit(self._run, task, args, kwargs)
-
-    def _run(self, *task: Any) -> Any:
-        try:
-            self._ours.send_bytes(pickle.dumps(task))
-            connection.wait([self._ours, self._process.sentinel])
-            if not self._ours.poll():
-                raise EOFError
-            result, error = pickle.loads(self._ours.recv_bytes())
-        except (EOFError, ConnectionError):
-            self._died = True
-            raise WorkerDied(f"process {self._process.pid}") from None
-        if error is not None:
-            raise error
-        return result
-
-    def is_alive(self) -> bool:
-        """Whether it can run a task."""
-        return not self._died and bool(self._process.is_alive())
-
-    def stop(self, *, now: bool) -> None:
-        """Let it end; `now`: also what it is at."""
-        if now:
-            self._process.kill()
-        elif self.is_alive():
-            with contextlib.suppress(OSError):
-                self._ours.send_bytes(b"")
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Wait until it is gone, and let go of it."""
-        self._thread.shutdown(cancel_futures=cancel_futures)
-        self._process.join(_DYING if self._died else None)
-        self._process.kill()  # it closed its pipe, and is of no use
-        self._process.join()
-        self._process.close()
-        self._ours.close()
-
-
-def _serve(theirs: Any, environ: dict[str, str], *arguments: Any) -> None:
-    """Run the tasks that come, in a process that dies with the main one and has its `environ`."""
+def _prepare_process(environ: dict[str, str], *arguments: Any) -> None:
+    """Prepare a process that dies with the main process and has its `environ`."""
     os.environ.clear()
     os.environ.update(environ)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     tasks.prepare(*arguments)
-    with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
-        while task := theirs.recv_bytes():
-            theirs.send_bytes(_answer(task))
-
-
-def _answer(pickled: bytes) -> bytes:
-    """What a task returns and what it raises, one of them None, pickled as the task is."""
-    answer: tuple[Any, BaseException | None]
-    try:
-        task, positional, keywords = pickle.loads(pickled)
-        answer = task(*positional, **keywords), None
-    except BaseException as error:
-        error.add_note("".join(traceback.format_exception(error)))  # which no pickle holds
-        answer = None, error
-    try:
-        return pickle.dumps(answer)
-    except Exception as error:
-        return pickle.dumps((None, RunError(f"a worker's {answer!r} can't be pickled ({error})")))
 
 
 def _die_with_parent() -> None:
@@ -193,9 +112,13 @@ def _no_main_module() -> Iterator[None]:
 
 
 class Pool:
-    """Processes, started as tasks come; one that dies is replaced when the next task comes."""
+    """Processes, started as tasks come; one that dies is replaced when the next task comes.
 
-    deaths = (WorkerDied,)
+    Each is an executor of its own: where a process of a larger one dies, all of them are ended, and
+    nobody can tell which was the first.
+    """
+
+    deaths = (BrokenProcessPool,)
     not_begun = ()  # ends of a task that say nothing of it
     most_deaths = 3
     remedy = (
@@ -210,7 +133,7 @@ class Pool:
         self._say = say
         self._slots: int | None = None
         self._in_process: InProcess | None = None
-        self._last: dict[Process, Future[Any]] = {}  # what each process was given last
+        self._last: dict[ProcessPoolExecutor, Future[Any]] = {}  # what each was given last
 
     def slots(self) -> int:
         """How many tasks run at once; the first call finds out, and says so."""
@@ -218,8 +141,9 @@ class Pool:
             device = environment.gpu_device()
             gpu = None if device is None else self._ask_for_gpu(device)
             self._slots = worker_count(self._workers, gpu=gpu is not None)
-            text = f"{self._slots} worker{'s' * (self._slots != 1)}"
-            text += ", 1 thread each, CPU" if gpu is None else f" on GPU {gpu}"
+            many = self._slots > 1
+            text = f"{self._slots} worker{'s' * many}"
+            text += f", 1 thread{' each' * many}, CPU" if gpu is None else f" on GPU {gpu}"
             if device is not None and gpu is None:
                 text += f"; {device} is there, but TensorFlow finds no GPU that it can use"
             self._say(text)
@@ -227,21 +151,26 @@ class Pool:
 
     def _ask_for_gpu(self, device: str) -> str | None:
         """The GPU that TensorFlow finds, in a process of its own: this one stays free of it."""
-        asked = Process(_processes(), *self._prepare)
+        asked = self._executor()
         try:
-            found: str | None = asked.submit(tasks.gpu).result()
-            asked.stop(now=False)
+            found: str | None = _submit(asked, tasks.gpu).result()
             return found
-        except WorkerDied:
+        except BrokenProcessPool:
             raise RunError(
                 f"TensorFlow died while it looked for a GPU ({device} is there); mend its "
                 "installation, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
             ) from None
-        except BaseException:
-            asked.stop(now=True)
-            raise
         finally:
+            _kill(asked)
             asked.shutdown()
+
+    def _executor(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1,
+            mp_context=_processes(),
+            initializer=_prepare_process,
+            initargs=(dict(os.environ), *self._prepare),
+        )
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Start `task`; its future raises one of `deaths` where its process dies."""
@@ -251,10 +180,16 @@ class Pool:
                 self._in_process = InProcess()
             return self._in_process.submit(task, *arguments)
         self.bury()
-        idle = (process for process, last in self._last.items() if last.done())
-        process = next(idle, None) or Process(_processes(), *self._prepare)
-        self._last[process] = process.submit(task, *arguments)
-        return self._last[process]
+        for executor in [executor for executor, last in self._last.items() if last.done()]:
+            try:
+                self._last[executor] = _submit(executor, task, *arguments)
+                return self._last[executor]
+            except BrokenProcessPool:  # it died while it was idle
+                executor.shutdown()
+                del self._last[executor]
+        executor = self._executor()
+        self._last[executor] = _submit(executor, task, *arguments)
+        return self._last[executor]
 
     def wait(self, running: "Collection[Future[Any]]") -> "set[Future[Any]]":
         """Those that have ended, as soon as there are some."""
@@ -262,18 +197,33 @@ class Pool:
 
     def bury(self) -> None:
         """Let go of the processes that have died."""
-        for process in [process for process in self._last if not process.is_alive()]:
-            process.shutdown()
-            del self._last[process]
+        for executor, last in list(self._last.items()):
+            if last.done() and not last.cancelled() and isinstance(last.exception(), self.deaths):
+                executor.shutdown()
+                del self._last[executor]
 
     def close(self, *, now: bool) -> None:
         """End the processes; `now`: also what they are at."""
-        for process in self._last:
-            process.stop(now=now)
-        for process in self._last:
-            process.shutdown(cancel_futures=True)
+        for executor in self._last:
+            if now:
+                _kill(executor)
+        for executor in self._last:
+            executor.shutdown(cancel_futures=True)
         self._last.clear()
         tasks.forget(self._prepare[0])
+
+
+def _submit(
+    executor: ProcessPoolExecutor, task: Callable[..., Any], *arguments: Any
+) -> "Future[Any]":
+    with signals.no_ctrl_c_for_children(), _no_main_module():  # the first task starts the process
+        return executor.submit(task, *arguments)
+
+
+def _kill(executor: ProcessPoolExecutor) -> None:
+    """End its process at once; Python has a public method for that from 3.14 on."""
+    for process in list((executor._processes or {}).values()):
+        process.kill()
 
 
 def _processes() -> Any:
