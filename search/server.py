@@ -59,6 +59,8 @@ class ServerStorage(RDBStorage):
                 heartbeat_interval=HEARTBEAT,
             )
         wait_for_server(self.engine)
+        self.remove_session()
+        self.engine.dispose()  # the connections so far are in the server's time zone, not in UTC
 
     @patient
     def silent(self, study_id: int) -> set[int]:

@@ -100,7 +100,8 @@ class Postgres:
         self.url = f"postgresql+psycopg://study@127.0.0.1:{self._port}/postgres"
         if os.getuid() == 0:
             shutil.chown(self._folder, "postgres")
-        self._call("initdb", "-D", str(self._folder / "data"), "-U", "study", "--auth=trust")
+        data, encoding = str(self._folder / "data"), "--encoding=UTF8"  # whatever the locale
+        self._call("initdb", "-D", data, "-U", "study", "--auth=trust", encoding)
         self.start()
 
     def _call(self, program: str, *options: str) -> None:

@@ -1,5 +1,6 @@
 """A study on PostgreSQL: made once, run by one process, its trials seen from all hosts."""
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -173,8 +174,8 @@ def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) ->
         return storage.is_lost(study, trial)
 
     def age(seconds: int) -> None:
-        back = f"UPDATE trial_heartbeats SET heartbeat = now() - interval '{seconds} s'"
-        ask(url, back)
+        back = f"now() AT TIME ZONE 'UTC' - interval '{seconds} s'"
+        ask(url, f"UPDATE trial_heartbeats SET heartbeat = {back}")
 
     study.ask()  # in the same transaction with its first sign of life
     assert not state()
@@ -186,6 +187,17 @@ def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) ->
     assert not state()
     ask(url, "DELETE FROM trial_heartbeats")
     assert state()
+
+
+def test_every_connection_is_in_one_time_zone_whatever_the_servers_is(url: str) -> None:
+    ask(url, f"ALTER DATABASE {url.rsplit('/', 1)[1]} SET timezone TO 'Pacific/Auckland'")
+    assert ask(url, "SHOW timezone") == [("Pacific/Auckland",)]
+    opened = storage.open_storage(url)
+    with contextlib.ExitStack() as stack:  # those that opening it left, and a new one
+        connections = [stack.enter_context(opened.engine.connect()) for _ in range(4)]
+        zones = {c.execute(sqlalchemy.text("SHOW timezone")).scalar() for c in connections}
+    storage.close(opened)
+    assert zones == {"UTC"}
 
 
 def test_a_running_trial_gives_signs_of_life_also_after_the_server_was_away(
