@@ -15,6 +15,7 @@ from search import (
     engine,
     facts,
     presentation,
+    production,
     promotion,
     ranking,
     recipe,
@@ -107,7 +108,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     settings = config.settings(_short(dataset))
     storage.check(config)
     tracking.check(config.tracking_uri)
-    tracking.Tracking(config).check()
+    production.check_experiment(config)
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
     if config.report != "none":
