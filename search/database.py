@@ -48,6 +48,8 @@ def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str
             f"{option} must lie in an existing folder, but {str(path.parent)!r} is none; "
             "create it first"
         )
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} must be a file, but {str(path)!r} is a folder; name a file")
     if not os.access(path.parent, os.W_OK):
         raise InputError(
             f"{option} must be writable, but the folder {str(path.parent)!r} is not; "
@@ -55,8 +57,6 @@ def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str
         )
     if not path.exists():
         return
-    if not path.is_file():
-        raise InputError(f"{option} must be a file, but {str(path)!r} is a folder; name a file")
     if not os.access(path, os.R_OK | os.W_OK):
         raise InputError(
             f"{option} must be readable and writable, but {str(path)!r} is not; "

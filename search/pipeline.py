@@ -16,6 +16,7 @@ from search import (
     engine,
     facts,
     presentation,
+    production,
     promotion,
     ranking,
     recipe,
@@ -129,7 +130,7 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         _short(dataset), split=dataset.split, normalized=dataset.normalization is not None
     )
     tracking.check(config.tracking_uri)
-    tracking.Tracking(config).check()
+    production.check_experiment(config)
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
     if config.report != "none":

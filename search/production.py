@@ -1,16 +1,20 @@
 """Which version of the model is in production, and whence: read without MLflow's slow import."""
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import sqlalchemy
 from sqlalchemy import text
 
 from search.config import InputError, RunError, StudyConfig, one_line
 from search.contract import NUMBER, STUDY
-from search.database import check_server, check_sqlite
+from search.database import check_server, check_sqlite, read_only_url
 from search.urls import redact, sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
@@ -45,6 +49,65 @@ def check(uri: str) -> None:
         )
     elif not uri.startswith("http"):
         check_server("--tracking-uri", uri, "sqlite:///mlflow.db")
+
+
+def check_experiment(config: StudyConfig) -> None:
+    """Raise InputError where the experiment takes no runs or no models; creates nothing."""
+    path = sqlite_path(config.tracking_uri)
+    stage, location = _stored(config) or ("active", None)
+    if stage == "deleted":
+        raise in_trash(config.tracking_uri, config.experiment)
+    if location is None and path is not None:
+        location = (path.parent / "mlruns" / config.experiment).as_uri()
+    if location is None or not location.startswith("file:"):
+        return
+    folder = Path(url2pathname(urlsplit(location).path))
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--experiment {config.experiment} must have a folder that can be written to, but "
+            f"{str(folder)!r} cannot; change its permissions, or give another --experiment"
+        )
+
+
+def in_trash(uri: str, experiment: str) -> InputError:
+    """What to tell the user of an experiment that was deleted."""
+    return InputError(
+        f"--experiment {experiment} must not be deleted, but it is in the trash of "
+        f"{redact(uri)}; restore it with mlflow experiments restore, or give another"
+    )
+
+
+def _stored(config: StudyConfig) -> tuple[str, str] | None:
+    """The experiment's lifecycle stage and its artifacts' address; None where there is none."""
+    uri, path = config.tracking_uri, sqlite_path(config.tracking_uri)
+    if uri.startswith("http"):
+        from mlflow.tracking import MlflowClient
+
+        from search.tracking import Tracking
+
+        Tracking(config)  # says how long MLflow may wait for a server
+        found = MlflowClient(uri, registry_uri=uri).get_experiment_by_name(config.experiment)
+        return None if found is None else (found.lifecycle_stage, found.artifact_location)
+    if path is not None and not path.exists():
+        return None
+    engine = sqlalchemy.create_engine(uri if path is None else read_only_url(path))
+    try:
+        with engine.connect() as connection:
+            if not sqlalchemy.inspect(connection).has_table("experiments"):
+                return None
+            row = connection.execute(_EXPERIMENT, {"name": config.experiment}).first()
+        return None if row is None else (row.lifecycle_stage, row.artifact_location)
+    except sqlalchemy.exc.OperationalError as error:
+        if path is not None and "locked" in str(error):
+            return None  # in use; opening it waits
+        raise
+    finally:
+        engine.dispose()
+
+
+_EXPERIMENT = text("SELECT lifecycle_stage, artifact_location FROM experiments WHERE name = :name")
 
 
 def find(config: StudyConfig) -> Production | None:

@@ -14,13 +14,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import mlflow
 import optuna
 import requests
-import sqlalchemy
 from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import _get_latest_schema_revision
@@ -47,7 +44,6 @@ from search.contract import (
 from search.database import (
     create_sqlite,
     other_schema,
-    read_only_url,
     tune_sqlite,
 )
 from search.urls import redact, sqlite_path, sqlite_url
@@ -56,9 +52,6 @@ ERRORS = (MlflowException, requests.RequestException)  # a tracking server that 
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's UI opens it
 _address = threading.RLock()  # around the address that MLflow keeps for the whole process
-_EXPERIMENT = sqlalchemy.text(
-    "SELECT lifecycle_stage, artifact_location FROM experiments WHERE name = :name"
-)
 _BATCH = 900  # MLflow takes 1,000 entries a call
 
 
@@ -117,44 +110,6 @@ class Tracking:
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well
         logging.getLogger("alembic").setLevel(logging.ERROR)
 
-    def check(self) -> None:
-        """Raise InputError where the experiment takes no runs or models; creates nothing."""
-        stage, location = self._stored() or ("active", self._location())
-        if stage == "deleted":
-            raise self._in_trash()
-        if location is None or not location.startswith("file:"):
-            return
-        folder = Path(url2pathname(urlsplit(location).path))
-        while not folder.exists():
-            folder = folder.parent
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(
-                f"--experiment {self._experiment} must have a folder that can be written to, but "
-                f"{str(folder)!r} cannot; change its permissions, or give another --experiment"
-            )
-
-    def _stored(self) -> tuple[str, str] | None:
-        """The experiment's lifecycle stage and its artifacts' address; None where there is none."""
-        if self.uri.startswith("http"):
-            found = MlflowClient(self.uri).get_experiment_by_name(self._experiment)
-            return None if found is None else (found.lifecycle_stage, found.artifact_location)
-        if self._path is not None and not self._path.exists():
-            return None
-        uri = self.uri if self._path is None else read_only_url(self._path)
-        engine = sqlalchemy.create_engine(uri)
-        try:
-            with engine.connect() as connection:
-                if not sqlalchemy.inspect(connection).has_table("experiments"):
-                    return None
-                row = connection.execute(_EXPERIMENT, {"name": self._experiment}).first()
-            return None if row is None else (row.lifecycle_stage, row.artifact_location)
-        except sqlalchemy.exc.OperationalError as error:
-            if self._path is not None and "locked" in str(error):
-                return None  # in use; `open` waits
-            raise
-        finally:
-            engine.dispose()
-
     def open(self) -> "Tracking":
         """Create the database and the experiment where they do not exist."""
         if self._path is not None:
@@ -183,28 +138,19 @@ class Tracking:
         assert self._path is not None
         return (self._path.parent / "mlruns").as_uri()
 
-    def _location(self) -> str | None:
-        """Where a new experiment's artifacts go; None: where the server puts them."""
-        return None if self._path is None else f"{self._artifacts()}/{self._experiment}"
-
     def _experiment_id(self) -> str:
         found = self.client.get_experiment_by_name(self._experiment)
         if found is None:
+            location = None if self._path is None else f"{self._artifacts()}/{self._experiment}"
             try:
-                return self.client.create_experiment(self._experiment, self._location(), _KIND)
+                return self.client.create_experiment(self._experiment, location, _KIND)
             except MlflowException:  # another process was first
                 found = self.client.get_experiment_by_name(self._experiment)
                 if found is None:
                     raise
         if found.lifecycle_stage == "deleted":
-            raise self._in_trash()
+            raise production.in_trash(self.uri, self._experiment)
         return str(found.experiment_id)
-
-    def _in_trash(self) -> InputError:
-        return InputError(
-            f"--experiment {self._experiment} must not be deleted, but it is in the trash of "
-            f"{redact(self.uri)}; restore it with mlflow experiments restore, or give another"
-        )
 
     # ---- the parent run ----------------------------------------------------------------------
 

@@ -438,10 +438,10 @@ def test_a_trial_of_a_living_process_is_waited_for(
     leave_running(study, 2, living.pid)
     started = str(psutil.Process(living.pid).create_time())
     query = (
-        "UPDATE trial_user_attributes SET value_json = json_set(value_json, '$.started', "
-        "json(?)) WHERE key = 'owner'"
+        "UPDATE trial_user_attributes SET value_json = json_set(json_remove(value_json, "
+        "'$.ticks'), '$.started', json(?)) WHERE key = 'owner'"
     )
-    study.sql("study.db", query, started)
+    study.sql("study.db", query, started)  # as an earlier version marked it
     looked: list[bool] = []
     is_lost = storage.is_lost
 

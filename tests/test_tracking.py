@@ -6,7 +6,7 @@ import pytest
 from conftest import as_nobody, of_root
 from optuna.trial import TrialState, create_trial
 
-from search import InputError, StudyConfig, data, run, storage, tracking
+from search import InputError, StudyConfig, data, production, run, storage, tracking
 from search.facts import facts_of
 from search.tracking import Tracking
 
@@ -103,15 +103,15 @@ def test_an_experiment_whose_folder_is_another_users_is_refused(temporary: Path)
     temporary.chmod(0o777)
     folder = temporary / "mlruns" / "MNIST_Classification"
     folder.mkdir(parents=True)
-    ledger.check()
+    production.check_experiment(StudyConfig())
 
     def be_refused() -> None:
         with pytest.raises(InputError, match="must have a folder that can be written to"):
-            ledger.check()
+            production.check_experiment(StudyConfig())
 
     as_nobody(be_refused)
     folder.chmod(0o777)
-    as_nobody(ledger.check)
+    as_nobody(lambda: production.check_experiment(StudyConfig()))
 
 
 def test_artifacts_lie_beside_the_database(in_folder: Path) -> None:
