@@ -50,6 +50,11 @@ def _study_of(path: Path) -> tuple[str, str] | None:
 def check(config: StudyConfig, given: str) -> None:
     """Raise InputError where the report can't be written to `given`, or would destroy a file."""
     path = report_path(given, config.study_name)
+    if len(os.fsencode(path.name)) > 255:  # of any Linux file system
+        raise InputError(
+            f"the report must be a file whose name has at most 255 bytes, but got {path.name!r}; "
+            "give a shorter one"
+        )
     if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
         raise InputError(
             f"the report must be a file in a folder that can be written to, but got {str(path)!r}; "

@@ -6,6 +6,7 @@ next start finds, so a run killed between any two of them is continued there.
 
 import contextlib
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -378,9 +379,24 @@ def _lock_here(config: StudyConfig, *, timeout: float = 600) -> AbstractContextM
     return file_lock(beside, config.model_name, timeout=timeout, reentrant=True)
 
 
+_held: set[tuple[int, str]] = set()  # threads of this process and the locks that they have
+
+
 @contextlib.contextmanager
 def _promoting(config: StudyConfig) -> Iterator[None]:
-    """One process at a time compares and promotes: of this host, and of the study's server."""
+    """One process at a time compares and promotes: of this host, and of the study's server.
+
+    May be taken again by who has it: where a worker dies during the comparison, what is repaired
+    then includes the stages.
+    """
     name = f"model {config.model_name} of {config.tracking_uri}"
-    with _lock_here(config), server_lock(config.storage, name):
+    mine = threading.get_ident(), name
+    if mine in _held:
         yield
+        return
+    with _lock_here(config), server_lock(config.storage, name):
+        _held.add(mine)
+        try:
+            yield
+        finally:
+            _held.remove(mine)

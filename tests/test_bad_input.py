@@ -1232,6 +1232,10 @@ def test_a_report_overwrites_no_file_that_is_none(
     refused(["report", "--output", place], *fragments)
 
 
+def test_a_report_whose_name_no_disk_takes_is_refused(refused: Refused) -> None:
+    refused(command(report="é" * 130), "the report must be a file whose name has at most 255 bytes")
+
+
 @pytest.mark.parametrize("place", ["study.db", "mlflow.db", "link.html", "study.db-wal"])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_report_overwrites_no_database_be_it_there_or_not_yet(

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from servers import BINARIES, Postgres, ask
 from test_database import SETTINGS, killed_after
 
-from search import RunError, StudyConfig, pipeline, runner, server, storage
+from search import RunError, StudyConfig, pipeline, promotion, runner, server, storage
 from search.database import ServerLock
 from search.listener import Listener
 from search.outcome import Outcome
@@ -187,6 +187,18 @@ def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) ->
     assert not state()
     ask(url, "DELETE FROM trial_heartbeats")
     assert state()
+
+
+def test_who_promotes_may_repair_stages_meanwhile(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = StudyConfig(storage=url)
+    with promotion._promoting(config), promotion._promoting(config):
+        other = ServerLock(url, f"model {config.model_name} of {config.tracking_uri}")
+        assert not other.acquire(wait=False)
+    assert other.acquire(wait=False)
+    other.release()
 
 
 def test_every_connection_is_in_one_time_zone_whatever_the_servers_is(url: str) -> None:
