@@ -232,6 +232,9 @@ def _check_matters(name: str, config: StudyConfig) -> None:
 
 def run_study(config: StudyConfig, quiet: bool = False) -> int:
     """Run the study, showing how it goes; returns the exit code."""
+    from search import pool
+
+    pool.start_importing(config)
     _import_importances()
     from search import display, panel, pipeline
 

@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from search.data import Normalization
 from search.own_model import OwnModel
+from search.preprocessing import Normalization
 from search.recipe import LOSS, OUTPUT_ACTIVATION
 
 MOMENTUM = 0.9  # of sgd, Nesterov's

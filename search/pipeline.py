@@ -1,10 +1,9 @@
 """The one path of a run, top to bottom."""
 
 import contextlib
-import math
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search import (
+    address,
     data,
     engine,
     facts,
@@ -121,15 +121,15 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
     began = time.monotonic()
     storage.check(config)
     stored = storage.stored_settings(config)
-    dataset = _load(config, stored)
-    config = config.with_epochs(_epochs(config, dataset, stored))
+    dataset = data.of_study(config, stored)
+    config = config.with_epochs(data.epochs(config, dataset, stored))
     data.check(dataset, recipe.needs_images(config.space))
     if dataset.problem is not None and stored is None:
         raise InputError(dataset.problem)
     settings = config.settings(
         _short(dataset), split=dataset.split, normalized=dataset.normalization is not None
     )
-    tracking.check(config.tracking_uri)
+    address.check(config.tracking_uri)
     production.check_experiment(config)
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
@@ -179,43 +179,6 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
         if winner is not None:
             _present(ledgers, winner, listener)
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
-
-
-def _load(config: StudyConfig, stored: Mapping[str, Any] | None) -> data.Dataset:
-    """The dataset; where nothing else is asked for, prepared as the study that exists has it.
-
-    stored: the settings of that study, which may be from before there was a choice.
-    """
-    own = data.is_own(config.dataset)
-    split, normalize = ("stratified" if own else "last"), own
-    if stored is not None:
-        split = "stratified" if stored.get("split") == "stratified" else "last"
-        normalize = "normalize" in stored
-    return data.load(
-        config.dataset,
-        config.validation_split,
-        split=config.split or split,
-        seed=config.seed,
-        normalize=normalize and config.normalize == "auto",
-    )
-
-
-_STEPS, _MOST = 100, 20  # optimizer steps that a trial needs, and the epochs that they may take
-
-
-def _epochs(config: StudyConfig, dataset: data.Dataset, stored: Mapping[str, Any] | None) -> int:
-    """The epochs of a trial: as asked for, or as the study that exists has them.
-
-    Five of a file of a thousand examples are 40 steps, too few to tell one trial from another. On
-    scikit-learn's digits ten of them gain 0.009 test accuracy (mean of four splits of 50 trials).
-    """
-    known = (stored or {}).get("epochs")
-    if config.epochs is None and isinstance(known, int):
-        return known
-    if config.epochs is not None or not data.is_own(config.dataset):
-        return config.trial_epochs
-    steps = math.ceil(dataset.train_size / 128)
-    return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
 
 
 def _present(ledgers: Ledgers, winner: Winner, listener: Listener) -> None:

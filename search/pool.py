@@ -17,6 +17,7 @@ from typing import Any
 from search import environment, signals, tasks
 from search.config import RunError, StudyConfig
 from search.data import Dataset
+from search.urls import sqlite_path
 
 
 def worker_count(workers: int | None, *, gpu: bool = False) -> int:
@@ -66,6 +67,18 @@ def _quotas(root: Path) -> Iterator[float]:
                         quota, period = map(int, (tree / folder / "cpu.max").read_text().split())
                     if quota > 0:
                         yield quota / period
+
+
+def start_importing(config: StudyConfig) -> None:
+    """Let the process that workers are forked from import TensorFlow while this one does the rest.
+
+    For a new study in a file alone: any other may have nothing to train.
+    """
+    path = sqlite_path(config.storage)
+    new = path is not None and not path.exists() and config.scheduler is None
+    forks = sys.platform == "linux" and environment.gpu_device() is None
+    if new and forks and worker_count(config.workers) > 1:
+        _processes()
 
 
 class InProcess(Executor):

@@ -153,9 +153,9 @@ def _from_server(config: StudyConfig) -> Production | None:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    from search import tracking
+    from search import address, tracking
 
-    tracking.check(config.tracking_uri)
+    address.check(config.tracking_uri)
     tracking.Tracking(config)  # says how long MLflow may wait for a server
     client = MlflowClient(config.tracking_uri, registry_uri=config.tracking_uri)
     try:

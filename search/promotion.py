@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 STAGE = "Production"
 _PROMOTED, _GATE = "promoted", "gate."
 _SIGNIFICANT = 0.05
+_held: set[tuple[int, str]] = set()  # threads of this process and the locks that they have
 _SMALLEST_P = 1e-300  # stored and shown in place of smaller ones, which floats round to 0
 
 
@@ -379,15 +380,11 @@ def _lock_here(config: StudyConfig, *, timeout: float = 600) -> AbstractContextM
     return file_lock(beside, config.model_name, timeout=timeout, reentrant=True)
 
 
-_held: set[tuple[int, str]] = set()  # threads of this process and the locks that they have
-
-
 @contextlib.contextmanager
 def _promoting(config: StudyConfig) -> Iterator[None]:
     """One process at a time compares and promotes: of this host, and of the study's server.
 
-    May be taken again by who has it: where a worker dies during the comparison, what is repaired
-    then includes the stages.
+    Reentrant: where a worker dies during the comparison, the stages are repaired, too.
     """
     name = f"model {config.model_name} of {config.tracking_uri}"
     mine = threading.get_ident(), name

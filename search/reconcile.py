@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from optuna.trial import FrozenTrial, TrialState
 
-from search import promotion, storage, tracking
+from search import address, promotion, storage
 from search.config import StudyConfig
 from search.contract import (
     FINALIST,
@@ -51,7 +51,7 @@ def existing(config: StudyConfig) -> tuple[optuna.Study, StudyConfig]:
     Raises InputError where there is none.
     """
     storage.check(config)
-    tracking.check(config.tracking_uri)
+    address.check(config.tracking_uri)
     study = storage.load_study(config)
     return study, replace(config, experiment=study.user_attrs["settings"]["experiment"])
 

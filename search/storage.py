@@ -1,8 +1,6 @@
 """The Optuna side: check, create and open a study, own its trials, count what is missing."""
 
 import contextlib
-import os
-import socket
 import uuid
 import warnings
 from collections.abc import Container, Iterator, Mapping
@@ -11,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 import optuna
-import psutil
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
@@ -19,7 +16,7 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
-from search import server
+from search import owner, server
 from search.config import InputError, RunError, StudyConfig, differences, one_line
 from search.database import (
     check_server,
@@ -322,39 +319,6 @@ def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.user_attrs.get("place") == place]
 
 
-def owner() -> dict[str, Any]:
-    """This process's mark on a trial: host, pid and start, which no later process shares."""
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "pids": _pids(),
-        "pid": process.pid,
-        "started": round(process.create_time(), 2),
-        "ticks": _ticks(process.pid),
-    }
-
-
-def _pids() -> str | None:
-    """Whose pids this process's is one of: containers may share a host's name and not its pids."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-
-
-def _ticks(pid: int) -> str | None:
-    """When a process started, since which start of the system; None where that isn't known.
-
-    Setting the clock moves every process's start as a time, and with it those of living ones.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return f"{int(after_name[19])} {boot}"  # the 22nd field: proc(5)
-
-
 def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
     """Whether a RUNNING trial's process is gone, as far as this host can tell.
 
@@ -364,23 +328,11 @@ def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
     mark = trial.user_attrs.get("owner")
     if mark is None:
         return True
-    here = (mark["host"], mark.get("pids")) == (socket.gethostname(), _pids())
-    if here and _is_gone(mark):
+    here = owner.is_here(mark)
+    if here and owner.is_gone(mark):
         return True
     behind = server.of(study)
     return not here if behind is None else trial._trial_id in behind.silent(study._study_id)
-
-
-def _is_gone(mark: Mapping[str, Any]) -> bool:
-    try:
-        process = psutil.Process(mark["pid"])
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        if mark.get("ticks") is not None:
-            return bool(_ticks(mark["pid"]) != mark["ticks"])
-        return bool(abs(process.create_time() - mark["started"]) > 1)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
@@ -440,8 +392,7 @@ def close(storage: RDBStorage) -> None:
 def missing_places(study: optuna.Study, total: int) -> list[int]:
     """The slots, of 0 to `total` - 1, that are not finished yet, as far as the budget goes.
 
-    A slot (stored as `place`) is finished by a trial that is COMPLETE or PRUNED, or by being given
-    up; a lost trial is repeated in its slot.
+    A slot (stored as `place`) is finished by a COMPLETE or PRUNED trial, or by being given up.
     """
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     taken = {trial.user_attrs.get("place") for trial in finished} | set(given_up(study))

@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -20,12 +19,11 @@ import optuna
 import requests
 from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.store.db.utils import _get_latest_schema_revision
 from mlflow.tracking import MlflowClient
 from optuna.trial import FrozenTrial
 
 from search import production
-from search.config import InputError, StudyConfig, one_line
+from search.config import StudyConfig
 from search.contract import (
     METRICS,
     NOTE,
@@ -43,53 +41,15 @@ from search.contract import (
 )
 from search.database import (
     create_sqlite,
-    other_schema,
     tune_sqlite,
 )
-from search.urls import redact, sqlite_path, sqlite_url
+from search.urls import sqlite_path, sqlite_url
 
 ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's UI opens it
 _address = threading.RLock()  # around the address that MLflow keeps for the whole process
 _BATCH = 900  # MLflow takes 1,000 entries a call
-
-
-def check(uri: str) -> None:
-    """Raise InputError where `uri` is no MLflow database or server of today; a file is only read.
-
-    A server has to answer.
-    """
-    production.check(uri)
-    path = sqlite_path(uri)
-    if path is not None and path.exists():
-        _check_schema(uri, path)
-    elif uri.startswith("http"):
-        _check_server(uri)
-
-
-def _check_schema(uri: str, path: Path) -> None:
-    head: str = _get_latest_schema_revision()  # type: ignore[no-untyped-call]
-    found = other_schema(path, head)
-    if found is not None:
-        raise InputError(
-            f"--tracking-uri must be a database of MLflow {mlflow.__version__}, but {str(path)!r} "
-            f"has the schema {found or 'of no version'}; copy the file and run "
-            f"mlflow db upgrade {redact(uri)}, or give another file"
-        )
-
-
-def _check_server(uri: str) -> None:
-    try:
-        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=10)
-        answer.raise_for_status()
-        if answer.text.strip() != "OK":
-            raise requests.RequestException("/health does not answer OK")
-    except Exception as error:  # urllib3's errors are not all requests' own
-        raise InputError(
-            f"--tracking-uri must be a running MLflow server, but {redact(uri)} is not: "
-            f"{one_line(error)}; start it, or give sqlite:///mlflow.db"
-        ) from None
 
 
 class Tracking:

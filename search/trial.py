@@ -21,6 +21,7 @@ from search import (
     environment,
     model,
     own_model,
+    owner,
     promotion,
     registry,
     sampling,
@@ -68,7 +69,7 @@ class Worker:
             own_model.check(config.model, self.study.user_attrs["settings"]["model"])
         self.tracking = Tracking(config).open()
         self.facts = self.study.user_attrs["facts"]
-        self.owner = {**storage.owner(), "thread": threading.get_ident()}
+        self.owner = {**owner.mark(), "thread": threading.get_ident()}
         self.environment = environment.here()
         self.closed = False
         self.rest_until = 0.0  # by the monotonic clock: MLflow failed, and is left alone

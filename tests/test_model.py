@@ -8,7 +8,7 @@ import pytest
 from conftest import plain
 
 from search import model
-from search.data import Normalization
+from search.preprocessing import Normalization
 
 
 def test_512_units_on_784_pixels_have_407050_trainable_parameters() -> None:

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from servers import BINARIES, Postgres, ask
 from test_database import SETTINGS, killed_after
 
-from search import RunError, StudyConfig, pipeline, promotion, runner, server, storage
+from search import RunError, StudyConfig, owner, pipeline, promotion, runner, server, storage
 from search.database import ServerLock
 from search.listener import Listener
 from search.outcome import Outcome
@@ -158,11 +158,11 @@ def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
 # ---- signs of life -------------------------------------------------------------------------------
 
 
-def placed(url: str, **owner: Any) -> storage.PlacedStudy:
+def placed(url: str, **mark: Any) -> storage.PlacedStudy:
     config = StudyConfig(storage=url)
     storage.open_study(config, SETTINGS)
     study = storage.PlacedStudy(study_name=config.study_name, storage=storage.open_storage(url))
-    study.marks = {"place": 0, "owner": {**storage.owner(), **owner}}
+    study.marks = {"place": 0, "owner": {**owner.mark(), **mark}}
     return study
 
 
@@ -238,7 +238,7 @@ def test_optuna_itself_fails_no_trial_without_a_reason(url: str) -> None:
     study = placed(url, host="elsewhere")
     study.ask()
     ask(url, "UPDATE trial_heartbeats SET heartbeat = now() - interval '1 day'")
-    study.marks = {"place": 1, "owner": storage.owner()}
+    study.marks = {"place": 1, "owner": owner.mark()}
     study.optimize(lambda _: 1.0, n_trials=1)
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 

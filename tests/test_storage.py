@@ -15,7 +15,7 @@ from filelock import FileLock
 from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS, dump, killed_after
 
-from search import promotion, runner, storage
+from search import owner, promotion, runner, storage
 from search.config import InputError, RunError, StudyConfig
 
 # ---- the study ---------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ of_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no L
 
 def is_lost(**mark: Any) -> bool:
     """Whether a running trial of a study in a file, with such an owner, is lost."""
-    attrs = {"owner": {**storage.owner(), **mark}}
+    attrs = {"owner": {**owner.mark(), **mark}}
     trial = create_trial(state=TrialState.RUNNING, user_attrs=attrs)
     return storage.is_lost(optuna.create_study(), trial)
 
@@ -191,27 +191,27 @@ def test_a_trial_of_a_dead_process_is_lost() -> None:
 def test_a_trial_of_a_process_that_nobody_has_waited_for_is_lost() -> None:
     process = subprocess.Popen(["true"], stdout=subprocess.DEVNULL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # now it is a zombie
-    started = storage.psutil.Process(process.pid).create_time()
+    started = owner.psutil.Process(process.pid).create_time()
     assert is_lost(pid=process.pid, started=started)
     process.wait()
 
 
 @of_linux
 def test_a_trial_whose_pid_now_belongs_to_a_later_process_is_lost() -> None:
-    ticks, boot = storage.owner()["ticks"].split()
+    ticks, boot = owner.mark()["ticks"].split()
     assert is_lost(ticks=f"{int(ticks) - 1} {boot}")
     assert is_lost(ticks=f"{ticks} another-start")
-    assert is_lost(started=storage.owner()["started"] - 60, ticks=None)  # an earlier version's
+    assert is_lost(started=owner.mark()["started"] - 60, ticks=None)  # an earlier version's
 
 
 @of_linux
 def test_a_trial_of_a_living_process_is_not_lost_where_the_clock_was_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    booted = storage.psutil.boot_time()
-    mark = storage.owner()
+    booted = owner.psutil.boot_time()
+    mark = owner.mark()
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 90)
-    assert storage.owner()["started"] == pytest.approx(mark["started"] + 90, abs=2)
+    assert owner.mark()["started"] == pytest.approx(mark["started"] + 90, abs=2)
     assert not is_lost(**mark)
 
 
