@@ -75,7 +75,7 @@ def start_importing(config: StudyConfig) -> None:
     For a new study in a file alone: any other may have nothing to train.
     """
     path = sqlite_path(config.storage)
-    new = path is not None and not path.exists() and config.scheduler is None
+    new = path is not None and not os.path.exists(path) and config.scheduler is None
     forks = sys.platform == "linux" and environment.gpu_device() is None
     if new and forks and worker_count(config.workers) > 1:
         _processes()
