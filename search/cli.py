@@ -15,6 +15,7 @@ import typer
 from search import config as settings
 from search import files, signals, urls
 from search.config import InputError, RunError, StudyConfig, printable
+from search.imports import quickly
 from search.recipe import HYPERPARAMETERS
 
 app = typer.Typer(
@@ -235,11 +236,14 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
     from search import pool
 
     pool.start_importing(config)
-    _import_importances()
-    from search import display, panel, pipeline
+    from search import display, panel
 
     console = display.Output(soft_wrap=True)
     shown = panel.listener(console, quiet=quiet)
+    shown.loading(config.study_name)
+    with quickly():
+        _import_importances()
+        from search import pipeline
 
     def abandon(reason: str) -> None:
         shown.close()
@@ -261,10 +265,11 @@ def _import_importances() -> None:
 
 def run_show(config: StudyConfig, as_json: bool) -> int:
     """Print what the study has found; returns the exit code."""
-    _import_importances()
-    from rich.console import Console
+    with quickly():
+        _import_importances()
+        from rich.console import Console
 
-    from search import display, overview
+        from search import display, overview
 
     found = overview.read(config)
     if as_json:
@@ -276,7 +281,9 @@ def run_show(config: StudyConfig, as_json: bool) -> int:
 
 def run_report(config: StudyConfig, output: str) -> int:
     """Write the report; returns the exit code."""
-    from search import presentation
+    with quickly():
+        _import_importances()
+        from search import presentation, report  # noqa: F401 - loads Plotly
 
     print(f"wrote {printable(str(presentation.report(config, output)))}")
     return 0
@@ -284,7 +291,8 @@ def run_report(config: StudyConfig, output: str) -> int:
 
 def run_reproduce(config: StudyConfig, number: int | None, moved: str | None) -> int:
     """Train a trial again and print whether it is the same; returns the exit code."""
-    from search import reproduce
+    with quickly():
+        from search import reproduce
 
     done = reproduce.reproduce(config, number, moved, functools.partial(print, flush=True))
     if not done.differences:
@@ -318,7 +326,8 @@ def run_ui(config: StudyConfig) -> int:
 
 def run_doctor(config: StudyConfig, fix: bool) -> int:
     """Print what the ledgers disagree about; returns the exit code."""
-    from search import doctor
+    with quickly():
+        from search import doctor
 
     mended, left = doctor.examine(config, fix=fix)
     for line in mended:

