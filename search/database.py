@@ -29,6 +29,7 @@ SERVER_TIMEOUT = 30  # seconds that a server which was restarted gets to come ba
 _BUSY_TIMEOUT = 60_000  # milliseconds that a SQLite connection waits for another's write
 
 _tuned: set[str] = set()
+_unfinished: set[str] = set()  # files that are being created, of which nobody knows yet
 
 
 def check_sqlite(option: str, url: str, path: Path, tables: set[str], owner: str) -> None:
@@ -305,15 +306,22 @@ def tune_sqlite(path: Path) -> None:
 
     Optuna's and MLflow's engines both pass through SQLAlchemy; other files are left alone.
     """
-    if not _tuned:
-        sqlalchemy.event.listen(Engine, "connect", _on_connect)
+    _tune_connections()
     _tuned.add(str(path.resolve()))
+
+
+def _tune_connections() -> None:
+    if not sqlalchemy.event.contains(Engine, "connect", _on_connect):
+        sqlalchemy.event.listen(Engine, "connect", _on_connect)
 
 
 def _on_connect(connection: Any, _: Any) -> None:
     if not isinstance(connection, sqlite3.Connection):
         return
-    if connection.execute("PRAGMA database_list").fetchone()[2] in _tuned:
+    file = connection.execute("PRAGMA database_list").fetchone()[2]
+    if file in _unfinished:
+        connection.execute("PRAGMA synchronous=OFF")  # hundreds of statements, each a transaction
+    if file in _tuned:
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT}")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")  # WAL: safe against kills
@@ -328,8 +336,14 @@ def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
             return
         unfinished = path.with_name(f".{path.name}.unfinished")
         unfinished.unlink(missing_ok=True)
+        file = str(unfinished.resolve())
+        _tune_connections()
+        _unfinished.add(file)
         try:
             fill(sqlite_url(unfinished))
+            with unfinished.open("rb") as written:
+                os.fsync(written.fileno())
             unfinished.rename(path)
         finally:
+            _unfinished.discard(file)
             unfinished.unlink(missing_ok=True)
