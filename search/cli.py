@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import os
@@ -363,6 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error) or "interrupted"
         code = getattr(error, "exit_code", signals.EXIT_INTERRUPTED)
         return _fail(f"{reason}; run the same command again to go on", code)
+    finally:
+        gc.freeze()  # Python would search all that was loaded for garbage once more, for a second
 
 
 def _fail(message: str, code: int) -> int:

@@ -53,9 +53,14 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._home.close(now=kind is not None)
 
-    def retrain(self, number: int, on_death: Callable[[], object]) -> str:
-        """Train the configuration of trial `number` anew on a worker; returns its MLflow run."""
-        return str(self._call(tasks.retrain, number, on_death=on_death))
+    def retrain(
+        self, number: int, on_death: Callable[[], object], meanwhile: Callable[[], object]
+    ) -> str:
+        """Train the configuration of trial `number` anew on a worker; returns its MLflow run.
+
+        meanwhile: is called here while the worker trains.
+        """
+        return str(self._call(tasks.retrain, number, on_death=on_death, meanwhile=meanwhile))
 
     def compare(
         self, challenger: int, champion: int, on_death: Callable[[], object]
@@ -65,7 +70,11 @@ class Engine:
         return found
 
     def _call(
-        self, task: Callable[..., Any], *arguments: int, on_death: Callable[[], object]
+        self,
+        task: Callable[..., Any],
+        *arguments: int,
+        on_death: Callable[[], object],
+        meanwhile: Callable[[], object] = list,
     ) -> Any:
         results: list[Any] = []
 
@@ -76,7 +85,8 @@ class Engine:
         def on_result(_: Arguments, result: Any) -> None:
             results.append(result)
 
-        if self._run(task, [arguments], on_result, missing, self._why_stop) is not None:
+        stopped = self._run(task, [arguments], on_result, missing, self._why_stop, meanwhile)
+        if stopped is not None:
             raise Interrupted("interrupted by Ctrl-C", EXIT_INTERRUPTED)
         return results[0]
 
@@ -97,7 +107,10 @@ class Engine:
             number, repeat = arguments
             on_repeat(number, repeat, kept)
 
-        return self._run(tasks.repeat, missing(), on_result, missing, self._why_stop) is None
+        stopped = self._run(
+            tasks.repeat, missing(), on_result, missing, self._why_stop, self._use_idle
+        )
+        return stopped is None
 
     def run_trials(
         self,
@@ -155,7 +168,11 @@ class Engine:
             return [(place,) for place in on_death()]
 
         first = [(place,) for place in places]
-        return self._run(tasks.run_trial, first, on_result, missing, why_stop)
+        return self._run(tasks.run_trial, first, on_result, missing, why_stop, self._use_idle)
+
+    def _use_idle(self) -> None:
+        """Let workers that have nothing left to do get ready for the retraining."""
+        self._home.use_idle(tasks.rehearse, self._parent_run)
 
     def _run(
         self,
@@ -164,11 +181,13 @@ class Engine:
         on_result: Callable[[Arguments, Any], bool | None],
         missing: Callable[[], Iterable[Arguments]],
         why_stop: Callable[[], str | None],
+        when_all_run: Callable[[], object],
     ) -> str | None:
         """Run `task` with each of the arguments in `first`; returns why it stopped early, if so.
 
         on_result: gets arguments and result, and tells whether to run that again.
         missing: after a worker has died, says what is to do now.
+        when_all_run: is called each time that no more is left than what is running.
         Raises RunError where workers die at one task again and again.
         """
         queue = deque(first)
@@ -190,6 +209,8 @@ class Engine:
             if not running and not died and (stopped or not queue):
                 return stopped if queue else None
 
+            if not queue:
+                when_all_run()
             done = home.wait(running)
             while done:
                 future = done.pop()

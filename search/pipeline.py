@@ -5,7 +5,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -34,6 +34,9 @@ from search.outcome import Outcome
 from search.production import aliased
 from search.ranking import Finalist
 from search.reconcile import Ledgers
+
+if TYPE_CHECKING:
+    from search.report import Chart
 
 T = TypeVar("T")
 
@@ -177,14 +180,16 @@ def _run(config: StudyConfig, listener: Listener) -> Result:
             raise
         _patiently(lambda: ledger.close(parent, "KILLED" if winner is None else "FINISHED"))
         if winner is not None:
-            _present(ledgers, winner, listener)
+            _present(ledgers, winner, job.charts, listener)
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
 
 
-def _present(ledgers: Ledgers, winner: Winner, listener: Listener) -> None:
+def _present(
+    ledgers: Ledgers, winner: Winner, charts: "list[Chart] | None", listener: Listener
+) -> None:
     """Write notes and report; the winner is registered, so a failure only costs what is shown."""
     try:
-        _patiently(lambda: presentation.present(ledgers, winner))
+        _patiently(lambda: presentation.present(ledgers, winner, charts))
     except Exception as error:
         listener.warning(
             f"the report and the notes could not be written ({type(error).__name__}: "
@@ -256,6 +261,7 @@ class _Job:
         self.listener = listener
         self.workers = workers
         self.ran = 0
+        self.charts: list[Chart] | None = None  # of the report, once they are drawn
 
     def search(self, missing: list[int]) -> str | None:
         """Run the missing trials; returns why the search stopped early, if it did."""
@@ -320,7 +326,8 @@ class _Job:
         if run is None:
             self.ledger.reopen(self.parent)
             self.listener.retraining(best)
-            run = self.ledger.client.get_run(self.workers.retrain(best.number, self._after_death))
+            run_id = self.workers.retrain(best.number, self._after_death, self._draw)
+            run = self.ledger.client.get_run(run_id)
             if NOT_MADE in run.data.tags:
                 self.listener.warning(f"the winner's {run.data.tags[NOT_MADE]}")
 
@@ -340,6 +347,12 @@ class _Job:
             in_production=None if champion is None else int(champion.version),
             new=new,
         )
+
+    def _draw(self) -> None:
+        """Draw the report's charts; what fails is tried again when the report is written."""
+        if self.config.report != "none" and self.charts is None:
+            with contextlib.suppress(Exception):
+                self.charts = presentation.draw(self.study, self.config)
 
     def _after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the places that are missing now."""

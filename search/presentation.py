@@ -16,7 +16,7 @@ from search.urls import sqlite_path
 
 if TYPE_CHECKING:
     from search.pipeline import Winner
-    from search.report import Tested
+    from search.report import Chart, Tested
 
 
 _MARK = re.compile(r'<meta name="search-study" content="([^"]*)" data-uid="([^"]*)">')
@@ -78,8 +78,18 @@ def check(config: StudyConfig, given: str) -> None:
         )
 
 
-def present(ledgers: Ledgers, winner: "Winner") -> None:
-    """Describe the study in both ledgers and write its report, where that is not yet done."""
+def draw(study: optuna.Study, config: StudyConfig) -> "list[Chart]":
+    """The report's charts of the search; loads Plotly."""
+    from search import report
+
+    return report.draw(study, overview.of(study, config))
+
+
+def present(ledgers: Ledgers, winner: "Winner", charts: "list[Chart] | None" = None) -> None:
+    """Describe the study in both stores and write its report, where that is not yet done.
+
+    charts: what `draw` made since the last trial ended, where it did.
+    """
     study, config, mirror = ledgers.study, ledgers.config, ledgers.tracking
     found = overview.of(study, config, importances=False)
     won = (
@@ -97,7 +107,7 @@ def present(ledgers: Ledgers, winner: "Winner") -> None:
             check(config, config.report)
         except InputError as error:  # it was another file at the start of the run
             raise RunError(f"{error}, and run the same command again") from None
-        _write(path, study, config, mirror)
+        _write(path, study, config, mirror, found, charts)
     if not new:
         return
     if config.report != "none":
@@ -126,16 +136,26 @@ def report(config: StudyConfig, given: str) -> Path:
     try:
         study, config = existing(config)
         mirror = Tracking(config)
-        _write(path, study, config, mirror.open() if mirror.exists() else None)
+        found = overview.of(study, config, importances=False)
+        _write(path, study, config, mirror.open() if mirror.exists() else None, found)
     except (*storage.ERRORS, *tracking.ERRORS) as error:
         raise storage.failure(error) from error
     return path
 
 
-def _write(path: Path, study: optuna.Study, config: StudyConfig, mirror: Tracking | None) -> None:
+def _write(
+    path: Path,
+    study: optuna.Study,
+    config: StudyConfig,
+    mirror: Tracking | None,
+    found: overview.Overview,
+    charts: "list[Chart] | None" = None,
+) -> None:
     from search import report  # slow: Plotly
 
-    report.write(path, study, config, None if mirror is None else _tested(study, mirror))
+    if charts is None:
+        charts = draw(study, config)
+    report.write(path, study, found, charts, None if mirror is None else _tested(study, mirror))
 
 
 def _tested(study: optuna.Study, mirror: Tracking) -> "Tested | None":

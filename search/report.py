@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
 from search import overview, storage
-from search.config import StudyConfig
 from search.evaluation import MANY, Confusion, Evaluation
 from search.overview import Overview
 from search.recipe import short
@@ -40,7 +40,7 @@ class Chart:
     figure: go.Figure
     wide: bool = False
 
-    @property
+    @cached_property
     def json(self) -> str:
         """The figure as the page's script reads it."""
         bare = self.figure.to_dict()
@@ -60,9 +60,15 @@ class Tested:
     mistakes: bytes | None
 
 
-def write(path: Path, study: optuna.Study, config: StudyConfig, tested: Tested | None) -> None:
+def write(
+    path: Path,
+    study: optuna.Study,
+    found: Overview,
+    charts: list[Chart],
+    tested: Tested | None,
+) -> None:
     """Write the report of `study` into `path`, whole or not at all."""
-    html = build(study, overview.of(study, config), tested)
+    html = build(study, found, charts, tested)
     path = path.resolve()  # a link stays one
     unfinished = path.with_name(f".report.{os.getpid()}")  # fits where the report's name is long
     try:
@@ -72,15 +78,22 @@ def write(path: Path, study: optuna.Study, config: StudyConfig, tested: Tested |
         unfinished.unlink(missing_ok=True)
 
 
-def build(study: optuna.Study, found: Overview, tested: Tested | None) -> str:
-    """The report as HTML."""
+def draw(study: optuna.Study, found: Overview) -> list[Chart]:
+    """The charts of the search, which is all that takes long; that of the winner comes later."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna's own functions warn of trials that they leave out
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         charts = list(_charts(study, found))
+    for chart in charts:
+        chart.json  # noqa: B018 - it is kept
+    return charts
+
+
+def build(study: optuna.Study, found: Overview, charts: list[Chart], tested: Tested | None) -> str:
+    """The report as HTML, with the `charts` that `draw` made."""
     drawn = None if tested is None else tested.evaluation
     if tested is not None and drawn is not None and (drawn.confusion or drawn.confusions):
-        charts.append(_confusion(tested, drawn))
+        charts = [*charts, _confusion(tested, drawn)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
     )
