@@ -19,6 +19,7 @@ import sqlalchemy
 from sqlalchemy.engine import Engine
 
 from search.config import InputError, one_line
+from search.imports import uncollected
 from search.lock import file_lock
 from search.urls import is_postgresql, redact, sqlite_url
 
@@ -320,7 +321,9 @@ def _on_connect(connection: Any, _: Any) -> None:
         return
     file = connection.execute("PRAGMA database_list").fetchone()[2]
     if file in _unfinished:
-        connection.execute("PRAGMA synchronous=OFF")  # hundreds of statements, each a transaction
+        # Hundreds of statements, each a transaction, of a file that is removed if one fails.
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute("PRAGMA journal_mode=MEMORY")
     if file in _tuned:
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT}")
         connection.execute("PRAGMA journal_mode=WAL")
@@ -340,7 +343,8 @@ def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
         _tune_connections()
         _unfinished.add(file)
         try:
-            fill(sqlite_url(unfinished))
+            with uncollected():
+                fill(sqlite_url(unfinished))
             with unfinished.open("rb") as written:
                 os.fsync(written.fileno())
             unfinished.rename(path)

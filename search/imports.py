@@ -54,12 +54,23 @@ def quickly() -> Iterator[None]:
     while it grows nor at exit. In forked processes it stays in memory that all of them share.
     For processes of our own: what else exists is no longer searched either.
     """
+    with uncollected():
+        try:
+            yield
+        finally:
+            gc.freeze()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Do without the garbage collector in a block that makes very many objects."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -12,12 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search import environment, signals, tasks
 from search.config import RunError, StudyConfig
-from search.data import Dataset
 from search.urls import sqlite_path
+
+if TYPE_CHECKING:
+    from search.data import Dataset
 
 
 def worker_count(workers: int | None, *, gpu: bool = False) -> int:
@@ -72,13 +75,33 @@ def _quotas(root: Path) -> Iterator[float]:
 def start_importing(config: StudyConfig) -> None:
     """Let the process that workers are forked from import TensorFlow while this one does the rest.
 
-    For a new study in a file alone: any other may have nothing to train.
+    Of a study in a file alone, and only where trials are missing.
     """
-    path = sqlite_path(config.storage)
-    new = path is not None and not os.path.exists(path) and config.scheduler is None
     forks = sys.platform == "linux" and environment.gpu_device() is None
-    if new and forks and worker_count(config.workers) > 1:
+    path = sqlite_path(config.storage)
+    if path is None or config.scheduler is not None:
+        return
+    if (
+        forks
+        and worker_count(config.workers) > 1
+        and _count_finished(path, config) < config.n_trials
+    ):
         _processes()
+
+
+def _count_finished(path: Path, config: StudyConfig) -> int:
+    """How many trials of the study in the file `path` have finished; 0 where it can't be read."""
+    if not path.exists():
+        return 0
+    from search.database import read_sqlite  # not at the top: a new study need not wait for it
+
+    query = (
+        "SELECT count(*) FROM trials JOIN studies USING (study_id) "
+        "WHERE study_name = ? AND state IN ('COMPLETE', 'PRUNED')"
+    )
+    with contextlib.suppress(sqlite3.Error), read_sqlite(path) as file:
+        return int(file.execute(query, (config.study_name,)).fetchone()[0])
+    return 0
 
 
 class InProcess(Executor):
@@ -139,7 +162,7 @@ class Pool:
     )
 
     def __init__(
-        self, config: StudyConfig, parent_run: str, dataset: Dataset, say: Callable[[str], None]
+        self, config: StudyConfig, parent_run: str, dataset: "Dataset", say: Callable[[str], None]
     ) -> None:
         self._workers = config.workers
         self._prepare = parent_run, config, dataset

@@ -178,7 +178,9 @@ def open_storage(url: str) -> RDBStorage:
 
     create_sqlite(path, fill)
     tune_sqlite(path)
-    return RDBStorage(server.braces(sqlite_url(path)))
+    return RDBStorage(  # it is complete, and `check` has seen its schema
+        server.braces(sqlite_url(path)), skip_compatibility_check=True, skip_table_creation=True
+    )
 
 
 def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:

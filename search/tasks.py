@@ -8,12 +8,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from search.config import RunError, StudyConfig, one_line
-from search.data import Dataset
 from search.imports import silent_stderr
 from search.outcome import Outcome
 from search.own_model import ModelError
 
 if TYPE_CHECKING:
+    from search.data import Dataset
     from search.promotion import Comparison
     from search.trial import Worker
 
@@ -26,13 +26,13 @@ class Unfit(RunError):
     """This worker can't run any task of the study, but another one may."""
 
 
-_prepared: dict[str, tuple[StudyConfig, Dataset, int]] = {}
+_prepared: dict[str, "tuple[StudyConfig, Dataset, int]"] = {}
 _workers: dict[tuple[str, int], "Worker"] = {}  # by parent run and thread
 _one_at_a_time = threading.Lock()
 _PATIENCE = 30  # seconds that servers which a cluster's worker doesn't reach get to come back
 
 
-def prepare(parent_run: str, config: StudyConfig, dataset: Dataset, threads: int = 1) -> None:
+def prepare(parent_run: str, config: StudyConfig, dataset: "Dataset", threads: int = 1) -> None:
     """Remember what this process's workers are for; the first tasks make them and get the errors.
 
     threads: how many tasks run at once in this process.
