@@ -107,9 +107,6 @@ class Cluster:
         member.running.add(future)
         return future
 
-    def use_idle(self, task: Callable[..., Any], *arguments: Any) -> None:
-        """Nothing: it would keep a worker from other studies."""
-
     def wait(self, running: "Collection[Future[Any]]") -> "set[Future[Any]]":
         """Those that have ended, their workers' end included; or none, after a while."""
         if running:

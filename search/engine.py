@@ -107,10 +107,7 @@ class Engine:
             number, repeat = arguments
             on_repeat(number, repeat, kept)
 
-        stopped = self._run(
-            tasks.repeat, missing(), on_result, missing, self._why_stop, self._use_idle
-        )
-        return stopped is None
+        return self._run(tasks.repeat, missing(), on_result, missing, self._why_stop) is None
 
     def run_trials(
         self,
@@ -168,11 +165,7 @@ class Engine:
             return [(place,) for place in on_death()]
 
         first = [(place,) for place in places]
-        return self._run(tasks.run_trial, first, on_result, missing, why_stop, self._use_idle)
-
-    def _use_idle(self) -> None:
-        """Let workers that have nothing left to do get ready for the retraining."""
-        self._home.use_idle(tasks.rehearse, self._parent_run)
+        return self._run(tasks.run_trial, first, on_result, missing, why_stop)
 
     def _run(
         self,
@@ -181,13 +174,13 @@ class Engine:
         on_result: Callable[[Arguments, Any], bool | None],
         missing: Callable[[], Iterable[Arguments]],
         why_stop: Callable[[], str | None],
-        when_all_run: Callable[[], object],
+        meanwhile: Callable[[], object] = list,
     ) -> str | None:
         """Run `task` with each of the arguments in `first`; returns why it stopped early, if so.
 
         on_result: gets arguments and result, and tells whether to run that again.
         missing: after a worker has died, says what is to do now.
-        when_all_run: is called each time that no more is left than what is running.
+        meanwhile: is called each time that tasks were started and before they are waited for.
         Raises RunError where workers die at one task again and again.
         """
         queue = deque(first)
@@ -209,8 +202,7 @@ class Engine:
             if not running and not died and (stopped or not queue):
                 return stopped if queue else None
 
-            if not queue:
-                when_all_run()
+            meanwhile()
             done = home.wait(running)
             while done:
                 future = done.pop()

@@ -170,7 +170,6 @@ class Pool:
         self._slots: int | None = None
         self._in_process: InProcess | None = None
         self._last: dict[ProcessPoolExecutor, Future[Any]] = {}  # what each was given last
-        self._used: set[ProcessPoolExecutor] = set()  # while they were idle
 
     def slots(self) -> int:
         """How many tasks run at once; the first call finds out, and says so."""
@@ -217,7 +216,7 @@ class Pool:
                 self._in_process = InProcess()
             return self._in_process.submit(task, *arguments)
         self.bury()
-        for executor in sorted(self._idle(), key=lambda e: e not in self._used):
+        for executor in [executor for executor, last in self._last.items() if last.done()]:
             try:
                 self._last[executor] = _submit(executor, task, *arguments)
                 return self._last[executor]
@@ -227,17 +226,6 @@ class Pool:
         executor = self._executor()
         self._last[executor] = _submit(executor, task, *arguments)
         return self._last[executor]
-
-    def _idle(self) -> list[ProcessPoolExecutor]:
-        return [executor for executor, last in self._last.items() if last.done()]
-
-    def use_idle(self, task: Callable[..., Any], *arguments: Any) -> None:
-        """Let each process that is idle do `task`, once; the next task goes to one of them."""
-        for executor in self._idle():
-            if executor not in self._used:
-                self._used.add(executor)
-                with contextlib.suppress(BrokenProcessPool):  # who submits the next one sees to it
-                    _submit(executor, task, *arguments)
 
     def wait(self, running: "Collection[Future[Any]]") -> "set[Future[Any]]":
         """Those that have ended, as soon as there are some."""

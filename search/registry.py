@@ -1,14 +1,15 @@
 """The winner: train it anew on all training data, test it once, log its model with its lineage."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ import mlflow
 import numpy as np
 from mlflow.entities import Run
 from mlflow.models import Model, infer_signature
-from numpy.typing import NDArray
 
 from search import environment, evaluation
 from search.config import StudyConfig
@@ -38,7 +38,6 @@ from search.recipe import complete, unusual
 from search.tracking import Tracking
 
 if TYPE_CHECKING:
-    import keras
     import optuna
     from optuna.trial import FrozenTrial
 
@@ -82,6 +81,8 @@ def retrain(
     """
     from search import model, training  # not at the top: the main process does without Keras
 
+    loading = threading.Thread(target=_load, daemon=True)  # while TensorFlow trains
+    loading.start()
     trial = study.get_trials(deepcopy=False)[number]
     whence = lineage(study, trial, dataset)
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
@@ -111,6 +112,7 @@ def retrain(
     tracking.log_result(
         run_id, history, {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
     )
+    loading.join()
     with tracking.active(run_id), _silence():
         example = scaled(dataset.x_test[:2])
         info = Model.log(
@@ -119,7 +121,10 @@ def retrain(
             flavor=_KerasFlavor,
             metadata=whence,
             validate_serving_input=False,  # by loading the model once more, which takes a second
-            **_described(registered, example),
+            model=registered,
+            signature=infer_signature(example, np.asarray(registered(example))),
+            input_example=example,
+            pip_requirements=_requirements(),
         )
         with tempfile.TemporaryDirectory() as folder:
             # Last, because writing HDF5 (Keras 3.15) drops the optimizer from the model's own
@@ -134,38 +139,17 @@ def retrain(
     return run_id
 
 
-def _described(model: "keras.Model", example: NDArray[np.float32]) -> dict[str, Any]:
-    """What MLflow is told of a model, beside its name."""
-    return {
-        "model": model,
-        "signature": infer_signature(example, np.asarray(model(example))),
-        "input_example": example,
-        "pip_requirements": [f"{name}=={importlib.metadata.version(name)}" for name in _PINNED],
-    }
+def _requirements() -> list[str]:
+    return [f"{name}=={importlib.metadata.version(name)}" for name in _PINNED]
 
 
-def rehearse(dataset: Dataset) -> None:
-    """Save a small network, evaluate and draw it, and throw all of it away.
-
-    What `retrain` does with the winner loads MLflow's Keras flavor and Matplotlib, and lists the
-    installed packages; an idle worker that has done it once is two seconds faster then.
-    """
-    import keras
-
-    few = replace(dataset, x_test=dataset.x_all[:2], y_test=dataset.y_all[:2])
-    network = keras.Sequential(
-        [
-            keras.Input((dataset.features,), name="example"),
-            keras.layers.Dense(dataset.classes, "softmax", kernel_initializer="zeros", name="few"),
-        ],
-        name="rehearsal",
-    )
-    with tempfile.TemporaryDirectory() as name, _silence():
-        folder = Path(name)
-        described = _described(network, scaled(few.x_test))
-        mlflow.keras.save_model(path=folder / "model", mlflow_model=Model(), **described)
-        network.save(folder / "network.h5")
-        evaluation.save(network, few, folder)
+def _load() -> None:
+    """Load what saving a model takes; what fails here is told when it is saved."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("mlflow.keras")
+        importlib.import_module("matplotlib.backends.backend_agg")
+        requirements_utils = importlib.import_module("mlflow.utils.requirements_utils")
+        requirements_utils.warn_dependency_requirement_mismatches(_requirements())  # lists packages
 
 
 class _KerasFlavor:

@@ -1,6 +1,5 @@
 """What a worker does, in whichever process or thread: every task names the parent run it is for."""
 
-import contextlib
 import logging
 import os
 import threading
@@ -110,12 +109,6 @@ def repeat(parent_run: str, number: int, which: int) -> dict[str, Any]:
 def retrain(parent_run: str, number: int) -> str:
     """As `trial.Worker.retrain`."""
     return _worker(parent_run).retrain(number)
-
-
-def rehearse(parent_run: str) -> None:
-    """As `registry.rehearse`; what fails here would fail in the retraining, where it is told."""
-    with contextlib.suppress(Exception):
-        _worker(parent_run).rehearse()
 
 
 def compare(parent_run: str, challenger: int, champion: int) -> "Comparison | str":

@@ -178,10 +178,6 @@ class Worker:
             self.config, self.dataset, self.tracking, self.parent_run, self.study, number
         )
 
-    def rehearse(self) -> None:
-        """Load what the retraining needs beside what a trial does."""
-        registry.rehearse(self.dataset)
-
     def compare(self, challenger: int, champion: int) -> promotion.Comparison | str:
         """Compare two versions of the registered model on the test examples."""
         return promotion.compare(self.config, self.dataset, self.tracking, challenger, champion)

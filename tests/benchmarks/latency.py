@@ -63,7 +63,7 @@ def first_start(source: Path, folder: Path) -> Times:
         starts, ends = (datetime.fromisoformat(t) for t in database.execute(query).fetchone())
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         query = (
-            "SELECT min(r.start_time), max(m.timestamp) FROM runs r JOIN metrics m "
+            "SELECT min(r.start_time), min(m.timestamp) FROM runs r JOIN metrics m "
             "ON m.run_uuid = r.run_uuid WHERE r.name LIKE 'retrain-%'"
         )
         retraining, trained = (t / 1000 for t in database.execute(query).fetchone())
