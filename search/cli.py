@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +16,7 @@ import typer
 from search import config as settings
 from search import files, signals, urls
 from search.config import InputError, RunError, StudyConfig, printable
-from search.imports import quickly
+from search.imports import hidden, quickly
 from search.recipe import HYPERPARAMETERS
 
 app = typer.Typer(
@@ -242,8 +242,7 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
     console = display.Output(soft_wrap=True)
     shown = panel.listener(console, quiet=quiet)
     shown.loading(config.study_name)
-    with quickly():
-        _import_importances()
+    with _loading() if pool.trains_here(config) else _loading("pandas", "matplotlib"):
         from search import pipeline
 
     def abandon(reason: str) -> None:
@@ -256,18 +255,22 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
     return 0 if result.winner is not None else signals.EXIT_INTERRUPTED
 
 
-def _import_importances() -> None:
-    """Without scikit-learn, which takes a second and serves evaluators that are not used."""
-    from search.imports import hidden
+@contextlib.contextmanager
+def _loading(*unused: str) -> Iterator[None]:
+    """Load a verb's modules in the block, quickly and without what they load in vain.
 
-    with hidden("sklearn"):
+    unused: libraries that Optuna, Keras or MLflow load where they are there. Scikit-learn is one:
+    it serves importance evaluators that are not used.
+    """
+    with quickly(), hidden("sklearn", *unused):
         import optuna.importance  # noqa: F401
+
+        yield
 
 
 def run_show(config: StudyConfig, as_json: bool) -> int:
     """Print what the study has found; returns the exit code."""
-    with quickly():
-        _import_importances()
+    with _loading():
         from rich.console import Console
 
         from search import display, overview
@@ -282,8 +285,7 @@ def run_show(config: StudyConfig, as_json: bool) -> int:
 
 def run_report(config: StudyConfig, output: str) -> int:
     """Write the report; returns the exit code."""
-    with quickly():
-        _import_importances()
+    with _loading("pandas", "matplotlib"):
         from search import presentation, report  # noqa: F401 - loads Plotly
 
     print(f"wrote {printable(str(presentation.report(config, output)))}")
@@ -327,7 +329,7 @@ def run_ui(config: StudyConfig) -> int:
 
 def run_doctor(config: StudyConfig, fix: bool) -> int:
     """Print what the ledgers disagree about; returns the exit code."""
-    with quickly():
+    with _loading("pandas", "matplotlib"):
         from search import doctor
 
     mended, left = doctor.examine(config, fix=fix)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from mlflow.data.numpy_dataset import from_numpy
-
 from search.config import StudyConfig
 from search.contract import Facts
 from search.data import Dataset
@@ -12,6 +10,8 @@ from search.recipe import LOSS, OUTPUT_ACTIVATION, shared
 
 def facts_of(config: StudyConfig, dataset: Dataset) -> Facts:
     """What the runs of all trials of a study share, as the study keeps it."""
+    from mlflow.data.numpy_dataset import from_numpy  # slow: pandas
+
     x, y = dataset.train
     described = from_numpy(
         features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]

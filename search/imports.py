@@ -34,15 +34,15 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hidden(module: str) -> Iterator[None]:
-    """What is imported meanwhile finds that `module`, unless it is loaded, is not installed."""
-    unloaded = module not in sys.modules
-    if unloaded:
+def hidden(*modules: str) -> Iterator[None]:
+    """What is imported meanwhile finds that `modules`, unless loaded, are not installed."""
+    unloaded = [module for module in modules if module not in sys.modules]
+    for module in unloaded:
         sys.modules[module] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if unloaded:
+        for module in unloaded:
             del sys.modules[module]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from requests import RequestException
 
 from search import production, ranking, runner, storage
 from search.config import StudyConfig
@@ -109,7 +108,7 @@ def read(config: StudyConfig) -> Overview:
         storage.check(config)
         production.check(config.tracking_uri)
         return of(storage.load_study(config), config)
-    except (*storage.ERRORS, RequestException) as error:
+    except storage.ERRORS as error:
         raise storage.failure(error) from error
 
 

@@ -77,16 +77,17 @@ def start_importing(config: StudyConfig) -> None:
 
     Of a study in a file alone, and only where trials are missing.
     """
-    forks = sys.platform == "linux" and environment.gpu_device() is None
     path = sqlite_path(config.storage)
-    if path is None or config.scheduler is not None:
+    if path is None or config.scheduler is not None or trains_here(config):
         return
-    if (
-        forks
-        and worker_count(config.workers) > 1
-        and _count_finished(path, config) < config.n_trials
-    ):
+    if sys.platform == "linux" and _count_finished(path, config) < config.n_trials:
         _processes()
+
+
+def trains_here(config: StudyConfig) -> bool:
+    """Whether this process may train, because there may be one worker only."""
+    may_have_gpu = environment.gpu_device() is not None
+    return config.scheduler is None and worker_count(config.workers, gpu=may_have_gpu) == 1
 
 
 def _count_finished(path: Path, config: StudyConfig) -> int:

@@ -3,7 +3,7 @@
 from search.imports import hidden, quickly
 from search.tasks import load_trial
 
-with quickly(), hidden("sklearn"), hidden("matplotlib"):  # a second, for parts of Keras not used
+with quickly(), hidden("sklearn", "matplotlib"):  # a second, for parts of Keras not used
     load_trial()
     # What MLflow imports and SQLAlchemy prepares when the first of its databases is opened.
     import mlflow.store.model_registry.sqlalchemy_store

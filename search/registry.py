@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import numpy as np
 from mlflow.entities import Run
-from mlflow.models import Model, infer_signature
 
 from search import environment, evaluation
 from search.config import StudyConfig
@@ -79,6 +78,8 @@ def retrain(
     The test images are evaluated here, and by the gate. The run ends FINISHED, and names the
     logged model in its tag `model_uri`, or it does not count.
     """
+    from mlflow.models import Model, infer_signature
+
     from search import model, training  # not at the top: the main process does without Keras
 
     loading = threading.Thread(target=_load, daemon=True)  # while TensorFlow trains

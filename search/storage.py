@@ -65,7 +65,9 @@ def _check_schema(url: str, path: Path) -> None:
 
 
 def _alembic_head() -> str:
-    storage = RDBStorage("sqlite:///:memory:")
+    storage = RDBStorage(
+        "sqlite:///:memory:", skip_compatibility_check=True, skip_table_creation=True
+    )
     return storage.get_head_version()
 
 
