@@ -70,10 +70,6 @@ class Lines(Quiet):
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    def loading(self, study_name: str) -> None:
-        """Say what takes the first seconds."""
-        self._print(f"study {study_name}: loading the libraries, the data and both databases")
-
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """Say what will be done."""
         self._print(str(dataset))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -58,6 +59,14 @@ class Panel(Lines):
         self._closed = threading.Event()
         self._writer: threading.Thread | None = None
         self._terminal = contextlib.ExitStack()
+        self._loading: Status | None = None
+
+    def loading(self, study_name: str) -> None:
+        """Say what takes the first seconds, until the first line is printed."""
+        self._loading = self._console.status(
+            f"study {study_name}: loading the libraries, the data and both databases"
+        )
+        self._loading.start()
 
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """Show the panel, where there is something to search."""
@@ -86,7 +95,13 @@ class Panel(Lines):
         self._writer.start()
         threading.Thread(target=self._watch, args=(study,), daemon=True).start()
 
+    def _loaded(self) -> None:
+        if self._loading is not None:
+            self._loading.stop()
+            self._loading = None
+
     def _print(self, text: str, style: str = "") -> None:
+        self._loaded()
         if self._writer is None or self._closed.is_set():
             super()._print(text, style)
         else:
@@ -152,6 +167,7 @@ class Panel(Lines):
 
     def close(self) -> None:
         """Take the panel away."""
+        self._loaded()
         self._closed.set()
         if self._writer is not None:
             self._writer.join(timeout=2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from alembic.script import ScriptDirectory
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
@@ -64,11 +65,8 @@ def _check_schema(url: str, path: Path) -> None:
         )
 
 
-def _alembic_head() -> str:
-    storage = RDBStorage(
-        "sqlite:///:memory:", skip_compatibility_check=True, skip_table_creation=True
-    )
-    return storage.get_head_version()
+def _alembic_head() -> str | None:  # RDBStorage's get_head_version needs a database
+    return ScriptDirectory(str(Path(models.__file__).with_name("alembic"))).get_current_head()
 
 
 def _has_tables(url: str) -> bool:

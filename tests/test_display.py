@@ -290,6 +290,7 @@ def test_the_panel_shows_how_the_search_stands_and_leaves_whole_lines(
 ) -> None:
     trials = 10
     running = terminal(*options(digits, trials))
+    running.until(lambda lines: "study mnist-dnn: loading the libraries" in lines[0])
     running.until(lambda lines: any(f"0 of {trials} trials" in line for line in lines))
     shown = running.until(
         lambda lines: (
@@ -316,6 +317,12 @@ def test_the_panel_shows_eight_trials_of_a_cluster_and_counts_the_rest() -> None
         f"trial {n}" for n in range(1, 9)
     ]
     assert lines[-1] == "and 62 more"
+
+
+def test_a_refusal_on_a_terminal_is_one_line(terminal: Callable[..., Terminal]) -> None:
+    refused = terminal(str(ROOT / "study.py"), "--dataset", "none.npz")
+    (line,) = refused.end()
+    assert line.startswith("error: --dataset none.npz: must be a readable .npz file, but has ")
 
 
 def test_ctrl_c_tears_no_line(terminal: Callable[..., Terminal], clouds: Path) -> None:

@@ -191,6 +191,28 @@ def test_tensorflow_is_asked_for_a_gpu_in_a_process_of_its_own(
         pool.Pool(StudyConfig(), "run", nothing, print)._ask_for_gpu("/dev/nvidia0")
 
 
+def test_tensorflow_is_imported_ahead_where_trials_are_missing(
+    monkeypatch: pytest.MonkeyPatch, in_folder: Path, clouds: Path
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(pool, "_processes", lambda: started.append(True))
+    monkeypatch.setattr(environment, "gpu_device", lambda: None)
+
+    def starts(**changed: Any) -> bool:
+        started.clear()
+        pool.start_importing(small(clouds, **{"n_trials": 2, "workers": 2, **changed}))
+        return started == ([True] if sys.platform == "linux" else [])
+
+    assert starts()
+    assert not starts(workers=1)
+    pipeline.run(small(clouds, n_trials=2))
+    assert not starts()
+    assert starts(n_trials=3)
+    assert starts(study_name="another")
+    (in_folder / "study.db").write_text("no database")
+    assert starts()
+
+
 # ---- processes -----------------------------------------------------------------------------------
 
 UNGUARDED = """

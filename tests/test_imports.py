@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, command
@@ -125,13 +126,14 @@ def test_only_storage_builds_optunas_storages() -> None:
 
 
 def test_only_the_modules_of_the_mirror_import_mlflow() -> None:
-    mirror = {"address", "tracking", "registry", "promotion", "reconcile", "facts"}
+    mirror = {"address", "tracking", "registry", "promotion", "reconcile", "preload"}
     assert importers({"mlflow"}, late=False) <= mirror
-    assert importers({"mlflow"}) <= {*mirror, "production", "environment"}
+    assert importers({"mlflow"}) <= {*mirror, "facts", "production", "environment"}
 
 
 def test_the_command_line_imports_no_heavy_part_at_its_top() -> None:
-    assert siblings("cli", late=False) == {"config", "files", "recipe", "signals", "urls"}
+    light = {"config", "files", "imports", "recipe", "signals", "urls"}
+    assert siblings("cli", late=False) == light
     libraries = {i.library for i in imports("cli") if not i.late}
     assert libraries <= {*sys.stdlib_module_names, "typer", "search"}
 
@@ -164,6 +166,25 @@ def test_an_import_loads_nothing_that_it_does_not_need(
     loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
     assert "search" in loaded
     assert not loaded & unwanted
+
+
+@pytest.mark.parametrize("verb", ["show", "doctor"])
+def test_a_verb_loads_nothing_that_it_does_not_need(verb: str, finished: dict[str, Any]) -> None:
+    code = (
+        f"import sys; from search.cli import main; code = main([{verb!r}]); "
+        "print(*sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=finished["folder"],
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "optuna" in loaded
+    assert ("mlflow" in loaded) == (verb == "doctor")
+    assert not loaded & {*KERAS, "sklearn", "pandas", "matplotlib", "plotly"}
 
 
 def test_help_names_every_option(tmp_path: Path) -> None:

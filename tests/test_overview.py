@@ -275,6 +275,6 @@ def test_trials_of_one_value_have_no_importances_in_any_view(
     assert found.as_json()["importances"] is None
     display.show(Console(), found)
     assert "Importance" not in capsys.readouterr().out
-    page = report.build(study, found, None)
+    page = report.build(study, found, report.draw(study, found), None)
     assert "All hyperparameters together" in page
     assert "most of all" not in page

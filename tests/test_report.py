@@ -43,6 +43,12 @@ def opened(browser: Any, path: Path, **options: Any) -> Any:
     return page
 
 
+def write(path: Path, study: optuna.Study, config: StudyConfig) -> None:
+    """The report of `study`, without a winner."""
+    found = overview.of(study, config)
+    report.write(path, study, found, report.draw(study, found), None)
+
+
 def test_every_chart_is_drawn_without_an_error_and_without_a_network(
     finished: dict[str, Any], browser: Any
 ) -> None:
@@ -136,7 +142,7 @@ def test_a_study_that_has_hardly_begun_has_a_report(
             )
         )
     path = in_folder / "report.html"
-    report.write(path, study, config, None)
+    write(path, study, config)
     page = opened(browser, path)
     assert page.locator("tbody tr").count() == finished_trials + 1
     assert page.get_by_text("<script>alert(1)</script>").count() == 1
@@ -197,7 +203,7 @@ def of_many_kinds(seeds: Iterable[int]) -> tuple[optuna.Study, StudyConfig]:
 def test_hyperparameters_that_no_trial_had_are_in_no_chart(in_folder: Path, browser: Any) -> None:
     study, config = of_many_kinds([5])
     assert not {"filters", "augmentation_strength"} & set(study.trials[0].params)
-    report.write(in_folder / "report.html", study, config, None)
+    write(in_folder / "report.html", study, config)
     page = opened(browser, in_folder / "report.html")
     assert "Each hyperparameter alone" in page.locator("h2").all_inner_texts()
     page.close()
@@ -213,7 +219,7 @@ def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
     searched = set(sampling.distributions(config.space))
     assert set(found.importances.shares) == searched - of_some
     path = in_folder / "report.html"
-    report.write(path, study, config, None)
+    write(path, study, config)
     page = opened(browser, path)
     titles = page.locator("h2").all_inner_texts()
     assert {"Which hyperparameters matter", "All hyperparameters together"} <= set(titles)

@@ -308,3 +308,7 @@ def test_a_lowered_budget_that_is_met_misses_nothing() -> None:
         study.add_trial(create_trial(state=state, user_attrs={"place": place}))
     assert storage.missing_places(study, 4) == []
     assert storage.missing_places(study, 5) == [3]
+
+
+def test_the_schemas_version_is_what_optuna_says() -> None:
+    assert storage._alembic_head() == optuna.storages.RDBStorage("sqlite://").get_head_version()
