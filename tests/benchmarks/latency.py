@@ -2,13 +2,17 @@
 
     python tests/benchmarks/latency.py COMMIT [--turns 3]
 
-Both versions run the same commands in turns, each as a whole process in a fresh folder: a first
-study of four trials of one epoch, then in that folder the same command again, `show`, `report` and
+Both versions run the same commands in turns, each as a whole process on a terminal: in a fresh
+folder a first
+study of four trials of one epoch, then there the same command again, `show`, `report` and
 `doctor`. Prints a Markdown table of medians in seconds, and of the ratios turn by turn.
 """
 
 import argparse
+import contextlib
 import io
+import os
+import pty
 import sqlite3
 import statistics
 import subprocess
@@ -38,21 +42,27 @@ def check_out(commit: str, folder: Path) -> Path:
 
 
 def run(source: Path, folder: Path, *options: str) -> tuple[float, float, float]:
-    """Run a command to its end; returns when it began, printed its first line and ended."""
+    """Run a command on a terminal; returns when it began, when it showed its first line, its end.
+
+    A terminal that is read as it is written: what the command shows there is not looked at.
+    """
+    mine, theirs = pty.openpty()
     began = time.time()
     process = subprocess.Popen(
-        [sys.executable, "-u", str(source / "study.py"), *options],
+        [sys.executable, str(source / "study.py"), *options],
         cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
+        stdout=theirs,
+        env={**os.environ, "TERM": "xterm-256color"},
     )
-    assert process.stdout is not None
-    process.stdout.readline()
-    printed = time.time()
-    process.stdout.read()
-    if process.wait() != 0:
+    os.close(theirs)
+    shown = None
+    with contextlib.suppress(OSError):  # the command was the last who had the terminal
+        while os.read(mine, 1 << 16):
+            shown = shown or time.time()
+    os.close(mine)
+    if process.wait() != 0 or shown is None:
         raise RuntimeError(f"{options} of {source} ended with {process.returncode}")
-    return began, printed, time.time()
+    return began, shown, time.time()
 
 
 def first_start(source: Path, folder: Path) -> Times:
