@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import random
 import re
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import crash
+import forks
 import invariants
 import pytest
-from conftest import ROOT, command, mlflows_tables, start, wait_until
+from conftest import ROOT, command, start, start_anew, wait_until
 from optuna_dashboard import get_note
 from servers import MlflowServer, Proxy
 
@@ -33,10 +33,6 @@ OPTIONS = (
     *("--n-trials", str(TRIALS), "--epochs", str(EPOCHS), "--hidden-units", "4,8"),
     *("--report", "none"),  # takes longer than the search
 )
-
-
-FORKS = multiprocessing.get_context("forkserver")  # its children have TensorFlow already
-FORKS.set_forkserver_preload(["search.pipeline", "search.trial"])
 
 
 def settings(dataset: Path, **changed: Any) -> StudyConfig:
@@ -87,11 +83,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[
 def die(folder: Path, dataset: Path, point: str, *more: str) -> None:
     """Run the command until it dies at `point`."""
     options = ["--dataset", str(dataset), "--workers", "1", *OPTIONS, *more]
-    tables = None if point in crash.FIRST_START else mlflows_tables()
-    process = FORKS.Process(target=crash.run, args=(point, str(folder), options, tables))
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode == -signal.SIGKILL
+    process = forks.Python([crash.__file__, point, *options], cwd=folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, out + err
 
 
 @pytest.mark.parametrize("point", [*crash.FIRST_START, *crash.TRIALS, *crash.REGISTRATION])
@@ -449,7 +443,8 @@ def test_a_password_in_a_url_is_nowhere_to_be_found(
             name = ("--study-name", kind.replace(" ", "-"), "--report", "report.html")
             workers = ("--workers", "2" if kind == "works" else "1")
             few = ("--n-trials", "3", "--epochs", "1", "--hidden-units", "4")
-            process = start(in_folder, "--dataset", str(clouds), *workers, *few, *name)
+            begin = start_anew if kind == "works" else start  # whose name is not study.py
+            process = begin(in_folder, "--dataset", str(clouds), *workers, *few, *name)
             before = statuses(in_folder, "FINISHED")
             while process.poll() is None:
                 if kind == "fails midway" and statuses(in_folder, "FINISHED") > before:

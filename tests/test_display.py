@@ -268,9 +268,8 @@ WORKER = re.compile(r"worker \d+  trial \d+  epoch [123]/3")
 def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
-    def begin(*arguments: str, shell: str = 'exec "$@"') -> Terminal:
-        command = ["bash", "-c", shell, "-", sys.executable, *arguments]
-        started.append(Terminal(command, tmp_path))
+    def begin(*arguments: str, shell: str | None = None) -> Terminal:
+        started.append(Terminal(list(arguments), tmp_path, shell))
         return started[0]
 
     yield begin

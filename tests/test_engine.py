@@ -21,7 +21,7 @@ import invariants
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, command, start
+from conftest import ROOT, Process, command, start, start_anew
 from optuna.trial import TrialState
 
 from search import engine, environment, pipeline, pool
@@ -427,7 +427,7 @@ def test_a_timeout_stops_early_and_goes_on_to_the_retraining(in_folder: Path, cl
 # ---- deaths --------------------------------------------------------------------------------------
 
 
-def wait_for(condition: Callable[[], Found], process: "subprocess.Popen[str]") -> Found:
+def wait_for(condition: Callable[[], Found], process: Process) -> Found:
     """What `condition` finds, as soon as it finds something, while `process` runs."""
     deadline = time.monotonic() + 90
     while not (found := condition()):
@@ -437,7 +437,7 @@ def wait_for(condition: Callable[[], Found], process: "subprocess.Popen[str]") -
     return found
 
 
-def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def workers(process: Process) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
@@ -470,7 +470,7 @@ def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
 
 def test_a_killed_worker_costs_its_trial_and_not_the_budget(tmp_path: Path, clouds: Path) -> None:
     (tmp_path / "search.py").write_text("raise ImportError('a namesake')")
-    process = start(tmp_path, *options(clouds, 4))
+    process = start_anew(tmp_path, *options(clouds, 4))
     victim = wait_for(lambda: running_owners(tmp_path), process).pop()
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=200)

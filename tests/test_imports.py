@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, start_anew
 
 from search import config
 
@@ -167,7 +167,7 @@ def test_an_import_loads_nothing_that_it_does_not_need(
 
 
 def test_help_names_every_option(tmp_path: Path) -> None:
-    code, out, err = command(tmp_path, "--help")
+    code, out, err = command(tmp_path, "--help", by=start_anew)
     assert (code, err) == (0, "")
     shown = set(re.findall(r"--[a-z][a-z0-9-]*", out))
     assert {config.flag(name) for name in config.options()} | {"--config", "--help"} <= shown

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TRIALS, command
+from conftest import ROOT, TRIALS, command, start_anew
 from optuna.trial import TrialState, create_trial
 from servers import MlflowServer
 
@@ -88,7 +88,7 @@ def test_show_takes_less_than_two_seconds_and_loads_no_tensorflow(
     def seconds() -> float:
         """Of processor: other tests run beside this one."""
         before = os.times()
-        assert command(finished["folder"], "show")[0] == 0
+        assert command(finished["folder"], "show", by=start_anew)[0] == 0
         after = os.times()
         return sum(after[2:4]) - sum(before[2:4])
 
