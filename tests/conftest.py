@@ -1,4 +1,6 @@
 import contextlib
+import gc
+import json
 import os
 import shutil
 import sqlite3
@@ -8,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +22,14 @@ import templates
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from search import tracking
+from search import StudyConfig, tracking
 from search.recipe import complete
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before any test module imports TensorFlow
+gc.set_threshold(50_000, 10, 10)  # TensorFlow makes millions of objects
 
 TRIALS, EPOCHS = 12, 3
 FINISHED = (*("--dataset", "digits.npz", "--epochs", str(EPOCHS), "--n-trials", str(TRIALS)),)
@@ -67,8 +71,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """No test inherits an address, from outside or from what a test before it told MLflow."""
+    """No test inherits an address, or what a test before it told MLflow or TensorFlow."""
     for name in ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        os.environ.pop(name, None)
+    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ.pop(name, None)
 
 
@@ -83,6 +89,12 @@ def _mlflows_tables_at_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "_create_schema", templates.copy_mlflows_tables)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """The garbage collector passes over what is there, millions of TensorFlow's objects."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -196,6 +208,7 @@ def mlflow_at(folder: Path) -> Iterator["MlflowClient"]:
 @pytest.fixture
 def client(in_folder: Path) -> Iterator["MlflowClient"]:
     """MLflow's client of a fresh folder, whose functions that take no address work there, too."""
+    templates.copy_mlflows_tables(f"sqlite:///{in_folder / 'mlflow.db'}")
     with mlflow_at(in_folder) as found:
         yield found
 
@@ -251,6 +264,15 @@ def command(
         if process.poll() is None:
             os.killpg(process.pid, 9)
     return process.wait(), out, err
+
+
+def run_elsewhere(config: StudyConfig) -> None:
+    """`pipeline.run` in a process of its own, whose workers are there at once."""
+    given = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    code = "import json, search, sys; search.run(search.StudyConfig(**json.loads(sys.argv[1])))"
+    process = forks.Python(["-c", code, json.dumps(given)], cwd=Path.cwd())
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (0, "", "")
 
 
 CHROMIUM = shutil.which("chromium")

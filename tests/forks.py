@@ -81,8 +81,9 @@ FOLDER = "SEARCH_TESTS_FOLDER"  # a folder for what they share, which ends with 
 class Python:
     """As `subprocess.Popen([sys.executable, *arguments], text=True, start_new_session=True)`.
 
-    stdin, stdout, stderr: file descriptors; for the last two None makes a pipe. Where stdin is a
-    terminal, the process controls it. A process whose object is gone, is killed.
+    stdin, stdout, stderr: file descriptors, or subprocess.PIPE. Where stdin is a terminal, the
+    process controls it. first: a statement that the process executes before all else, as Popen's
+    preexec_fn. A process whose object is gone is killed.
     """
 
     def __init__(
@@ -91,14 +92,16 @@ class Python:
         *,
         cwd: Path | str,
         env: Mapping[str, str] | None = None,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+        first: str = "",
     ) -> None:
         request = {
             "arguments": list(map(str, arguments)),
             "cwd": str(cwd),
             "env": dict(os.environ if env is None else env),
+            "first": first,
         }
         self.args = [sys.executable, *request["arguments"]]
         self.returncode: int | None = None
@@ -109,18 +112,21 @@ class Python:
                 stack.callback(os.close, descriptor)
                 return descriptor
 
-            def pipe(given: int | None) -> tuple[int, IO[str] | None]:
-                if given is not None:
+            def pipe(given: int, mode: str) -> tuple[int, IO[str] | None]:
+                if given == subprocess.DEVNULL:
+                    return own(os.open(os.devnull, os.O_RDWR)), None
+                if given != subprocess.PIPE:
                     return given, None
                 reading, writing = os.pipe()
-                return own(writing), open(reading)
+                theirs, ours = (writing, reading) if mode == "r" else (reading, writing)
+                return own(theirs), open(ours, mode)
 
-            nothing = own(os.open(os.devnull, os.O_RDONLY)) if stdin is None else stdin
-            out, self.stdout = pipe(stdout)
-            err, self.stderr = pipe(stderr)
+            its_in, self.stdin = pipe(stdin, "w")
+            its_out, self.stdout = pipe(stdout, "r")
+            its_err, self.stderr = pipe(stderr, "r")
             self._connection = socket.socket(socket.AF_UNIX)
             self._connection.connect(os.environ[ADDRESS])
-            socket.send_fds(self._connection, [b" "], [nothing, out, err])
+            socket.send_fds(self._connection, [b" "], [its_in, its_out, its_err])
             _write(self._connection, request)
         answer = _read(self._connection)
         if "refused" in answer:
@@ -145,6 +151,8 @@ class Python:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end; returns what it wrote. Raises subprocess.TimeoutExpired."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        if self.stdin is not None:
+            self.stdin.close()
         self._readers = self._readers or [_Reader(self.stdout), _Reader(self.stderr)]
         for reader in self._readers:
             reader.join(None if deadline is None else max(0, deadline - time.monotonic()))
@@ -235,6 +243,7 @@ def _read(connection: socket.socket) -> dict[str, Any]:
 def _import_libraries() -> None:
     from search.imports import hidden, silent_stderr
 
+    gc.disable()  # there is no garbage
     with hidden("sklearn"), silent_stderr():  # as the command does
         for name in LIBRARIES:
             importlib.import_module(name)
@@ -244,6 +253,7 @@ def _import_libraries() -> None:
 
     tracking._create_schema = templates.copy_mlflows_tables
     sys.path.remove(str(Path(__file__).parent))  # a new interpreter finds nothing there
+    gc.enable()
     gc.freeze()  # it touches no page that the processes share
 
 
@@ -331,6 +341,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     time.tzset()
     tempfile.tempdir = None  # what the environment said then
+    exec(request["first"], {})
     with request["connection"] as connection:
         _write(connection, {"pid": os.getpid()})
 

@@ -6,10 +6,10 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import invariants
 import mlflow
 import numpy as np
@@ -257,14 +257,7 @@ def test_a_module_that_starts_tensorflow_does_not_change_the_digits(folder: Path
     (folder / "late.py").write_text(CONVOLUTION)
     (folder / "early.py").write_text(CONVOLUTION + "\n\nkeras.random.uniform((2, 2))\n")
     losses = [
-        subprocess.run(
-            [sys.executable, "-c", TRAIN, f"{module}:build"],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        forks.Python(["-c", TRAIN, f"{module}:build"], cwd=folder).communicate(timeout=100)[0]
         for module in ("late", "early")
     ]
     assert losses[0] == losses[1] != ""

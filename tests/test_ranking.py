@@ -6,6 +6,7 @@ from typing import Any
 import invariants
 import optuna
 import pytest
+from conftest import run_elsewhere
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -241,7 +242,7 @@ def test_in_processes_the_repeats_are_the_same(
     whole: dict[str, Any], in_folder: Path, clouds: Path
 ) -> None:
     pipeline.run(config(clouds, finalists=0))
-    pipeline.run(config(clouds, workers=2))
+    run_elsewhere(config(clouds, workers=2))
     assert curves(invariants.check(in_folder, TRIALS)) == curves(whole)
 
 

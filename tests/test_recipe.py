@@ -105,7 +105,7 @@ def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
     with np.load(small) as arrays:
         x = arrays["x_test"].reshape(100, -1).astype("float32") / 255
         for loaded in (model, keras.saving.load_model(legacy)):
-            hits = loaded.predict(x, verbose=0).argmax(axis=1) == arrays["y_test"]
+            hits = loaded(x, training=False).numpy().argmax(axis=1) == arrays["y_test"]
             assert hits.mean() == pytest.approx(result.winner.test_accuracy, abs=1e-6)
     assert result.winner.test_accuracy > 0.15  # a tenth by chance
     unusual = {n: v for n, v in changed.items() if v != HYPERPARAMETERS[n].plain}

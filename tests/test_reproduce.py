@@ -6,7 +6,7 @@ from typing import Any
 
 import invariants
 import pytest
-from conftest import command, copy_databases
+from conftest import command, copy_databases, run_elsewhere
 
 from search import environment, pipeline, storage
 from search.config import InputError, StudyConfig
@@ -27,7 +27,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         pipeline.run(config(clouds, workers=1, n_trials=2))
-        pipeline.run(config(clouds, workers=2))
+        run_elsewhere(config(clouds, workers=2))
     return folder
 
 
