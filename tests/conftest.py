@@ -22,7 +22,7 @@ import templates
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from search import StudyConfig, tracking
+from search import StudyConfig
 from search.recipe import complete
 
 if TYPE_CHECKING:
@@ -84,11 +84,9 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _mlflows_tables_at_once() -> Iterator[None]:
-    """In this process, too, MLflow's tables are copied."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "_create_schema", templates.copy_mlflows_tables)
-        yield
+def _templates() -> None:
+    """In this process, too, as in those that are forked."""
+    templates.use()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,6 +18,7 @@ read from the environment at their start is as in the server (another value is r
 one of these starts a new interpreter.
 """
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -249,9 +250,7 @@ def _import_libraries() -> None:
             importlib.import_module(name)
     import templates
 
-    from search import tracking
-
-    tracking._create_schema = templates.copy_mlflows_tables
+    templates.use()
     sys.path.remove(str(Path(__file__).parent))  # a new interpreter finds nothing there
     gc.enable()
     gc.freeze()  # it touches no page that the processes share
@@ -410,13 +409,35 @@ def _be_the_fork_server(asked: socket.socket) -> None:
         exec(code, {})
 
 
+_status: int | None = None  # with which this process is to exit
+
+
+def _leave() -> None:
+    """Exit at once: to take the libraries apart, object by object, takes long."""
+    if _status is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_status)
+
+
 def main() -> None:
     """Serve; in the processes forked from this one, run what was asked for."""
+    global _status
+    atexit.register(_leave)  # before all others, so it is called after them
     with socket.socket(fileno=int(sys.argv[1])) as listening:
         request = _serve(listening)
     _become(request)
     _fork_the_fork_server()
-    _run(request["arguments"])
+    try:
+        _run(request["arguments"])
+        _status = 0
+    except SystemExit as end:
+        _status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except Exception:
+        _status = 1
+        raise
 
 
 if __name__ == "__main__":
