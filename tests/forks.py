@@ -25,7 +25,6 @@ import functools
 import gc
 import importlib
 import json
-import multiprocessing.util
 import os
 import runpy
 import select
@@ -370,6 +369,8 @@ def _fork_the_fork_server() -> None:
 
     It must not be forked when it is started: there may be threads and open databases by then.
     """
+    from multiprocessing import util
+
     mine, its = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -380,19 +381,19 @@ def _fork_the_fork_server() -> None:
         finally:
             os._exit(0)
     its.close()
-    original = multiprocessing.util.spawnv_passfds
+    original = util.spawnv_passfds
 
     def spawn(path: Any, arguments: list[str], descriptors: Sequence[int]) -> int:
         code = arguments[-1]
         if "multiprocessing.forkserver" not in code:
             return original(path, arguments, descriptors)
-        multiprocessing.util.spawnv_passfds = original  # should it be killed and started again
+        util.spawnv_passfds = original  # should it be killed and started again
         message = json.dumps([code, list(descriptors)]).encode()
         with mine:
             socket.send_fds(mine, [message], descriptors)
         return pid
 
-    multiprocessing.util.spawnv_passfds = spawn
+    util.spawnv_passfds = spawn
 
 
 def _be_the_fork_server(asked: socket.socket) -> None:
@@ -424,7 +425,7 @@ def _leave() -> None:
 def main() -> None:
     """Serve; in the processes forked from this one, run what was asked for."""
     global _status
-    atexit.register(_leave)  # before all others, so it is called after them
+    atexit.register(_leave)  # before any library does, so it is called after theirs
     with socket.socket(fileno=int(sys.argv[1])) as listening:
         request = _serve(listening)
     _become(request)
