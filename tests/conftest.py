@@ -69,6 +69,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(running.close)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a finished study of real digits is slow."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """No test inherits an address, or what a test before it told MLflow or TensorFlow."""

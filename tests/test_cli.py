@@ -197,6 +197,7 @@ def ended(process: forks.Python, code: int, reason: str, folder: Path) -> None:
     assert {trial.user_attrs["failure"] for trial in found["trials"]} == {reason}
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
     process = search(tmp_path, clouds, epochs=300)
     wait_for(lambda: len(running_owners(tmp_path)) == 2, process)

@@ -22,7 +22,10 @@ from search.listener import Listener
 from search.outcome import Outcome
 
 TRIALS, EPOCHS = 6, 15
-pytestmark = pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed")
+pytestmark = [
+    pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed"),
+    pytest.mark.slow,
+]
 
 
 @dataclass

@@ -29,6 +29,7 @@ from search.listener import Listener
 from search.outcome import Outcome
 
 TRIALS, EPOCHS = 8, 3
+pytestmark = pytest.mark.slow
 OPTIONS = (
     *("--n-trials", str(TRIALS), "--epochs", str(EPOCHS), "--hidden-units", "4,8"),
     *("--report", "none"),  # takes longer than the search
@@ -194,7 +195,6 @@ def test_of_many_first_starts_one_runs_the_study_and_the_others_say_so(
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("numbers", "code"), [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGTERM,), 143)]
 )

@@ -114,6 +114,7 @@ print(os.stat("study.db").st_ino)
     assert sorted(optuna.get_all_study_names("sqlite:///study.db")) == ["a", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a {b} {0}", "100% a%s", "a%20b", "a#b"])
 def test_a_path_of_braces_spaces_and_percents_works(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -284,6 +284,7 @@ def options(dataset: Path, trials: int, workers: str = "2") -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_panel_shows_how_the_search_stands_and_leaves_whole_lines(
     terminal: Callable[..., Terminal], digits: Path
 ) -> None:
@@ -317,6 +318,7 @@ def test_the_panel_shows_eight_trials_of_a_cluster_and_counts_the_rest() -> None
     assert lines[-1] == "and 62 more"
 
 
+@pytest.mark.slow
 def test_ctrl_c_tears_no_line(terminal: Callable[..., Terminal], clouds: Path) -> None:
     running = terminal(*options(clouds, 500))
     running.until(lambda lines: any(LINE.fullmatch(line) for line in lines))
@@ -332,6 +334,7 @@ def test_ctrl_c_tears_no_line(terminal: Callable[..., Terminal], clouds: Path) -
     assert not any("^C" in line for screen in running.seen for line in screen)
 
 
+@pytest.mark.slow
 def test_sigterm_gives_the_terminal_back(terminal: Callable[..., Terminal], clouds: Path) -> None:
     running = terminal(*options(clouds, 500, "1"))
     running.until(lambda lines: any(LINE.fullmatch(line) for line in lines))
@@ -377,6 +380,7 @@ def test_a_warning_tears_no_line(terminal: Callable[..., Terminal]) -> None:
     assert not any("passed" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shell",
     [
@@ -406,6 +410,7 @@ def test_a_pipe_that_is_called_a_terminal_is_none(
     assert "passed" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_reads_is_interrupted(in_folder: Path, clouds: Path) -> None:
     process = start(in_folder, *options(clouds, 500, "1")[1:])
     assert process.stdout is not None
@@ -421,6 +426,7 @@ def test_a_run_that_nobody_reads_is_interrupted(in_folder: Path, clouds: Path) -
     invariants.check(in_folder, registered=False)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_there_is_a_line_a_trial(finished: dict[str, Any]) -> None:
     lines = finished["out"].splitlines()
     assert sum(LINE.fullmatch(line) is not None for line in lines) == TRIALS

@@ -146,6 +146,7 @@ def test_no_module_is_longer_than_400_lines(module: str) -> None:
     assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [

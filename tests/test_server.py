@@ -49,6 +49,7 @@ storage.close(storage.open_storage(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_first_start_in_parallel_makes_one_database(url: str) -> None:
     processes = [python(CREATE, ROOT, url) for _ in range(4)]
     for process in processes:
@@ -277,6 +278,7 @@ def test_an_end_that_was_written_unheard_is_no_error(
 # ---- cut connections -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
     url: str, in_folder: Path, clouds: Path
 ) -> None:
