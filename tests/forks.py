@@ -209,7 +209,6 @@ def server() -> Iterator[None]:
     finally:
         del os.environ[ADDRESS], os.environ[FOLDER]
         process.communicate()
-        shutil.rmtree(folder)
 
 
 # ---- messages ------------------------------------------------------------------------------------
@@ -285,6 +284,7 @@ def _serve(listening: socket.socket) -> dict[str, Any]:
             if key.fileobj is sys.stdin:  # pytest has ended
                 for pid in connections:
                     end(pid)
+                shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
                 sys.exit()
             elif key.fileobj is woken:
                 woken.recv(4096)
