@@ -1,4 +1,6 @@
 import contextlib
+import gc
+import json
 import os
 import shutil
 import sqlite3
@@ -8,27 +10,31 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forks
 import invariants
 import numpy as np
 import pytest
+import templates
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from search import StudyConfig
 from search.recipe import complete
-from search.urls import sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before any test module imports TensorFlow
+gc.set_threshold(50_000, 10, 10)  # TensorFlow makes millions of objects
 
 TRIALS, EPOCHS = 12, 3
 FINISHED = (*("--dataset", "digits.npz", "--epochs", str(EPOCHS), "--n-trials", str(TRIALS)),)
 ROOT = Path(__file__).parents[1]
-Command = Callable[..., subprocess.CompletedProcess[str]]
+Process = forks.Python | subprocess.Popen[str]
 
 
 def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
@@ -55,10 +61,27 @@ def plain(
     return dict(complete({**core, **others}))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One fork server for all processes of pytest: the first one starts the others."""
+    if not hasattr(config, "workerinput"):
+        running = contextlib.ExitStack()
+        running.enter_context(forks.server())
+        config.add_cleanup(running.close)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a finished study of real digits is slow."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """No test inherits an address, from outside or from what a test before it told MLflow."""
+    """No test inherits an address, or what a test before it told MLflow or TensorFlow."""
     for name in ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        os.environ.pop(name, None)
+    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ.pop(name, None)
 
 
@@ -67,35 +90,16 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-_TEMPLATE: list[tuple[Path, Callable[[str, str], None]]] = []
-
-
-def mlflows_tables() -> Path:
-    """An empty database of MLflow's, made when it is first asked for."""
-    path, create = _TEMPLATE[0]
-    if not path.exists():
-        create(sqlite_url(path), str(path.parent))
-    return path
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _mlflows_tables_at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """In this process MLflow's empty database is copied: its sixty migrations take two seconds.
+def _templates() -> None:
+    """In this process, too, as in those that are forked."""
+    templates.use()
 
-    The commands and processes that tests start do without.
-    """
-    from search import tracking
 
-    _TEMPLATE.append((tmp_path_factory.mktemp("template") / "mlflow.db", tracking._create_schema))
-
-    def copy(url: str, artifacts: str) -> None:
-        path = sqlite_path(url)
-        assert path is not None
-        shutil.copy(mlflows_tables(), path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "_create_schema", copy)
-        yield
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """The garbage collector passes over what is there, millions of TensorFlow's objects."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -209,6 +213,7 @@ def mlflow_at(folder: Path) -> Iterator["MlflowClient"]:
 @pytest.fixture
 def client(in_folder: Path) -> Iterator["MlflowClient"]:
     """MLflow's client of a fresh folder, whose functions that take no address work there, too."""
+    templates.copy_mlflows_tables(f"sqlite:///{in_folder / 'mlflow.db'}")
     with mlflow_at(in_folder) as found:
         yield found
 
@@ -232,8 +237,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     return found
 
 
-def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
+def start(folder: Path, *options: str) -> forks.Python:
     """The real command, in a process group of its own, as a shell would start it."""
+    return forks.Python([str(ROOT / "study.py"), *options], cwd=folder)
+
+
+def start_anew(folder: Path, *options: str) -> "subprocess.Popen[str]":
+    """As `start`, in a new interpreter, which takes as long to start as it does for a user."""
     return subprocess.Popen(
         [sys.executable, "-u", str(ROOT / "study.py"), *options],
         cwd=folder,
@@ -245,15 +255,29 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
     )
 
 
-def command(folder: Path, *options: str, timeout: float = 600) -> tuple[int, str, str]:
-    """Run the real command to its end; returns exit code, standard output and error."""
-    process = start(folder, *options)
+def command(
+    folder: Path, *options: str, timeout: float = 600, by: Callable[..., Process] = start
+) -> tuple[int, str, str]:
+    """Run the real command to its end; returns exit code, standard output and error.
+
+    by: `start`, or `start_anew`.
+    """
+    process = by(folder, *options)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, 9)
-    return process.returncode, out, err
+    return process.wait(), out, err
+
+
+def run_elsewhere(config: StudyConfig) -> None:
+    """`pipeline.run` in a process of its own, whose workers are there at once."""
+    given = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    code = "import json, search, sys; search.run(search.StudyConfig(**json.loads(sys.argv[1])))"
+    process = forks.Python(["-c", code, json.dumps(given)], cwd=Path.cwd())
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (0, "", "")
 
 
 CHROMIUM = shutil.which("chromium")

@@ -8,7 +8,6 @@ import functools
 import inspect
 import os
 import pkgutil
-import shutil
 import signal
 import sys
 import time
@@ -113,17 +112,13 @@ def arm(point: Point) -> None:
     setattr(owner, point.name, staticmethod(deadly) if inspect.ismethod(original) else deadly)
 
 
-def run(point: str, folder: str, options: list[str], tables: Path | None) -> None:
-    """The command in `folder`, in this process, which is to die at `point`.
-
-    tables: an empty database of MLflow's to begin with, which takes long to make.
-    """
+def run(point: str, options: list[str]) -> int:
+    """The command, in this process, which is to die at `point`."""
     from search.cli import main
 
-    if tables is not None and not Path(folder, "mlflow.db").exists():
-        shutil.copy(tables, Path(folder, "mlflow.db"))
-
-    os.chdir(folder)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     arm(POINTS[point])
-    sys.exit(main(options))
+    return main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], sys.argv[2:]))

@@ -14,11 +14,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forks
 import requests
 import sqlalchemy
+import templates
+
+Process = forks.Python | subprocess.Popen[bytes]
 
 
-def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_for(address: str, process: Process, log: Path) -> None:
     """Wait until something answers at `address`; `process`, which writes `log`, has to live."""
     deadline = time.monotonic() + 120
     while True:
@@ -28,13 +32,27 @@ def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> Non
         except requests.RequestException:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, f"nothing answers at {address}"
-            time.sleep(0.1)
+            time.sleep(0.02)
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+SERVE = """
+import os, runpy, sys
+import mlflow.cli, mlflow.server
+
+def serve(command, extra_env, **_):  # in this process, in place of another interpreter
+    os.environ.update(extra_env)
+    sys.argv = command[2:]
+    runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+
+mlflow.server._exec_cmd = serve
+mlflow.cli.cli(["server", "--workers", "1", *sys.argv[1:]])
+"""
 
 
 class MlflowServer:
@@ -46,25 +64,25 @@ class MlflowServer:
     def __init__(self, folder: Path, store: str | None = None) -> None:
         self._folder = folder
         self._store = store or f"sqlite:///{folder / 'mlflow.db'}"
+        if store is None and not (folder / "mlflow.db").exists():
+            templates.copy_mlflows_tables(self._store)
         self._port = free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: forks.Python | None = None
         self.start()
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = forks.Python(
                 [
-                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-                    *("--host", "127.0.0.1", "--port", str(self._port)),
+                    *("-c", SERVE, "--host", "127.0.0.1", "--port", str(self._port)),
                     *("--backend-store-uri", self._store),
                     *("--artifacts-destination", str(self._folder / "mlruns")),
                 ],
                 cwd=self._folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                stdout=log.fileno(),
+                stderr=log.fileno(),
                 # Else ten more processes start, for judges of language models.
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
@@ -101,7 +119,7 @@ class Postgres:
         if os.getuid() == 0:
             shutil.chown(self._folder, "postgres")
         data, encoding = str(self._folder / "data"), "--encoding=UTF8"  # whatever the locale
-        self._call("initdb", "-D", data, "-U", "study", "--auth=trust", encoding)
+        self._call("initdb", "-D", data, "-U", "study", "--auth=trust", "--no-sync", encoding)
         self.start()
 
     def _call(self, program: str, *options: str) -> None:
@@ -122,7 +140,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start it and wait until it takes connections."""
-        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -k {self._folder}"
+        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c fsync=off -k {self._folder}"
         data, log = str(self._folder / "data"), str(self._folder / "log")
         self._call("pg_ctl", "start", "-w", "-D", data, "-l", log, "-o", options)
 
@@ -201,27 +219,24 @@ class Dask:
         self._folder = folder
         self._port = free_port()
         self.address = f"tcp://127.0.0.1:{self._port}"
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Process] = []
         self.start_scheduler()
 
     def _start(
         self, log: str, *command: str, disguise: tuple[str, ...] = (), **environment: str
-    ) -> "subprocess.Popen[bytes]":
+    ) -> Process:
+        """Start a process, a new interpreter where its machine or environment is another."""
+        arguments = ["-m", f"distributed.cli.dask_{command[0]}", *command[1:]]
+        process: Process
         with (self._folder / log).open("ab") as file:
-            process = subprocess.Popen(
-                [
-                    *disguise,
-                    sys.executable,
-                    "-m",
-                    f"distributed.cli.dask_{command[0]}",
-                    *command[1:],
-                ],
-                cwd=self._folder,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-                env={**os.environ, **environment},
-            )
+            given: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), file.fileno())
+            given |= {"cwd": self._folder, "env": {**os.environ, **environment}}
+            if disguise or environment:
+                process = subprocess.Popen(
+                    [*disguise, sys.executable, *arguments], start_new_session=True, **given
+                )
+            else:
+                process = forks.Python(arguments, **given)
         self._processes.append(process)
         return process
 
@@ -242,7 +257,7 @@ class Dask:
         scheduler: str | None = None,
         host: str | None = None,
         **environment: str,
-    ) -> "subprocess.Popen[bytes]":
+    ) -> Process:
         """Start a worker, without a nanny, which would start it again; it may take a while.
 
         host: the name that its machine seems to have.

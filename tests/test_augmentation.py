@@ -78,6 +78,7 @@ def test_the_strength_scales_the_distortion_down_to_none(kind: str) -> None:
     assert changes[0] < changes[1] < changes[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_channels_of_an_image_move_together(kind: str) -> None:
     grey = digits()
@@ -154,6 +155,7 @@ def test_the_elastic_field_is_as_simard_et_al_drew_it() -> None:
         assert smoothness(found, step) == pytest.approx(smoothness(theirs, step), abs=0.1)
 
 
+@pytest.mark.slow
 def test_images_need_not_be_square() -> None:
     wide = np.random.default_rng(0).uniform(size=(5, 12, 20, 3)).astype(np.float32)
     for kind in KINDS:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import invariants
 import pytest
 from conftest import ROOT, start
@@ -151,14 +152,14 @@ def test_the_handlers_of_signals_are_put_back() -> None:
 # ---- signals, sent to the real command -----------------------------------------------------------
 
 
-def search(folder: Path, dataset: Path, epochs: int) -> "subprocess.Popen[str]":
+def search(folder: Path, dataset: Path, epochs: int) -> forks.Python:
     options = ("--n-trials", "60", "--workers", "2", "--hidden-units", "8", "--pruner", "none")
     return start(
         folder, "--dataset", str(dataset), "--epochs", str(epochs), "--report", "none", *options
     )
 
 
-def read_until(process: "subprocess.Popen[str]", beginning: str) -> None:
+def read_until(process: forks.Python, beginning: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(beginning):
@@ -183,7 +184,7 @@ def test_ctrl_c_waits_for_the_running_trials_and_prints_the_summary(
     assert TrialState.FAIL not in {trial.state for trial in found["trials"]}
 
 
-def ended(process: "subprocess.Popen[str]", code: int, reason: str, folder: Path) -> None:
+def ended(process: forks.Python, code: int, reason: str, folder: Path) -> None:
     """Assert that `process` ends within 10 s, in one line, and leaves nothing running."""
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
@@ -196,6 +197,7 @@ def ended(process: "subprocess.Popen[str]", code: int, reason: str, folder: Path
     assert {trial.user_attrs["failure"] for trial in found["trials"]} == {reason}
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
     process = search(tmp_path, clouds, epochs=300)
     wait_for(lambda: len(running_owners(tmp_path)) == 2, process)

@@ -14,7 +14,7 @@ import invariants
 import pytest
 from conftest import start, wait_until
 from optuna.trial import TrialState
-from servers import BINARIES, Dask, MlflowServer, Postgres, TcpProxy, ask
+from servers import BINARIES, Dask, MlflowServer, Postgres, Process, TcpProxy, ask
 
 from search import RunError, StudyConfig, cluster, doctor, pipeline, storage
 from search.contract import LOST
@@ -22,7 +22,10 @@ from search.listener import Listener
 from search.outcome import Outcome
 
 TRIALS, EPOCHS = 6, 15
-pytestmark = pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed")
+pytestmark = [
+    pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed"),
+    pytest.mark.slow,
+]
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Site:
     postgres: Postgres
     mlflow: MlflowServer
     dask: Dask
-    workers: dict[int, "subprocess.Popen[bytes]"]  # by threads
+    workers: dict[int, Process]  # by threads
     studies: int = 0
 
     def settings(self, dataset: Path, **changed: Any) -> StudyConfig:
@@ -232,7 +235,7 @@ def test_a_killed_worker_costs_its_trials_and_one_that_joins_gets_some(
 ) -> None:
     config = whole.settings(clouds)
 
-    joining: list[subprocess.Popen[bytes]] = []
+    joining: list[Process] = []
 
     def kill_and_add() -> None:
         victim = whole.workers[2]

@@ -3,11 +3,11 @@
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import forks
 import optuna
 import pytest
 import sqlalchemy
@@ -18,20 +18,13 @@ from search.config import InputError, StudyConfig
 SETTINGS = {"epochs": 5, "dataset": "mnist (0123456789ab)"}
 
 
-def python(code: str, folder: Path) -> "subprocess.Popen[str]":
+def python(code: str, folder: Path, *arguments: str) -> forks.Python:
     """A process of its own that runs `code` in `folder`."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forks.Python(["-c", code, *arguments], cwd=folder, stdin=subprocess.PIPE)
 
 
 @contextmanager
-def killed_after(code: str, folder: Path, line: str) -> Iterator["subprocess.Popen[str]"]:
+def killed_after(code: str, folder: Path, line: str) -> Iterator[forks.Python]:
     """Run `code` until it has printed `line`; at the end it is killed, if it was not before."""
     process = python(code, folder)
     try:
@@ -121,6 +114,7 @@ print(os.stat("study.db").st_ino)
     assert sorted(optuna.get_all_study_names("sqlite:///study.db")) == ["a", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a {b} {0}", "100% a%s", "a%20b", "a#b"])
 def test_a_path_of_braces_spaces_and_percents_works(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str

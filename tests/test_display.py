@@ -268,9 +268,8 @@ WORKER = re.compile(r"worker \d+  trial \d+  epoch [123]/3")
 def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
-    def begin(*arguments: str, shell: str = 'exec "$@"') -> Terminal:
-        command = ["bash", "-c", shell, "-", sys.executable, *arguments]
-        started.append(Terminal(command, tmp_path))
+    def begin(*arguments: str, shell: str | None = None) -> Terminal:
+        started.append(Terminal(list(arguments), tmp_path, shell))
         return started[0]
 
     yield begin
@@ -285,6 +284,7 @@ def options(dataset: Path, trials: int, workers: str = "2") -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_panel_shows_how_the_search_stands_and_leaves_whole_lines(
     terminal: Callable[..., Terminal], digits: Path
 ) -> None:
@@ -325,6 +325,7 @@ def test_a_refusal_on_a_terminal_is_one_line(terminal: Callable[..., Terminal]) 
     assert line.startswith("error: --dataset none.npz: must be a readable .npz file, but has ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_tears_no_line(terminal: Callable[..., Terminal], clouds: Path) -> None:
     running = terminal(*options(clouds, 500))
     running.until(lambda lines: any(LINE.fullmatch(line) for line in lines))
@@ -340,6 +341,7 @@ def test_ctrl_c_tears_no_line(terminal: Callable[..., Terminal], clouds: Path) -
     assert not any("^C" in line for screen in running.seen for line in screen)
 
 
+@pytest.mark.slow
 def test_sigterm_gives_the_terminal_back(terminal: Callable[..., Terminal], clouds: Path) -> None:
     running = terminal(*options(clouds, 500, "1"))
     running.until(lambda lines: any(LINE.fullmatch(line) for line in lines))
@@ -385,6 +387,7 @@ def test_a_warning_tears_no_line(terminal: Callable[..., Terminal]) -> None:
     assert not any("passed" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shell",
     [
@@ -414,6 +417,7 @@ def test_a_pipe_that_is_called_a_terminal_is_none(
     assert "passed" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_reads_is_interrupted(in_folder: Path, clouds: Path) -> None:
     process = start(in_folder, *options(clouds, 500, "1")[1:])
     assert process.stdout is not None
@@ -429,6 +433,7 @@ def test_a_run_that_nobody_reads_is_interrupted(in_folder: Path, clouds: Path) -
     invariants.check(in_folder, registered=False)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_there_is_a_line_a_trial(finished: dict[str, Any]) -> None:
     lines = finished["out"].splitlines()
     assert sum(LINE.fullmatch(line) is not None for line in lines) == TRIALS

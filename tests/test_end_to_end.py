@@ -123,6 +123,7 @@ def test_rerun_after_the_end_changes_nothing(finished: dict[str, Any]) -> None:
     assert invariants.dump(finished["folder"]) == before
 
 
+@pytest.mark.slow
 def test_a_larger_budget_adds_the_difference(finished: dict[str, Any], tmp_path: Path) -> None:
     shutil.copy(finished["folder"] / "digits.npz", tmp_path)
     copy_databases(finished["folder"], tmp_path)  # others look at the study itself
@@ -150,6 +151,7 @@ def fingerprint(folder: Path) -> dict[int, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_and_a_killed_and_resumed_one_are_the_same_to_the_last_digit(
     tmp_path: Path, digits: Path
 ) -> None:

@@ -21,7 +21,7 @@ import invariants
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, command, start
+from conftest import ROOT, Process, command, start, start_anew
 from optuna.trial import TrialState
 
 from search import engine, environment, pipeline, pool
@@ -264,12 +264,14 @@ def test_workers_do_not_import_a_script_that_lacks_its_guard(tmp_path: Path) -> 
     assert (done.stdout, done.stderr) == ("imported\nTrue\nTrue\n", "")
 
 
+@pytest.mark.slow
 def test_a_script_from_stdin_without_a_guard_runs_a_study(tmp_path: Path, clouds: Path) -> None:
     shutil.copy(clouds, tmp_path)
     done = python(tmp_path, FROM_STDIN, by_stdin=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "2 finished\n", "")
 
 
+@pytest.mark.slow
 def test_a_run_in_a_child_that_only_imports_the_script_is_refused(
     tmp_path: Path, clouds: Path
 ) -> None:
@@ -437,6 +439,7 @@ def test_patience_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clo
     assert invariants.dump(in_folder) == before
 
 
+@pytest.mark.slow
 def test_a_timeout_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:
     began = time.monotonic()
     result = pipeline.run(small(clouds, timeout=1.5, pruner="none"))
@@ -449,7 +452,7 @@ def test_a_timeout_stops_early_and_goes_on_to_the_retraining(in_folder: Path, cl
 # ---- deaths --------------------------------------------------------------------------------------
 
 
-def wait_for(condition: Callable[[], Found], process: "subprocess.Popen[str]") -> Found:
+def wait_for(condition: Callable[[], Found], process: Process) -> Found:
     """What `condition` finds, as soon as it finds something, while `process` runs."""
     deadline = time.monotonic() + 90
     while not (found := condition()):
@@ -459,7 +462,7 @@ def wait_for(condition: Callable[[], Found], process: "subprocess.Popen[str]") -
     return found
 
 
-def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def workers(process: Process) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
@@ -490,9 +493,10 @@ def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_trial_and_not_the_budget(tmp_path: Path, clouds: Path) -> None:
     (tmp_path / "search.py").write_text("raise ImportError('a namesake')")
-    process = start(tmp_path, *options(clouds, 4))
+    process = start_anew(tmp_path, *options(clouds, 4))
     victim = wait_for(lambda: running_owners(tmp_path), process).pop()
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=200)
@@ -504,6 +508,7 @@ def test_a_killed_worker_costs_its_trial_and_not_the_budget(tmp_path: Path, clou
     assert "left RUNNING by a process that is gone" in out
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
     tmp_path: Path, clouds: Path
 ) -> None:
@@ -527,6 +532,7 @@ def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
     assert all(reason.startswith("lost: ") for reason in failed)
 
 
+@pytest.mark.slow
 def test_three_deaths_in_a_row_end_the_run_in_one_line(tmp_path: Path, clouds: Path) -> None:
     process = start(tmp_path, *options(clouds, 3))
     killed = set()
@@ -552,6 +558,7 @@ def test_three_deaths_in_a_row_end_the_run_in_one_line(tmp_path: Path, clouds: P
 # ---- failures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_five_failing_configurations_in_a_row_end_the_run_and_every_one_says_why_in_both_ledgers(
     tmp_path: Path, clouds: Path
 ) -> None:

@@ -54,6 +54,7 @@ def no_graphs() -> None:
 # ---- the same as Keras' own loop -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
@@ -96,6 +97,7 @@ def test_weights_decay_and_biases_do_not(no_graphs: None) -> None:
     assert bias > 0.99
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_keras_own(no_graphs: None) -> None:
     what = tried(label_smoothing=0.3)
     data = examples(WHOLE)
@@ -109,6 +111,7 @@ def test_label_smoothing_is_keras_own(no_graphs: None) -> None:
     assert history["val_loss"][0] == pytest.approx(unsmoothed, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "start", "up"), [("cosine", 0.0, 0.05), ("one_cycle", 0.04, 0.3)])
 def test_a_schedule_is_keras_own_over_all_steps(
     no_graphs: None, name: str, start: float, up: float
@@ -172,6 +175,7 @@ def test_every_dropout_layer_draws_masks_of_its_own(no_graphs: None) -> None:
 IMAGES = {"shape": (4, 5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shift", "affine", "elastic"])
 def test_augmentation_reproduces_and_changes_the_training_alone(kind: str) -> None:
     held_out = examples(99, 1)
@@ -192,6 +196,7 @@ def test_augmentation_reproduces_and_changes_the_training_alone(kind: str) -> No
     assert nearly == pytest.approx(losses(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_only_a_number_shares_a_graph_and_what_is_not_does_not(no_graphs: None) -> None:
     def one(**changed: Any) -> int:
         what = tried(**changed)
@@ -259,6 +264,7 @@ def own() -> Callable[..., keras.Sequential]:
     return make
 
 
+@pytest.mark.slow
 def test_an_own_model_reproduces_whatever_was_trained_before(
     own: Callable[..., keras.Sequential],
 ) -> None:
@@ -272,6 +278,7 @@ def test_an_own_model_reproduces_whatever_was_trained_before(
     assert losses(seed=4) != first
 
 
+@pytest.mark.slow
 def test_own_models_share_a_graph_unless_a_rate_is_built_into_it(
     no_graphs: None, own: Callable[..., keras.Sequential]
 ) -> None:
@@ -286,6 +293,7 @@ def test_own_models_share_a_graph_unless_a_rate_is_built_into_it(
 Layers = list[keras.layers.Layer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layers",
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, start_anew
 
 from search import config
 
@@ -148,6 +148,7 @@ def test_no_module_is_longer_than_400_lines(module: str) -> None:
     assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
@@ -188,7 +189,7 @@ def test_a_verb_loads_nothing_that_it_does_not_need(verb: str, finished: dict[st
 
 
 def test_help_names_every_option(tmp_path: Path) -> None:
-    code, out, err = command(tmp_path, "--help")
+    code, out, err = command(tmp_path, "--help", by=start_anew)
     assert (code, err) == (0, "")
     shown = set(re.findall(r"--[a-z][a-z0-9-]*", out))
     assert {config.flag(name) for name in config.options()} | {"--config", "--help"} <= shown

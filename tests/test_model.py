@@ -68,6 +68,7 @@ def test_the_first_weights_depend_on_the_seed_alone() -> None:
     assert output != first[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["keras", "h5"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_the_registered_model_takes_raw_values_and_gives_nan_for_what_is_no_number(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TRIALS, command
+from conftest import ROOT, TRIALS, command, start_anew
 from optuna.trial import TrialState, create_trial
 from servers import MlflowServer
 
@@ -53,6 +53,7 @@ def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_schema_in_the_readme_is_the_one_printed(finished: dict[str, Any]) -> None:
     shown = json.loads(command(finished["folder"], "show", "--json")[1])
     readme = (Path(__file__).parents[1] / "README.md").read_text()
@@ -72,6 +73,7 @@ def test_show_says_it_in_words(finished: dict[str, Any]) -> None:
         assert run_id in out
 
 
+@pytest.mark.slow
 def test_show_takes_less_than_two_seconds_and_loads_no_tensorflow(
     finished: dict[str, Any],
 ) -> None:
@@ -88,7 +90,7 @@ def test_show_takes_less_than_two_seconds_and_loads_no_tensorflow(
     def seconds() -> float:
         """Of processor: other tests run beside this one."""
         before = os.times()
-        assert command(finished["folder"], "show")[0] == 0
+        assert command(finished["folder"], "show", by=start_anew)[0] == 0
         after = os.times()
         return sum(after[2:4]) - sum(before[2:4])
 
@@ -187,6 +189,7 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_descriptions_name_each_other_and_the_users_own_words_stay(
     in_folder: Path, clouds: Path
 ) -> None:

@@ -6,10 +6,10 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import invariants
 import mlflow
 import numpy as np
@@ -52,6 +52,7 @@ def test_the_readmes_example_has_twenty_lines_or_so() -> None:
     assert len(SOURCE[1].strip().splitlines()) <= 21
 
 
+@pytest.mark.slow
 def test_the_readmes_own_network_is_searched_registered_and_reproduced(folder: Path) -> None:
     assert COMMAND is not None
     options = COMMAND[1].split()
@@ -99,6 +100,7 @@ def test_no_name_that_means_something_else_in_a_ledger_is_free(
             own_model.load(f"takes_{name}:build")
 
 
+@pytest.mark.slow
 def test_another_source_is_another_model(folder: Path) -> None:
     options = ("--model", "mine:build", *SMALL, "--n-trials", "1", "--workers", "1")
     assert command(folder, *options)[0] == 0
@@ -115,6 +117,7 @@ def test_another_source_is_another_model(folder: Path) -> None:
     assert invariants.dump(folder) == before
 
 
+@pytest.mark.slow
 def test_a_worker_with_another_source_trains_nothing(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +186,7 @@ def test_settings_keep_the_model_that_they_were_made_with_and_refuse_to_run_anot
     assert sorted(in_folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_an_edited_layer_trains_as_it_is_now(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,18 +257,12 @@ print([epoch["train_loss"] for epoch in history])
 """
 
 
+@pytest.mark.slow
 def test_a_module_that_starts_tensorflow_does_not_change_the_digits(folder: Path) -> None:
     (folder / "late.py").write_text(CONVOLUTION)
     (folder / "early.py").write_text(CONVOLUTION + "\n\nkeras.random.uniform((2, 2))\n")
     losses = [
-        subprocess.run(
-            [sys.executable, "-c", TRAIN, f"{module}:build"],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        forks.Python(["-c", TRAIN, f"{module}:build"], cwd=folder).communicate(timeout=100)[0]
         for module in ("late", "early")
     ]
     assert losses[0] == losses[1] != ""

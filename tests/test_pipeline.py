@@ -53,6 +53,7 @@ def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds(
     assert (result.complete + result.pruned, result.failed, result.ran) == (3, 0, 3)
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_nothing_to_do(in_folder: Path, clouds: Path) -> None:
     first = run(config(clouds))
     before = invariants.dump(in_folder)
@@ -72,6 +73,7 @@ def test_other_settings_are_refused_with_each_difference(in_folder: Path, clouds
     assert invariants.dump(in_folder) == before
 
 
+@pytest.mark.slow
 def test_a_dataset_under_another_name_goes_on_and_another_one_is_refused(
     in_folder: Path, clouds: Path
 ) -> None:
@@ -118,6 +120,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 GRID = {"sampler": "grid", "dropout_rate": "0.1", "learning_rate": "0.01", "pruner": "none"}
 
 
+@pytest.mark.slow
 def test_a_grid_with_an_impossible_point_ends_and_registers_the_best_of_the_others(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +163,7 @@ def test_a_trial_whose_records_could_not_be_written_says_nothing_of_its_configur
     invariants.check(in_folder, 0, registered=False)
 
 
+@pytest.mark.slow
 def test_two_studies_share_the_databases(in_folder: Path, clouds: Path) -> None:
     run(config(clouds))
     run(config(clouds, study_name="second", seed=1))
@@ -167,6 +171,7 @@ def test_two_studies_share_the_databases(in_folder: Path, clouds: Path) -> None:
     assert invariants.check(in_folder, 3, study_name="second")["winner"] is not None
 
 
+@pytest.mark.slow
 def test_a_grid_ends_when_it_is_exhausted_and_covers_every_point(
     in_folder: Path, clouds: Path
 ) -> None:
@@ -197,6 +202,7 @@ def sorted_clouds(in_folder: Path, clouds: Path) -> Path:
     return Path("sorted.npz")
 
 
+@pytest.mark.slow
 def test_sorted_data_on_any_scale_are_learnt_with_defaults(sorted_clouds: Path) -> None:
     out = io.StringIO()
     chosen = config(sorted_clouds, epochs=None, learning_rate="0.01", pruner="none")
@@ -222,6 +228,7 @@ def test_a_split_without_a_class_is_refused_and_nothing_is_created(sorted_clouds
     assert {path.name for path in Path().iterdir()} == {"sorted.npz"}
 
 
+@pytest.mark.slow
 def test_a_study_keeps_its_split_its_scale_and_its_epochs(sorted_clouds: Path) -> None:
     first = run(config(sorted_clouds, epochs=3, n_trials=2, pruner="none"))
     again = run(config(sorted_clouds, epochs=None, n_trials=3, pruner="none"))
@@ -250,6 +257,7 @@ def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
 # ---- what is only shown ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusions(
     client: MlflowClient, in_folder: Path
 ) -> None:
@@ -273,6 +281,7 @@ def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusio
     assert f'"{first.label} called {first.predicted}"' in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "step", "line"),
     [
@@ -317,6 +326,7 @@ def test_what_is_only_shown_never_costs_the_registration(
     assert [int(v.version) for v in client.search_model_versions()] == [1]
 
 
+@pytest.mark.slow
 def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) -> None:
     given = {
         "study_name": "s" * 200,
@@ -339,6 +349,7 @@ def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) 
 # ---- in the process of who calls it --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_descriptor_open(in_folder: Path, clouds: Path) -> None:
     run(config(clouds, n_trials=1))  # what it imports keeps some
     process = psutil.Process()
@@ -352,9 +363,11 @@ def test_a_run_leaves_no_descriptor_open(in_folder: Path, clouds: Path) -> None:
         with pytest.raises(InputError, match="other settings"):
             run(replace(settings, seed=1))
         assert [file for file in process.open_files() if str(in_folder) in file.path] == []
+        gc.collect()  # what TensorFlow and SQLAlchemy leave in cycles
         assert process.num_fds() <= before
 
 
+@pytest.mark.slow
 def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_every_policy_decides(
 # ---- real registries -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clouds: Path) -> None:
     result = pipeline.run(config(clouds, **BAD))
     found = verdict(result)
@@ -148,6 +149,7 @@ def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clou
     assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
+@pytest.mark.slow
 def test_an_equal_challenger_stays_out(held: MlflowClient, clouds: Path) -> None:
     found = verdict(pipeline.run(config(clouds, **GOOD)))
     assert (found.promoted, found.p_value) == (False, 1.0)
@@ -172,6 +174,7 @@ def test_a_better_challenger_takes_over(client: MlflowClient, clouds: Path) -> N
     }
 
 
+@pytest.mark.slow
 def test_the_accuracies_are_those_of_the_models(held: MlflowClient, clouds: Path) -> None:
     found = verdict(pipeline.run(config(clouds, **BAD)))
     with np.load(clouds) as data:
@@ -185,6 +188,7 @@ def test_the_accuracies_are_those_of_the_models(held: MlflowClient, clouds: Path
     assert Comparison(0, 0, *alone).p_value == found.p_value
 
 
+@pytest.mark.slow
 def test_never_registers_and_a_later_if_better_decides(client: MlflowClient, clouds: Path) -> None:
     result = pipeline.run(config(clouds, promote="never"))
     assert result.winner is not None
@@ -206,6 +210,7 @@ def damaged(in_folder: Path, client: MlflowClient, clouds: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_damaged_production_model_is_named_and_nothing_is_promoted(
     damaged: Path, client: MlflowClient, clouds: Path
 ) -> None:
@@ -228,6 +233,7 @@ def test_a_damaged_production_model_is_named_and_nothing_is_promoted(
     assert "gate.problem" not in versions(client)[2].tags
 
 
+@pytest.mark.slow
 def test_a_damaged_production_model_can_be_replaced(
     damaged: Path, client: MlflowClient, clouds: Path
 ) -> None:
@@ -251,6 +257,7 @@ def register_by_hand(client: MlflowClient, run_id: str | None = None) -> None:
     client.set_registered_model_alias(NAME, "production", version.version)
 
 
+@pytest.mark.slow
 def test_a_production_model_that_was_trained_on_other_data_is_not_compared(
     held: MlflowClient, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +286,7 @@ def test_a_production_model_that_was_trained_on_other_data_is_not_compared(
     assert sorted(versions(held)) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_version_registered_by_hand_is_compared_where_nothing_tells_its_data(
     held: MlflowClient, clouds: Path
 ) -> None:
@@ -299,6 +307,7 @@ def test_a_version_registered_by_hand_is_compared_where_nothing_tells_its_data(
     assert "it was trained on other data" in str(verdict(pipeline.run(config(other))))
 
 
+@pytest.mark.slow
 def test_a_rejected_winner_is_judged_again_when_nothing_is_in_production_any_more(
     held: MlflowClient, clouds: Path
 ) -> None:
@@ -312,6 +321,7 @@ def test_a_rejected_winner_is_judged_again_when_nothing_is_in_production_any_mor
     assert not left & set(versions(held)[2].tags)
 
 
+@pytest.mark.slow
 def test_a_rejected_winner_is_judged_again_against_another_champion(
     held: MlflowClient, clouds: Path
 ) -> None:
@@ -325,6 +335,7 @@ def test_a_rejected_winner_is_judged_again_against_another_champion(
     assert invariants.dump(Path.cwd()) == before
 
 
+@pytest.mark.slow
 def test_the_verdict_never_stands_until_something_else_is_in_production(
     client: MlflowClient, clouds: Path
 ) -> None:
@@ -341,6 +352,7 @@ def test_the_verdict_never_stands_until_something_else_is_in_production(
     assert verdict(pipeline.run(kept_out)).champion == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "when", "refused"),
     [
@@ -382,6 +394,7 @@ def test_a_promotion_over_another_that_was_stopped_is_completed(
     assert versions(held)[2].tags["gate.losing_version"] == "2"
 
 
+@pytest.mark.slow
 def test_a_winner_of_yesterday_is_not_said_to_be_in_production(
     client: MlflowClient, clouds: Path
 ) -> None:
@@ -393,6 +406,7 @@ def test_a_winner_of_yesterday_is_not_said_to_be_in_production(
     assert "version 1: not in production, where version 2 is." in display.summary(again)
 
 
+@pytest.mark.slow
 def test_a_model_of_another_kind_is_named(
     held: MlflowClient, champion: Path, clouds: Path, in_folder: Path
 ) -> None:
@@ -409,6 +423,7 @@ def test_a_model_of_another_kind_is_named(
     assert "version 2, in production, could not be compared: it is not a Keras model" in str(found)
 
 
+@pytest.mark.slow
 def test_two_studies_that_end_together_leave_one_in_production(
     client: MlflowClient, clouds: Path
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import invariants
 import optuna
 import pytest
+from conftest import run_elsewhere
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -182,6 +183,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[str, A
     return {"result": result, "seen": listener.seen, **invariants.check(folder, TRIALS)}
 
 
+@pytest.mark.slow
 def test_the_finalists_are_runs_of_their_own_and_the_best_mean_is_registered(
     whole: dict[str, Any],
 ) -> None:
@@ -203,6 +205,7 @@ def test_the_finalists_are_runs_of_their_own_and_the_best_mean_is_registered(
     assert whole["winner"].info.run_id == result.winner.run_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop_at", "error"), [(1, None), (4, None), (3, Killed), (2, KeyboardInterrupt)]
 )
@@ -237,14 +240,16 @@ def test_stopped_among_the_finalists_the_next_run_goes_on_and_ends_the_same(
     assert invariants.dump(in_folder) == before
 
 
+@pytest.mark.slow
 def test_in_processes_the_repeats_are_the_same(
     whole: dict[str, Any], in_folder: Path, clouds: Path
 ) -> None:
     pipeline.run(config(clouds, finalists=0))
-    pipeline.run(config(clouds, workers=2))
+    run_elsewhere(config(clouds, workers=2))
     assert curves(invariants.check(in_folder, TRIALS)) == curves(whole)
 
 
+@pytest.mark.slow
 def test_a_repeat_that_diverges_is_recorded_and_does_not_win(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +273,7 @@ def test_a_repeat_that_diverges_is_recorded_and_does_not_win(
     assert result.winner.trial != first.best.number
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_meanwhile_gets_the_runs_later(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

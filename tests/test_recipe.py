@@ -83,6 +83,7 @@ def test_each_value_is_in_a_test() -> None:
                 assert any(changed.get(name) == value for changed in VALUES.values()), word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", VALUES.values(), ids=VALUES)
 def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
     client: MlflowClient, in_folder: Path, small: Path, changed: dict[str, Any]
@@ -105,7 +106,7 @@ def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
     with np.load(small) as arrays:
         x = arrays["x_test"].reshape(100, -1).astype("float32") / 255
         for loaded in (model, keras.saving.load_model(legacy)):
-            hits = loaded.predict(x, verbose=0).argmax(axis=1) == arrays["y_test"]
+            hits = loaded(x, training=False).numpy().argmax(axis=1) == arrays["y_test"]
             assert hits.mean() == pytest.approx(result.winner.test_accuracy, abs=1e-6)
     assert result.winner.test_accuracy > 0.15  # a tenth by chance
     unusual = {n: v for n, v in changed.items() if v != HYPERPARAMETERS[n].plain}
@@ -121,6 +122,7 @@ def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
 # ---- early stopping and plateaus ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trial_that_stops_early_counts_by_its_best_epoch_and_is_retrained_as_long(
     in_folder: Path, small: Path
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_trial_that_stops_early_counts_by_its_best_epoch_and_is_retrained_as_l
     assert again.value == winner.value
 
 
+@pytest.mark.slow
 def test_finalists_that_stop_early_count_by_their_best_epochs(in_folder: Path, small: Path) -> None:
     settings = config(small, epochs=30, early_stopping=1, finalists=1, repeats=2, n_trials=1)
     result = pipeline.run(settings)
@@ -153,6 +156,7 @@ def test_finalists_that_stop_early_count_by_their_best_epochs(in_folder: Path, s
     assert [repeat["value"] for repeat in repeats] == best
 
 
+@pytest.mark.slow
 def test_the_retraining_lowers_its_rate_where_the_trials_plateaus_did(
     in_folder: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +181,7 @@ def test_the_retraining_lowers_its_rate_where_the_trials_plateaus_did(
 # ---- in both ledgers, only what was used -------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_ledgers_show_what_a_trial_used_and_nothing_else(in_folder: Path, small: Path) -> None:
     pipeline.run(
         config(

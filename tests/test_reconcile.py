@@ -237,6 +237,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_mirror_is_mended_without_a_new_trial_or_version(
     study: Damaged, damage: Callable[[Damaged], None]
@@ -251,6 +252,7 @@ def test_a_damaged_mirror_is_mended_without_a_new_trial_or_version(
     assert result.mended or damage in (parent_left_running, parent_deleted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [*DAMAGES, point_changed])
 def test_the_doctor_says_what_disagrees_and_mends_it_only_when_told_to(
     study: Damaged, damage: Callable[[Damaged], None]
@@ -328,6 +330,7 @@ def test_the_doctor_waits_for_the_end_of_a_run(study: Damaged) -> None:
         doctor.examine(study.config, fix=True)
 
 
+@pytest.mark.slow
 def test_a_parent_run_that_is_gone_for_good_is_made_again_and_takes_its_runs(
     study: Damaged,
 ) -> None:
@@ -345,6 +348,7 @@ def test_a_parent_run_that_is_gone_for_good_is_made_again_and_takes_its_runs(
     assert [study.run_of(number) for number in range(TRIALS)] == before
 
 
+@pytest.mark.slow
 def test_a_lost_mlflow_database_is_rebuilt_and_the_model_registered_again(study: Damaged) -> None:
     (study.folder / "mlflow.db").unlink()
     result = mend(study)
@@ -379,6 +383,7 @@ def leave_running(study: Damaged, number: int, pid: int) -> None:
     study.client.set_tag(study.run_of(number), "optuna.trial_state", "RUNNING")
 
 
+@pytest.mark.slow
 def test_a_trial_left_running_by_a_dead_process_fails_and_is_replaced(study: Damaged) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
@@ -392,6 +397,7 @@ def test_a_trial_left_running_by_a_dead_process_fails_and_is_replaced(study: Dam
     assert trials[6].user_attrs["place"] == 2
 
 
+@pytest.mark.slow
 def test_a_trial_left_running_on_another_host_is_lost_because_this_one_runs_the_study(
     study: Damaged,
 ) -> None:
@@ -412,6 +418,7 @@ def test_a_trial_that_somebody_enqueued_is_left_alone(study: Damaged) -> None:
     assert with_waiting.get_trials()[-1].state.name == "WAITING"
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_while_mending_leaves_no_run_twice(
     study: Damaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +438,7 @@ def test_a_server_that_fails_while_mending_leaves_no_run_twice(
     assert len(study.client.search_runs(["1"])) == TRIALS + 2
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_living_process_is_waited_for(
     study: Damaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:

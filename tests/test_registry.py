@@ -77,6 +77,7 @@ def stop_at(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
     patch.setattr(MlflowClient, step, stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "when"),
     [*((step, "before") for step in STEPS), ("set_model_version_tag", "after")],
@@ -120,6 +121,7 @@ def test_a_retraining_stopped_before_its_end_is_done_again(
     assert [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")] == [1]
 
 
+@pytest.mark.slow
 def test_an_error_while_registering_is_one_line_and_the_next_run_completes_it(
     config: StudyConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +142,7 @@ def test_an_error_while_registering_is_one_line_and_the_next_run_completes_it(
 # ---- production ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_study_takes_over_production_and_the_model_loads_by_alias_and_by_stage(
     config: StudyConfig, client: MlflowClient, clouds: Path
 ) -> None:
@@ -172,6 +175,7 @@ def test_a_second_study_takes_over_production_and_the_model_loads_by_alias_and_b
     assert invariants.dump(Path.cwd()) == before
 
 
+@pytest.mark.slow
 def test_a_better_trial_is_registered_over_the_old_one(config: StudyConfig, clouds: Path) -> None:
     wide = {"hidden_units": "8", "learning_rate": "1e-5:1:log", "sampler": "random"}
     first = pipeline.run(small(clouds, **wide, n_trials=1))
@@ -185,6 +189,7 @@ def test_a_better_trial_is_registered_over_the_old_one(config: StudyConfig, clou
     assert retrainings(found) == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_the_model_holds_no_pickle_and_loads_in_safe_mode(
     config: StudyConfig, client: MlflowClient, in_folder: Path
 ) -> None:

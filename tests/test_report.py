@@ -49,6 +49,7 @@ def write(path: Path, study: optuna.Study, config: StudyConfig) -> None:
     report.write(path, study, found, report.draw(study, found), None)
 
 
+@pytest.mark.slow
 def test_every_chart_is_drawn_without_an_error_and_without_a_network(
     finished: dict[str, Any], browser: Any
 ) -> None:
@@ -69,6 +70,7 @@ def test_every_chart_is_drawn_without_an_error_and_without_a_network(
     page.close()
 
 
+@pytest.mark.slow
 def test_it_reads_well_on_a_phone_in_the_dark_and_with_a_screen_reader(
     finished: dict[str, Any], browser: Any
 ) -> None:
@@ -91,6 +93,7 @@ def test_it_reads_well_on_a_phone_in_the_dark_and_with_a_screen_reader(
     page.close()
 
 
+@pytest.mark.slow
 def test_the_table_holds_every_trial_and_sorts(finished: dict[str, Any], browser: Any) -> None:
     page = opened(browser, finished["folder"] / "report.html")
 
@@ -108,6 +111,7 @@ def test_the_table_holds_every_trial_and_sorts(finished: dict[str, Any], browser
     page.close()
 
 
+@pytest.mark.slow
 def test_it_is_an_artifact_of_the_parent_run_and_can_be_written_again(
     finished: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -121,6 +125,7 @@ def test_it_is_an_artifact_of_the_parent_run_and_can_be_written_again(
     assert len(again) == len(written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished_trials", [0, 1, 2])
 def test_a_study_that_has_hardly_begun_has_a_report(
     in_folder: Path, browser: Any, finished_trials: int
@@ -200,6 +205,7 @@ def of_many_kinds(seeds: Iterable[int]) -> tuple[optuna.Study, StudyConfig]:
     return study, config
 
 
+@pytest.mark.slow
 def test_hyperparameters_that_no_trial_had_are_in_no_chart(in_folder: Path, browser: Any) -> None:
     study, config = of_many_kinds([5])
     assert not {"filters", "augmentation_strength"} & set(study.trials[0].params)
@@ -209,6 +215,7 @@ def test_hyperparameters_that_no_trial_had_are_in_no_chart(in_folder: Path, brow
     page.close()
 
 
+@pytest.mark.slow
 def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
     in_folder: Path, browser: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +248,7 @@ def of_study(path: Path) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says(
     in_folder: Path, clouds: Path
 ) -> None:
@@ -268,6 +276,7 @@ def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says
     assert of_study(in_folder / "report.html") == "first"
 
 
+@pytest.mark.slow
 def test_a_rerun_replaces_the_report_of_a_namesake_in_another_database(
     in_folder: Path, clouds: Path
 ) -> None:

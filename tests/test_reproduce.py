@@ -6,7 +6,7 @@ from typing import Any
 
 import invariants
 import pytest
-from conftest import command, copy_databases
+from conftest import command, copy_databases, run_elsewhere
 
 from search import environment, pipeline, storage
 from search.config import InputError, StudyConfig
@@ -27,7 +27,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         pipeline.run(config(clouds, workers=1, n_trials=2))
-        pipeline.run(config(clouds, workers=2))
+        run_elsewhere(config(clouds, workers=2))
     return folder
 
 
@@ -42,6 +42,7 @@ def again(number: int | None, moved: str | None = None) -> Reproduction:
     return reproduce(StudyConfig(), number, moved, lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(TRIALS))
 def test_every_trial_of_a_fresh_and_a_resumed_run_is_the_same(here: Path, number: int) -> None:
     before = invariants.dump(here)
@@ -52,6 +53,7 @@ def test_every_trial_of_a_fresh_and_a_resumed_run_is_the_same(here: Path, number
     assert invariants.dump(here) == before
 
 
+@pytest.mark.slow
 def test_without_a_number_it_is_the_winner(study: Path, here: Path) -> None:
     winner = invariants.check(study, TRIALS)["winner"]
     assert str(again(None).trial) == winner.data.tags["optuna.trial_number"]
@@ -87,6 +89,7 @@ def test_the_command_says_so(here: Path) -> None:
     assert "nothing that is recorded of the machine's kind and the packages has changed" in out
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_not_there_is_refused(here: Path) -> None:
     with pytest.raises(
         InputError, match=f"--trial must be a trial of the study, 0 to {TRIALS - 1}"
@@ -94,12 +97,14 @@ def test_a_trial_that_is_not_there_is_refused(here: Path) -> None:
         again(TRIALS)
 
 
+@pytest.mark.slow
 def test_a_trial_without_an_epoch_is_refused(here: Path) -> None:
     amend("history", lambda _: [])
     with pytest.raises(InputError, match="must have ended after at least one epoch"):
         again(1)
 
 
+@pytest.mark.slow
 def test_other_data_are_refused_and_moved_ones_are_taken(
     here: Path, clouds: Path, digits: Path
 ) -> None:
@@ -109,6 +114,7 @@ def test_other_data_are_refused_and_moved_ones_are_taken(
     assert again(0, str(here / "moved.npz")).differences == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["-1", "x", "1.5", ""])
 def test_what_is_no_number_is_one_line(here: Path, text: str) -> None:
     from search import cli

@@ -128,6 +128,7 @@ def test_every_place_has_two_seeds_of_its_own() -> None:
 # ---- proposals ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["none", *PRUNERS])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_proposes_the_same_resumed_or_with_failed_trials_replaced(
@@ -173,6 +174,7 @@ def test_another_seed_gives_other_proposals(name: str) -> None:
     assert all(a != b for a, b in zip(one[1:], other[1:], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["none", *PRUNERS])
 def test_tpe_learns_from_the_trials_before(pruner: str) -> None:
     def late_mean(name: str) -> float:

@@ -57,6 +57,7 @@ def ask(address: str, inputs: Any) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_readmes_commands_get_what_the_model_predicts(
     served: tuple[Path, str], finished: dict[str, Any]

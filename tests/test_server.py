@@ -2,8 +2,6 @@
 
 import contextlib
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from conftest import ROOT
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from servers import BINARIES, Postgres, ask
-from test_database import SETTINGS, killed_after
+from test_database import SETTINGS, killed_after, python
 
 from search import RunError, StudyConfig, owner, pipeline, promotion, runner, server, storage
 from search.database import ServerLock
@@ -51,18 +49,9 @@ storage.close(storage.open_storage(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_first_start_in_parallel_makes_one_database(url: str) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CREATE, url],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
+    processes = [python(CREATE, ROOT, url) for _ in range(4)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -91,13 +80,7 @@ storage.open_storage(sys.argv[1])
 
 @pytest.mark.parametrize("point", ["_init_version_info_model", "_init_alembic"])
 def test_a_first_start_that_is_killed_is_finished_by_the_next(url: str, point: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILL, url, point],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = python(KILL, ROOT, url, point)
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
     process.kill()
@@ -295,6 +278,7 @@ def test_an_end_that_was_written_unheard_is_no_error(
 # ---- cut connections -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
     url: str, in_folder: Path, clouds: Path
 ) -> None:

@@ -2,6 +2,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 LOST = """
 import contextlib, time
 from search.signals import handled
@@ -14,6 +16,7 @@ with handled(stop=lambda: None, abandon=lambda reason: print("abandoned:", reaso
 """
 
 
+@pytest.mark.slow
 def test_an_end_that_a_library_swallowed_is_an_end_nevertheless() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", LOST], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

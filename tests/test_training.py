@@ -236,6 +236,7 @@ def test_an_exception_in_a_callback_leaves_the_next_training_unaffected() -> Non
     assert train(network(0.2), examples(WHOLE), epochs=3) == expected
 
 
+@pytest.mark.slow
 def test_the_trained_model_is_plain_keras_and_loads_where_this_package_is_not(
     tmp_path: Path,
 ) -> None:

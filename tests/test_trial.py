@@ -44,6 +44,7 @@ def config(clouds: Path) -> StudyConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["create_run", "log_batch", "log_inputs", "set_terminated"])
 def test_a_trial_outlives_a_failing_tracking_server_and_its_run_is_written_later(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -105,6 +106,7 @@ def traffic() -> Iterator[Traffic]:
         sqlalchemy.event.remove(Engine, name, listener)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["percentile", "halving", "hyperband"])
 def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, traffic: Traffic, pruner: str

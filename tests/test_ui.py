@@ -36,6 +36,7 @@ def served(finished: dict[str, Any]) -> Iterator[dict[str, Any]]:
             requests.get(address, timeout=5)
 
 
+@pytest.mark.slow
 def test_mlflow_shows_the_parent_with_its_nested_trials(
     served: dict[str, Any], finished: dict[str, Any], browser: Any
 ) -> None:
@@ -50,6 +51,7 @@ def test_mlflow_shows_the_parent_with_its_nested_trials(
     page.close()
 
 
+@pytest.mark.slow
 def test_mlflow_shows_the_four_curves_of_a_trial(
     served: dict[str, Any], finished: dict[str, Any], browser: Any
 ) -> None:
@@ -66,6 +68,7 @@ def test_mlflow_shows_the_four_curves_of_a_trial(
     page.close()
 
 
+@pytest.mark.slow
 def test_mlflow_shows_the_summary_and_the_winners_pictures(
     served: dict[str, Any], finished: dict[str, Any], browser: Any
 ) -> None:
@@ -80,6 +83,7 @@ def test_mlflow_shows_the_summary_and_the_winners_pictures(
     page.close()
 
 
+@pytest.mark.slow
 def test_optuna_dashboard_shows_the_study_its_trials_and_their_curves(
     served: dict[str, Any], finished: dict[str, Any], browser: Any
 ) -> None:
