@@ -26,6 +26,7 @@ BY_ITSELF = "failed_by_itself"  # user attribute of a FAIL trial: its own traini
 _KEPT = ("place", BY_ITSELF)  # user attributes
 _KEPT_WHILE_RUNNING = (*_KEPT, "owner")
 _PROPOSED = "relative_params:"  # system attributes: what TPE proposed for a trial that runs
+_number = attrgetter("number")
 _AT_ONCE = 500  # trials; a first look at a long study takes no more memory than its result
 
 
@@ -57,6 +58,11 @@ class OutlineStorage(_CachedStorage):
             trials = self.outlines(study_id).read(states)
         return copy.deepcopy(trials) if deepcopy else trials
 
+    def at(self, study_id: int, slot: int) -> list[FrozenTrial]:
+        """The outlines of a slot's trials that run or have finished, ordered by number."""
+        with self._lock:
+            return self.outlines(study_id).at(slot)
+
 
 class Outlines:
     """The trials of one study. A finished trial does not change, so it is read once."""
@@ -64,20 +70,37 @@ class Outlines:
     def __init__(self, engine: sqlalchemy.Engine, study_id: int) -> None:
         self._engine = engine
         self._study_id = study_id
-        self._finished: list[FrozenTrial] = []  # by number
+        # Of each state, and of all, by number.
+        self._finished: dict[TrialState | None, list[FrozenTrial]] = defaultdict(list)
+        self._by_slot: dict[int | None, list[FrozenTrial]] = defaultdict(list)
         self._known: set[int] = set()  # their ids
         self._all_known_up_to = -1  # an id: up to it, every trial is finished and known
         self._spaces: dict[tuple[tuple[str, str], ...], dict[str, BaseDistribution]] = {}
+        self._distinct: dict[int, FrozenTrial] = {}
         self.columns = Columns()
+
+    def distinct(self) -> list[FrozenTrial]:
+        """Of the COMPLETE and PRUNED trials with the same distributions the first, by number."""
+        return sorted(self._distinct.values())
 
     def read(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
         """Read what is new; the trials in `states`, of all by default, ordered by number."""
-        unfinished = (TrialState.RUNNING, TrialState.WAITING)
-        others = self._read_new([s for s in unfinished if states is None or s in states])
-        found = [trial for trial in self._finished if states is None or trial.state in states]
-        for trial in others:
-            insort(found, trial)
+        wanted = [state for state in TrialState if states is None or state in states]
+        unfinished = self._read_new([state for state in wanted if not state.is_finished()])
+        finished = [state for state in wanted if state.is_finished()]
+        if states is None or len(finished) == 1:
+            found = list(self._finished[None if states is None else finished[0]])
+        else:
+            found = [trial for trial in self._finished[None] if trial.state in finished]
+        for trial in unfinished:
+            insort(found, trial, key=_number)
         return found
+
+    def at(self, slot: int) -> list[FrozenTrial]:
+        """Read what is new; the trials of a slot that run or have finished, failed ones too."""
+        running = self._read_new([TrialState.RUNNING])
+        found = [trial for trial in running if trial.user_attrs.get("place") == slot]
+        return sorted([*self._by_slot.get(slot, ()), *found], key=_number)
 
     @patient
     def _read_new(self, unfinished: Collection[TrialState]) -> list[FrozenTrial]:
@@ -102,12 +125,15 @@ class Outlines:
         return found
 
     def _add(self, trials: list[FrozenTrial]) -> None:
-        self._finished += trials
-        self._finished.sort(key=attrgetter("number"))
-        self._known |= {trial._trial_id for trial in trials}
         for trial in trials:
+            self._known.add(trial._trial_id)
+            for key in (None, trial.state):
+                insort(self._finished[key], trial, key=_number)
+            self._by_slot[trial.user_attrs.get("place")].append(trial)
             if trial.state is not TrialState.FAIL:
                 self.columns.add(trial)
+                first = self._distinct.setdefault(id(trial.distributions), trial)
+                self._distinct[id(trial.distributions)] = min(first, trial)
 
     def _outlines(
         self, connection: sqlalchemy.Connection, rows: Sequence[Any], *, finished: bool
@@ -179,34 +205,41 @@ class Outlines:
 
 
 class Columns:
-    """COMPLETE and PRUNED trials as TPE goes by them: arrays whose index is a trial's number.
+    """COMPLETE and PRUNED trials as arrays whose index is a trial's number; NaN: there is nothing.
 
-    value: NaN but for COMPLETE trials. params: as Optuna stores them, NaN where a trial has none.
+    value, reported: of COMPLETE trials, the latter by step. params: as Optuna stores them.
     """
 
     def __init__(self) -> None:
         self.finished = np.zeros(0, dtype=bool)
         self.value = np.zeros(0)
+        self.reported: dict[int, NDArray[np.float64]] = {}
         self.params: dict[str, NDArray[np.float64]] = {}
 
     def add(self, trial: FrozenTrial) -> None:
-        """Append a trial, or put it where an earlier number had not finished."""
-        while trial.number >= len(self.value):
-            self._grow()
-        self.finished[trial.number] = True
-        if trial.state is TrialState.COMPLETE:
-            assert trial.value is not None
-            self.value[trial.number] = trial.value
+        """Append a trial, or insert one that finished later than others with higher numbers."""
+        number = trial.number
+        if number >= len(self.value):
+            self._grow(max(64, number))
+        self.finished[number] = True
         for name, distribution in trial.distributions.items():
-            if name not in self.params:
-                self.params[name] = np.full(len(self.value), np.nan)
-            self.params[name][trial.number] = distribution.to_internal_repr(trial.params[name])
+            internal = distribution.to_internal_repr(trial.params[name])
+            self._column(self.params, name)[number] = internal
+        if trial.state is TrialState.COMPLETE:
+            self.value[number] = trial.value
+            for step, value in trial.intermediate_values.items():
+                self._column(self.reported, step)[number] = value
 
-    def _grow(self) -> None:
-        more = max(64, len(self.value))
+    def _column(self, columns: dict[Any, NDArray[np.float64]], key: Any) -> NDArray[np.float64]:
+        if key not in columns:
+            columns[key] = np.full(len(self.value), np.nan)
+        return columns[key]
+
+    def _grow(self, more: int) -> None:
+        def grown(column: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.pad(column, (0, more), constant_values=np.nan)
+
         self.finished = np.pad(self.finished, (0, more))
-        self.value = np.pad(self.value, (0, more), constant_values=np.nan)
-        self.params = {
-            name: np.pad(column, (0, more), constant_values=np.nan)
-            for name, column in self.params.items()
-        }
+        self.value = grown(self.value)
+        self.reported = {step: grown(column) for step, column in self.reported.items()}
+        self.params = {name: grown(column) for name, column in self.params.items()}

@@ -26,7 +26,7 @@ from search.database import (
     tune_sqlite,
 )
 from search.errors import printable
-from search.outline import BY_ITSELF
+from search.outline import BY_ITSELF, OutlineStorage
 from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
@@ -283,9 +283,12 @@ class PlacedStudy(optuna.Study):
 
 def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:
     """The trials at `place` that run or have finished, the oldest first."""
+    if isinstance(study._storage, OutlineStorage):
+        trials = study._storage.at(study._study_id, place)
+    else:
+        trials = study.get_trials(deepcopy=False)
     states = (TrialState.RUNNING, *FINISHED)
-    trials = study.get_trials(deepcopy=False, states=states)
-    return [trial for trial in trials if trial.user_attrs.get("place") == place]
+    return [t for t in trials if t.user_attrs.get("place") == place and t.state in states]
 
 
 def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
