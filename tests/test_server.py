@@ -23,6 +23,7 @@ from search import RunError, StudyConfig, owner, pipeline, promotion, runner, se
 from search.database import ServerLock
 from search.listener import Listener
 from search.outcome import Outcome
+from search.outline import OutlineStorage
 
 pytestmark = pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed")
 
@@ -161,7 +162,8 @@ def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
 def placed(url: str, **mark: Any) -> storage.PlacedStudy:
     config = StudyConfig(storage=url)
     storage.open_study(config, SETTINGS)
-    study = storage.PlacedStudy(study_name=config.study_name, storage=storage.open_storage(url))
+    backend = OutlineStorage(storage.open_storage(url))
+    study = storage.PlacedStudy(study_name=config.study_name, storage=backend)
     study.marks = {"place": 0, "owner": {**owner.mark(), **mark}}
     return study
 
