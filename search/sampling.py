@@ -226,6 +226,7 @@ class _PlacedHyperband(HyperbandPruner):
 
     def __init__(self, epochs: int) -> None:
         super().__init__(min_resource=1, max_resource=epochs, reduction_factor=_REDUCTION)
+        self._brackets: dict[int, int] = {}  # by place
         # Made at once, so that the first proposal of a resumed study, too, knows its bracket.
         self._try_initialization(None)  # type: ignore[arg-type]
 
@@ -239,6 +240,11 @@ class _PlacedHyperband(HyperbandPruner):
         place = trial.user_attrs.get("place")
         if place is None or trial.state is TrialState.FAIL:
             return -1
+        if place not in self._brackets:  # all trials are asked for theirs at each rung
+            self._brackets[place] = self._bracket(place)
+        return self._brackets[place]
+
+    def _bracket(self, place: int) -> int:
         share = binascii.crc32(f"place {place}".encode()) % self._total_trial_allocation_budget
         for bracket, size in enumerate(self._trial_allocation_budgets):
             share -= size
