@@ -91,7 +91,7 @@ class Outlines:
         if states is None or len(finished) == 1:
             found = list(self._finished[None if states is None else finished[0]])
         else:
-            found = [trial for trial in self._finished[None] if trial.state in finished]
+            found = [t for t in self._finished[None] if t.state in finished] if finished else []
         for trial in unfinished:
             insort(found, trial, key=_number)
         return found

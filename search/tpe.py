@@ -52,8 +52,10 @@ class Sampler(TPESampler):
         n_below = default_gamma(int(columns.finished.sum()))
         if len(complete) < n_below:  # pruned trials are among the best, too
             return super()._sample(study, trial, search_space)
-        best_first = np.argsort(-columns.value[complete], kind="stable")
-        below = np.sort(complete[best_first[:n_below]])
+        values = columns.value[complete]
+        last = np.partition(values, -n_below)[-n_below]
+        better, equal = complete[values > last], complete[values == last]
+        below = np.sort([*better, *equal[: n_below - len(better)]])
         above = columns.finished.copy()
         above[below] = False
         estimators = (
