@@ -59,7 +59,7 @@ def work(
 ) -> None:
     """Run trials at `places` for so many seconds; send how many, and how long what took (s).
 
-    Sends the memory that the study took, too (MB).
+    Among these "cpu" is the processor time of a trial, and "memory" what the study took (MB).
     """
     from search import model, training, trial
 
@@ -107,12 +107,14 @@ def work(
     timed("load", worker.study.get_trials)(deepcopy=False)
     begin.wait()
     deadline = time.monotonic() + seconds
+    cpu = time.process_time()
     done = 0
     for place in places:
         assert worker.run_trial(place).state in ("COMPLETE", "PRUNED")
         done += 1
         if time.monotonic() > deadline:
             break
+    spans["cpu"] = [(time.process_time() - cpu) / done]
     spans["memory"] = [(process.memory_info().rss - before) / 2**20]
     results.put((done, time.monotonic() - deadline + seconds, dict(spans)))
 
@@ -253,7 +255,8 @@ def row(name: str, workers: int, before: int, rate: float, spans: Spans, said: A
     ask, report = shown(spans["ask"]), shown(spans["report"])
     load = f"{statistics.median(spans['load']):.2f} s"
     memory = f"{statistics.median(spans['memory']):.0f} MB"
-    cells = (name, f"{before:,}", workers, f"{rate:.1f}", ask, report, load, memory, said)
+    cpu = f"{1000 * statistics.median(spans['cpu']):.0f} ms"
+    cells = (name, f"{before:,}", workers, f"{rate:.1f}", cpu, ask, report, load, memory, said)
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
@@ -303,10 +306,10 @@ def main() -> None:
             return config, study, mirror.parent_run(study, {})
 
         print(
-            "| where | trials before | workers | trials a second | ask, median | ask, 99 % |"
+            "| where | trials before | workers | trials a second | CPU | ask, median | ask, 99 % |"
             " report, median | report, 99 % | first look | memory | connections |"
         )
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for kind in asked.kinds:
             for workers in asked.workers:
                 name = f"{kind}-{workers}".replace(" ", "").replace("+", "-").lower()
