@@ -18,7 +18,7 @@ import mlflow
 import numpy as np
 from mlflow.entities import Run
 
-from search import environment, evaluation
+from search import environment, evaluation, storage
 from search.config import StudyConfig
 from search.contract import (
     COMMIT,
@@ -84,7 +84,7 @@ def retrain(
 
     loading = threading.Thread(target=_load, daemon=True)  # while TensorFlow trains
     loading.start()
-    trial = study.get_trials(deepcopy=False)[number]
+    trial = storage.whole(study, number)
     whence = lineage(study, trial, dataset)
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
     tracking.log_start(run_id, trial, study.user_attrs["facts"])

@@ -21,14 +21,15 @@ from optuna.distributions import (
 from optuna.pruners import (
     BasePruner,
     HyperbandPruner,
-    MedianPruner,
     PercentilePruner,
     SuccessiveHalvingPruner,
 )
-from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from search import tpe
 from search.config import StudyConfig
+from search.outline import OutlineStorage
 from search.parameter import Choice, Parameter, Value
 from search.space import Space
 
@@ -76,10 +77,10 @@ def _fixed(params: Mapping[str, Value], base: BaseSampler) -> BaseSampler:
 def _tpe(seed: int, *, conditional: bool) -> BaseSampler:
     """Grouped where trials are asked for different things: each group is then one joint model."""
     if not conditional:
-        return TPESampler(seed=seed)
+        return tpe.Sampler(seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(seed=seed, multivariate=True, group=True)
+        return tpe.Sampler(seed=seed, multivariate=True, group=True)
 
 
 class _PlacedQMC(QMCSampler):
@@ -119,8 +120,8 @@ _REDUCTION = 3  # of the trials that reach a rung of halving, one in so many goe
 def pruner(config: StudyConfig) -> BasePruner:
     """The pruner; it judges an epoch's val_accuracy by the same epoch of earlier trials."""
     makers: dict[str, Callable[[], BasePruner]] = {
-        "percentile": lambda: PercentilePruner(25, n_startup_trials=5, n_warmup_steps=0),
-        "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=0),
+        "percentile": lambda: _Percentile(25, n_startup_trials=5),
+        "median": lambda: _Percentile(50, n_startup_trials=5),
         "halving": _Halving,
         "hyperband": lambda: _PlacedHyperband(config.trial_epochs),
         "none": optuna.pruners.NopPruner,
@@ -162,6 +163,25 @@ class Judged:
         """Whether the pruner ends the trial after the epoch reported last."""
         study = self._trial.study
         return bool(study.pruner.prune(study, self._seen))
+
+
+class _Percentile(PercentilePruner):
+    """Optuna's percentile pruner, which compares with the arrays of a worker's study."""
+
+    def prune(self, study: Any, trial: FrozenTrial) -> bool:
+        if not isinstance(study._storage, OutlineStorage):
+            return super().prune(study, trial)
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(complete) < self._n_startup_trials:
+            return False
+        best = np.nanmax(list(trial.intermediate_values.values()))
+        if np.isnan(best):
+            return True
+        columns = study._storage.outlines(study._study_id).columns
+        others = columns.reported.get(trial.last_step or 0)
+        if others is None:
+            return False
+        return bool(best < np.nanpercentile(others, 100 - self._percentile))
 
 
 class _Halving(SuccessiveHalvingPruner):
@@ -206,6 +226,7 @@ class _PlacedHyperband(HyperbandPruner):
 
     def __init__(self, epochs: int) -> None:
         super().__init__(min_resource=1, max_resource=epochs, reduction_factor=_REDUCTION)
+        self._brackets: dict[int, int] = {}  # by place
         # Made at once, so that the first proposal of a resumed study, too, knows its bracket.
         self._try_initialization(None)  # type: ignore[arg-type]
 
@@ -219,6 +240,11 @@ class _PlacedHyperband(HyperbandPruner):
         place = trial.user_attrs.get("place")
         if place is None or trial.state is TrialState.FAIL:
             return -1
+        if place not in self._brackets:  # all trials are asked for theirs at each rung
+            self._brackets[place] = self._bracket(place)
+        return self._brackets[place]
+
+    def _bracket(self, place: int) -> int:
         share = binascii.crc32(f"place {place}".encode()) % self._total_trial_allocation_budget
         for bracket, size in enumerate(self._trial_allocation_budgets):
             share -= size

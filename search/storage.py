@@ -3,7 +3,7 @@
 import contextlib
 import uuid
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,6 @@ import sqlalchemy
 from alembic.script import ScriptDirectory
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -24,17 +23,16 @@ from search.database import (
     check_sqlite,
     create_sqlite,
     other_schema,
-    patient,
     read_only_url,
     tune_sqlite,
 )
 from search.errors import printable
+from search.outline import BY_ITSELF, OutlineStorage
 from search.urls import redact, sqlite_path, sqlite_url
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _BEFORE = {"split": "last", "normalize": "none"}  # of a study whose settings do not name them
-BY_ITSELF = "failed_by_itself"  # user attribute of a FAIL trial: its own training raised an error
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 # ---- checks that change nothing -------------------------------------------------------------
@@ -258,24 +256,6 @@ class PlacedStudy(optuna.Study):
     """A study whose trials are created with their marks (place, seed, owner), in one write."""
 
     marks: Mapping[str, Any] = MappingProxyType({})
-    _finished: Mapping[tuple[TrialState, ...], list[FrozenTrial]] = MappingProxyType({})
-
-    def get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        """As Optuna's; where all are to be finished, they are read only if there are new ones.
-
-        A pruner asks after every epoch, and Optuna would read the running trials each time, whose
-        records grow with their epochs.
-        """
-        if deepcopy or not isinstance(states, tuple) or not all(s.is_finished() for s in states):
-            return super().get_trials(deepcopy=deepcopy, states=states)
-        known = self._finished.get(states)
-        backend = getattr(self._storage, "_backend", None)
-        if known is None or backend is None or _count(backend, self._study_id, states) > len(known):
-            known = super().get_trials(deepcopy=False, states=states)
-            self._finished = {**self._finished, states: known}
-        return list(known)
 
     def ask(self, fixed_distributions: dict[str, Any] | None = None) -> optuna.Trial:
         """Create the next trial; one that was enqueued elsewhere is left alone.
@@ -301,24 +281,14 @@ class PlacedStudy(optuna.Study):
             fail(self, trial, f"a cut connection hid that it was begun; see trial {number}")
 
 
-@patient
-def _count(storage: RDBStorage, study_id: int, states: tuple[TrialState, ...]) -> int:
-    """How many trials of a study have one of `states`."""
-    trial = models.TrialModel
-    query = (
-        sqlalchemy.select(sqlalchemy.func.count())
-        .select_from(trial)
-        .where(trial.study_id == study_id, trial.state.in_(states))
-    )
-    with storage.engine.connect() as connection:
-        return int(connection.execute(query).scalar_one())
-
-
 def trials_at(study: optuna.Study, place: int) -> list[FrozenTrial]:
     """The trials at `place` that run or have finished, the oldest first."""
+    if isinstance(study._storage, OutlineStorage):
+        trials = study._storage.at(study._study_id, place)
+    else:
+        trials = study.get_trials(deepcopy=False)
     states = (TrialState.RUNNING, *FINISHED)
-    trials = study.get_trials(deepcopy=False, states=states)
-    return [trial for trial in trials if trial.user_attrs.get("place") == place]
+    return [t for t in trials if t.user_attrs.get("place") == place and t.state in states]
 
 
 def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -335,6 +305,12 @@ def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
         return True
     behind = server.of(study)
     return not here if behind is None else trial._trial_id in behind.silent(study._study_id)
+
+
+def whole(study: optuna.Study, number: int) -> FrozenTrial:
+    """The trial with that number and all that it keeps, also where `study` has only outlines."""
+    backend, study_id = study._storage, study._study_id
+    return backend.get_trial(backend.get_trial_id_from_study_id_trial_number(study_id, number))
 
 
 def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:

@@ -20,6 +20,7 @@ from search import (
     data,
     environment,
     model,
+    outline,
     own_model,
     owner,
     promotion,
@@ -62,7 +63,7 @@ class Worker:
         self.dataset = dataset
         self.study = storage.PlacedStudy(
             study_name=config.study_name,
-            storage=storage.open_storage(config.storage),
+            storage=outline.OutlineStorage(storage.open_storage(config.storage)),
             pruner=sampling.pruner(config),
         )
         if config.model is not None:
@@ -88,7 +89,7 @@ class Worker:
             self._let_the_first_begin()
         found = self._find(place)
         if found is not None:
-            return self._outcome_of(found)
+            return self._outcome_of(storage.whole(self.study, found.number))
         try:
             return self._run_trial(place)
         except storage.PlaceTaken:
@@ -156,7 +157,7 @@ class Worker:
         Returns what the trial keeps of it: seed, history, when it began and ended (ms), and the
         failure, where the training diverged.
         """
-        trial = self.study.get_trials(deepcopy=False)[number]
+        trial = storage.whole(self.study, number)
         seed = sampling.repeat_seed(self.config.seed, trial.user_attrs["place"], repeat)
         kept: dict[str, Any] = {"seed": seed, "history": [], "began": _now()}
         try:
@@ -288,7 +289,7 @@ class _Attempt:
         except Exception as error:
             trial.set_user_attr("failure", _reason(error))
             if not isinstance(error, storage.ERRORS):  # those say nothing of the configuration
-                trial.set_user_attr(storage.BY_ITSELF, True)
+                trial.set_user_attr(outline.BY_ITSELF, True)
             raise
 
     def _train(self, trial: optuna.Trial) -> float:
@@ -356,7 +357,7 @@ class _Attempt:
     def frozen(self) -> FrozenTrial:
         """The trial, as it is recorded."""
         assert self._number is not None
-        return self._worker.study.get_trials(deepcopy=False)[self._number]
+        return storage.whole(self._worker.study, self._number)
 
     def was_ended(self) -> bool:
         """Whether the trial has an end, from here or from where it was taken for lost."""

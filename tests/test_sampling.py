@@ -4,17 +4,19 @@ import hashlib
 import tracemalloc
 from collections import Counter
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import InMemoryStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from search import sampling
 from search.config import StudyConfig
+from search.outline import OutlineStorage
 from search.recipe import REFERENCE
-from search.storage import PlacedStudy
+from search.storage import PlacedStudy, close, open_storage
 
 SAMPLERS = ("tpe", "random", "qmc")
 PRUNERS = ("percentile", "median", "halving", "hyperband")
@@ -38,7 +40,7 @@ def config(**changed: Any) -> StudyConfig:
     return StudyConfig(**{"pruner": "none", "epochs": EPOCHS, "n_trials": PLACES, **changed})
 
 
-def session(settings: StudyConfig, storage: InMemoryStorage) -> PlacedStudy:
+def session(settings: StudyConfig, storage: BaseStorage) -> PlacedStudy:
     """The study as a worker opens it: a pruner of its own, the sampler of every trial new."""
     optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
     return PlacedStudy(study_name="s", storage=storage, pruner=sampling.pruner(settings))
@@ -75,13 +77,14 @@ def search(
     impossible: Collection[int] = (),
     sessions: Collection[int] = (),
     places: int = PLACES,
+    storage: BaseStorage | None = None,
 ) -> dict[int, FrozenTrial]:
     """The finished trials by slot.
 
     broken: slots that fail once; impossible: that fail twice, and are given up; sessions: where one
-    begins.
+    begins. storage: in memory by default.
     """
-    storage = InMemoryStorage()
+    storage = storage or InMemoryStorage()
     study = session(settings, storage)
     for place in range(places):
         if place in sessions:
@@ -281,6 +284,22 @@ def test_a_pruner_that_is_shown_little_decides_as_one_that_is_shown_everything(
     monkeypatch.setattr(sampling, "_is_at_rung", lambda *_: True)
     monkeypatch.setattr(sampling, "Judged", lambda trial: trial)  # as Optuna shows itself
     assert decisions(search(settings, places=40)) == found
+
+
+@pytest.mark.parametrize(
+    ("pruner", "space"),
+    [("percentile", {}), ("median", BRANCHING), ("halving", BRANCHING), ("hyperband", {})],
+)
+def test_what_a_worker_reads_of_a_file_leads_to_the_same_trials_as_all_of_them_in_memory(
+    in_folder: Path, pruner: str, space: dict[str, str]
+) -> None:
+    settings = config(pruner=pruner, **space)
+    backend = open_storage("sqlite:///study.db")
+    trials = search(settings, broken=(3,), places=18, storage=OutlineStorage(backend))
+    close(backend)
+    in_memory = search(settings, broken=(3,), places=18)
+    assert proposals(trials) == proposals(in_memory)
+    assert decisions(trials) == decisions(in_memory)
 
 
 def test_without_a_pruner_every_trial_completes() -> None:

@@ -21,6 +21,7 @@ from search import RunError, StudyConfig, owner, pipeline, promotion, runner, se
 from search.database import ServerLock
 from search.listener import Listener
 from search.outcome import Outcome
+from search.outline import OutlineStorage
 
 pytestmark = pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed")
 
@@ -144,7 +145,8 @@ def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
 def placed(url: str, **mark: Any) -> storage.PlacedStudy:
     config = StudyConfig(storage=url)
     storage.open_study(config, SETTINGS)
-    study = storage.PlacedStudy(study_name=config.study_name, storage=storage.open_storage(url))
+    backend = OutlineStorage(storage.open_storage(url))
+    study = storage.PlacedStudy(study_name=config.study_name, storage=backend)
     study.marks = {"place": 0, "owner": {**owner.mark(), **mark}}
     return study
 
@@ -226,6 +228,27 @@ def test_optuna_itself_fails_no_trial_without_a_reason(url: str) -> None:
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 
 
+def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
+    study = placed(url)
+    every = optuna.load_study(study_name=study.study_name, storage=storage.open_storage(url))
+    for place, value in enumerate((0.5, float("inf"), None)):
+        study.marks = {**study.marks, "place": place}
+        trial = study.ask()
+        trial.suggest_categorical("units", [8, 16])
+        trial.suggest_float("rate", 1e-4, 1e-2, log=True)
+        trial.report(float("nan"), 0)
+        trial.set_user_attr("history", [])
+        if value is not None:
+            study.tell(trial, value)
+    for whole, outline in zip(every.trials, study.trials, strict=True):
+        for name in ("number", "state", "values", "params", "distributions"):
+            assert getattr(outline, name) == getattr(whole, name), name
+        place = whole.number
+        assert [trial.number for trial in storage.trials_at(study, place)] == [place]
+        assert "history" in storage.whole(study, place).user_attrs.keys() - outline.user_attrs
+    storage.close_study(every)
+
+
 # ---- a place is run once -------------------------------------------------------------------------
 
 
@@ -236,7 +259,8 @@ def test_of_two_trials_begun_at_one_place_the_first_goes_on(url: str) -> None:
         second.ask()
     mine, theirs = first.trials
     assert (mine.state, theirs.state) == (TrialState.RUNNING, TrialState.FAIL)
-    assert theirs.user_attrs["failure"] == "trial 0 was begun in its place a moment earlier"
+    failure = storage.whole(first, theirs.number).user_attrs["failure"]
+    assert failure == "trial 0 was begun in its place a moment earlier"
     first.tell(0, 1.0)
     with pytest.raises(storage.PlaceTaken):
         first.ask()
@@ -249,7 +273,7 @@ def test_a_trial_that_was_begun_without_being_heard_of_is_ended(url: str) -> Non
     study.ask()  # what a connection hides that is cut after the commit
     study.ask()
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
-    assert study.trials[0].user_attrs["failure"].startswith("a cut connection hid that")
+    assert storage.whole(study, 0).user_attrs["failure"].startswith("a cut connection hid that")
 
 
 def test_an_end_that_was_written_unheard_is_no_error(

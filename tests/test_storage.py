@@ -233,41 +233,6 @@ def test_a_lost_trial_ends_as_failed_with_its_reason(in_folder: Path) -> None:
     assert (trial.state, trial.user_attrs) == (TrialState.FAIL, {"failure": "the reason"})
 
 
-def test_finished_trials_are_read_anew_where_there_are_new_ones_and_only_there(
-    in_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = storage.open_study(StudyConfig(), SETTINGS)
-    other = storage.PlacedStudy(
-        study_name=study.study_name, storage=storage.open_storage("sqlite:///study.db")
-    )
-    reads: list[int] = []
-    read = optuna.storages.RDBStorage._get_trials
-
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        reads.append(1)
-        return read(*arguments, **keywords)
-
-    monkeypatch.setattr(optuna.storages.RDBStorage, "_get_trials", counted)
-
-    def complete() -> tuple[list[int], int]:
-        """The complete trials, and how often trials were read for that."""
-        reads.clear()
-        found = other.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return [trial.number for trial in found], len(reads)
-
-    running = study.ask()
-    assert complete() == ([], 1)
-    running.report(0.5, 0)
-    assert complete() == ([], 0)
-    study.tell(running, 0.5)
-    assert complete() == ([0], 1)
-    study.tell(study.ask(), state=TrialState.PRUNED)
-    assert complete() == ([0], 0)
-    study.add_trial(create_trial(state=TrialState.COMPLETE, value=0.1))
-    assert complete() == ([0, 2], 1)
-    assert len(other.get_trials(deepcopy=False)) == 3
-
-
 def test_the_missing_places_are_those_that_no_finished_trial_has() -> None:
     study = optuna.create_study(direction="maximize")
     assert storage.missing_places(study, 3) == [0, 1, 2]

@@ -9,6 +9,7 @@ Prints a Markdown table; needs Debian's postgresql.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
@@ -19,19 +20,24 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import optuna
+import psutil
 import sqlalchemy
+from optuna.distributions import distribution_to_json
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from servers import MlflowServer, Postgres, free_port
 
-from search import StudyConfig, data, pool, sampling, storage
+from search import StudyConfig, data, environment, owner, pool, sampling, storage
 from search.facts import facts_of
 from search.tracking import Tracking
 
@@ -51,7 +57,10 @@ def work(
     begin: Any,
     results: Any,
 ) -> None:
-    """Run trials at `places` for so many seconds; send how many, and how long what took (s)."""
+    """Run trials at `places` for so many seconds; send how many, and how long what took (s).
+
+    Among these "cpu" is the processor time of a trial, and "memory" what the study took (MB).
+    """
     from search import model, training, trial
 
     spans: Spans = defaultdict(list)
@@ -93,15 +102,20 @@ def work(
     model.trainable_parameters = lambda _: 0  # type: ignore[assignment]
     storage.PlacedStudy.ask = timed("ask", storage.PlacedStudy.ask)  # type: ignore[method-assign]
     optuna.Trial.report = timed("report", optuna.Trial.report)  # type: ignore[method-assign]
+    process = psutil.Process()
+    before = process.memory_info().rss
     timed("load", worker.study.get_trials)(deepcopy=False)
     begin.wait()
     deadline = time.monotonic() + seconds
+    cpu = time.process_time()
     done = 0
     for place in places:
         assert worker.run_trial(place).state in ("COMPLETE", "PRUNED")
         done += 1
         if time.monotonic() > deadline:
             break
+    spans["cpu"] = [(time.process_time() - cpu) / done]
+    spans["memory"] = [(process.memory_info().rss - before) / 2**20]
     results.put((done, time.monotonic() - deadline + seconds, dict(spans)))
 
 
@@ -166,27 +180,69 @@ def grpc_proxy(url: str) -> Iterator[int]:
 
 
 def fill(study: optuna.Study, config: StudyConfig, total: int) -> None:
-    """Add complete trials until there are `total`."""
+    """Add complete trials, with all that a trial keeps, until there are `total`.
+
+    They are written in bulk: Optuna takes a transaction for each.
+    """
     random = np.random.default_rng(total)
-    known = sampling.distributions(config.space)
-    for number in range(len(study.get_trials(deepcopy=False)), total):
-        curve = [0.9 + 0.02 * epoch + 0.01 * float(random.random()) for epoch in range(EPOCHS)]
-        history = [
-            {"epoch": e, "time_ms": 0, "val_accuracy": value} for e, value in enumerate(curve)
-        ]
-        study.add_trial(
-            optuna.create_trial(
-                value=curve[-1],
-                params={
-                    "hidden_units": [128, 256, 512, 1024][int(random.integers(4))],
-                    "dropout_rate": float(random.uniform(0, 0.5)),
-                    "learning_rate": float(10 ** random.uniform(-4, -2)),
-                },
-                distributions=dict(known),
-                intermediate_values=dict(enumerate(curve)),
-                user_attrs={"place": number, "history": history},
-            )
+    known = {
+        name: distribution_to_json(kind)
+        for name, kind in sampling.distributions(config.space).items()
+    }
+    fixed = {"owner": owner.mark(), "environment": environment.here(), "trainable_parameters": 1}
+    study_id, engine = study._study_id, study._storage._backend.engine
+    first = len(study.get_trials(deepcopy=False))
+    now = datetime.now(UTC).replace(tzinfo=None)
+    trial = {
+        "study_id": study_id,
+        "state": TrialState.COMPLETE,
+        "datetime_start": now,
+        "datetime_complete": now,
+    }
+    with engine.begin() as connection:
+        table = models.TrialModel.__table__
+        numbers = [{**trial, "number": number} for number in range(first, total)]
+        connection.execute(sqlalchemy.insert(table), numbers)
+        ids = sqlalchemy.select(table.c.trial_id, table.c.number).where(
+            table.c.study_id == study_id, table.c.number >= first
         )
+        rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+        for trial_id, number in connection.execute(ids):
+            curve = [0.9 + 0.02 * epoch + 0.01 * float(random.random()) for epoch in range(EPOCHS)]
+            params = {
+                "hidden_units": float(random.integers(4)),  # which of the choices
+                "dropout_rate": float(random.uniform(0, 0.5)),
+                "learning_rate": float(10 ** random.uniform(-4, -2)),
+            }
+            names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+            history = [
+                {"epoch": epoch, "time_ms": 0, **dict.fromkeys(names, value)}
+                for epoch, value in enumerate(curve)
+            ]
+            run = f"{random.integers(2**62):032x}"
+            own = {"place": number, "seed": number, "mlflow_run_id": run, "history": history}
+            rows[models.TrialParamModel] += [
+                {"param_name": name, "param_value": value, "distribution_json": known[name]}
+                | {"trial_id": trial_id}
+                for name, value in params.items()
+            ]
+            rows[models.TrialValueModel].append(
+                {"trial_id": trial_id, "objective": 0, "value": curve[-1], "value_type": "FINITE"}
+            )
+            rows[models.TrialIntermediateValueModel] += [
+                {"trial_id": trial_id, "step": epoch, "intermediate_value": value}
+                | {"intermediate_value_type": "FINITE"}
+                for epoch, value in enumerate(curve)
+            ]
+            rows[models.TrialUserAttributeModel] += [
+                {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+                for key, value in {**fixed, **own}.items()
+            ]
+            rows[models.TrialSystemAttributeModel].append(
+                {"trial_id": trial_id, "key": "relative_params:0", "value_json": json.dumps(params)}
+            )
+        for model, values in rows.items():
+            connection.execute(sqlalchemy.insert(model.__table__), values)
 
 
 def row(name: str, workers: int, before: int, rate: float, spans: Spans, said: Any = "") -> None:
@@ -197,8 +253,10 @@ def row(name: str, workers: int, before: int, rate: float, spans: Spans, said: A
         return f"{1000 * statistics.median(values):.0f} ms | {1000 * worst:.0f} ms"
 
     ask, report = shown(spans["ask"]), shown(spans["report"])
-    load = f"{statistics.median(spans['load']):.1f} s"
-    cells = (name, f"{before:,}", workers, f"{rate:.1f}", ask, report, load, said)
+    load = f"{statistics.median(spans['load']):.2f} s"
+    memory = f"{statistics.median(spans['memory']):.0f} MB"
+    cpu = f"{1000 * statistics.median(spans['cpu']):.0f} ms"
+    cells = (name, f"{before:,}", workers, f"{rate:.1f}", cpu, ask, report, load, memory, said)
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
@@ -208,7 +266,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--trials", type=int, nargs="*", default=[100, 1_000, 10_000])
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     asked = parser.parse_args()
+    with_server = any(kind.startswith("postgresql") for kind in asked.kinds)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.chdir(folder)
@@ -216,13 +276,17 @@ def main() -> None:
         np.savez(
             "tiny.npz", x_train=np.ones((60, 4)), y_train=y, x_test=np.ones((6, 4)), y_test=y[:6]
         )
-        postgres = Postgres()
-        stack.callback(postgres.remove)
-        server = MlflowServer(folder, postgres.create("mlflow"))
-        stack.callback(server.stop)
-        engine = sqlalchemy.create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+        if with_server:
+            postgres = Postgres()
+            stack.callback(postgres.remove)
+            server = MlflowServer(folder, postgres.create("mlflow"))
+            stack.callback(server.stop)
+            engine = sqlalchemy.create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+            stack.callback(engine.dispose)
 
-        def connections(name: str) -> int:
+        def connections(name: str) -> int | None:
+            if not with_server:
+                return None
             query = "SELECT count(*) FROM pg_stat_activity WHERE datname = :name"
             with engine.connect() as connection:
                 return int(connection.execute(sqlalchemy.text(query), {"name": name}).scalar_one())
@@ -242,11 +306,11 @@ def main() -> None:
             return config, study, mirror.parent_run(study, {})
 
         print(
-            "| where | trials before | workers | trials a second | ask, median | ask, 99 % |"
-            " report, median | report, 99 % | first look | connections |"
+            "| where | trials before | workers | trials a second | CPU | ask, median | ask, 99 % |"
+            " report, median | report, 99 % | first look | memory | connections |"
         )
-        print("|---|---|---|---|---|---|---|---|---|---|")
-        for kind in KINDS:
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        for kind in asked.kinds:
             for workers in asked.workers:
                 name = f"{kind}-{workers}".replace(" ", "").replace("+", "-").lower()
                 config, study, parent = study_at(kind, name)
@@ -263,13 +327,12 @@ def main() -> None:
                     )
                 storage_is_server = kind.startswith("postgresql")
                 row(kind, workers, 20, rate, spans, said if storage_is_server else "")
-        for kind in KINDS[:2]:
+        for kind in (kind for kind in asked.kinds if kind in KINDS[:2]):
             config, study, parent = study_at(kind, f"long-{kind}")
             for before in asked.trials:
                 fill(study, config, before)
                 rate, spans, _ = measure(config, parent, 4, asked.seconds, before)
                 row(kind, 4, before, rate, spans)
-        engine.dispose()
 
 
 if __name__ == "__main__":
