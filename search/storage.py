@@ -13,6 +13,7 @@ import sqlalchemy
 from alembic.script import ScriptDirectory
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -63,8 +64,10 @@ def _check_schema(url: str, path: Path) -> None:
         )
 
 
-def _alembic_head() -> str | None:  # RDBStorage's get_head_version needs a database
-    return ScriptDirectory(str(Path(models.__file__).with_name("alembic"))).get_current_head()
+def _alembic_head() -> str:
+    """As RDBStorage.get_head_version, for which a database would have to be made."""
+    scripts = ScriptDirectory(str(Path(models.__file__).with_name("alembic")))
+    return str(scripts.get_current_head())
 
 
 def _has_tables(url: str) -> bool:
