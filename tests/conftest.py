@@ -22,7 +22,7 @@ import templates
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from search import StudyConfig
+from search import StudyConfig, pool
 from search.recipe import complete
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ def pytest_configure(config: pytest.Config) -> None:
         running = contextlib.ExitStack()
         running.enter_context(forks.server())
         config.add_cleanup(running.close)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: tests wait for servers, time-outs and processes."""
+    return pool.cpu_count() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
