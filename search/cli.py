@@ -241,16 +241,17 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
 
     console = display.Output(soft_wrap=True)
     shown = panel.listener(console, quiet=quiet)
-    shown.loading(config.study_name)
-    with _loading() if pool.trains_here(config) else _loading("pandas", "matplotlib"):
-        from search import pipeline
+    with contextlib.closing(shown):
+        shown.loading(config.study_name)
+        with _loading() if pool.trains_here(config) else _loading("pandas", "matplotlib"):
+            from search import pipeline
 
-    def abandon(reason: str) -> None:
-        shown.close()
-        pipeline.abandon(config, reason)
+        def abandon(reason: str) -> None:
+            shown.close()
+            pipeline.abandon(config, reason)
 
-    with signals.handled(shown.stop, abandon), contextlib.closing(shown):
-        result = pipeline.run(config, shown)
+        with signals.handled(shown.stop, abandon), contextlib.closing(shown):
+            result = pipeline.run(config, shown)
     console.print(display.summary(result), markup=False, highlight=False)
     return 0 if result.winner is not None else signals.EXIT_INTERRUPTED
 

@@ -12,9 +12,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.status import Status
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
@@ -59,14 +60,13 @@ class Panel(Lines):
         self._closed = threading.Event()
         self._writer: threading.Thread | None = None
         self._terminal = contextlib.ExitStack()
-        self._loading: Status | None = None
+        self._loading = False
 
     def loading(self, study_name: str) -> None:
-        """Say what takes the first seconds, until the first line is printed."""
-        self._loading = self._console.status(
-            f"study {study_name}: loading the libraries, the data and both databases"
-        )
-        self._loading.start()
+        """Say what takes the first seconds, in a line that the first one printed replaces."""
+        text = f"study {study_name}: loading the libraries, the data and both databases"
+        self._console.print(_short(text), end="", soft_wrap=False)
+        self._loading = True
 
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """Show the panel, where there is something to search."""
@@ -96,9 +96,11 @@ class Panel(Lines):
         threading.Thread(target=self._watch, args=(study,), daemon=True).start()
 
     def _loaded(self) -> None:
-        if self._loading is not None:
-            self._loading.stop()
-            self._loading = None
+        if self._loading:
+            self._loading = False
+            self._console.control(
+                Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+            )
 
     def _print(self, text: str, style: str = "") -> None:
         self._loaded()
