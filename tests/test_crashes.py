@@ -31,7 +31,7 @@ from search.outcome import Outcome
 TRIALS, EPOCHS = 8, 3
 pytestmark = pytest.mark.slow
 OPTIONS = (
-    *("--n-trials", str(TRIALS), "--epochs", str(EPOCHS), "--hidden-units", "4,8"),
+    *("--n-trials", str(TRIALS), "--epochs", str(EPOCHS), "--hidden-units", "8"),
     *("--report", "none"),  # takes longer than the search
 )
 
@@ -41,7 +41,7 @@ def settings(dataset: Path, **changed: Any) -> StudyConfig:
     given: dict[str, Any] = {
         "n_trials": TRIALS,
         "epochs": EPOCHS,
-        "hidden_units": "4,8",
+        "hidden_units": "8",
         "report": "none",
     }
     return StudyConfig(dataset=str(dataset), workers=1, **{**given, **changed})
