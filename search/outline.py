@@ -25,7 +25,7 @@ from search.database import patient
 BY_ITSELF = "failed_by_itself"  # user attribute of a FAIL trial: its own training raised an error
 _KEPT = ("place", BY_ITSELF)  # user attributes
 _KEPT_WHILE_RUNNING = (*_KEPT, "owner")
-_PROPOSED = "relative_params:"  # system attributes: what TPE proposed for a trial that runs
+_PROPOSED = "tpe:relative_params:"  # system attributes: what TPE proposed for a trial that runs
 _number = attrgetter("number")
 _AT_ONCE = 500  # trials; a first look at a long study takes no more memory than its result
 

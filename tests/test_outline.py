@@ -11,6 +11,7 @@ import optuna
 import pytest
 import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import Engine
 from test_database import SETTINGS
@@ -53,7 +54,7 @@ def add(study: optuna.Study, state: TrialState, **changed: Any) -> FrozenTrial:
         "params": PARAMS,
         "distributions": DISTRIBUTIONS,
         "user_attrs": {"place": number, "owner": {"pid": 1}, "history": [{"loss": 1.0}]},
-        "system_attrs": {"relative_params:0": "{}", "completed_rung_0": 0.5},
+        "system_attrs": {f"{_RELATIVE_PARAMS_KEY}:0": "{}", "completed_rung_0": 0.5},
         "intermediate_values": {0: 0.1 + number, 1: math.inf},
         **changed,
     }
@@ -98,7 +99,7 @@ def test_a_finished_trial_is_read_once_in_whatever_order_the_trials_finish(
     try:
         early, late = study.ask(), study.ask()
         for trial, rate in ((early, 0.2), (late, 0.3)):
-            trial.suggest_float("rate", rate, rate + 1)
+            trial.suggest_float("rate", 0, 1)
             trial.report(rate, 4)
         reads = []
         for finish in (None, late, None, early, None):
@@ -116,6 +117,7 @@ def test_a_finished_trial_is_read_once_in_whatever_order_the_trials_finish(
     columns = seen._storage.outlines(seen._study_id).columns  # type: ignore[attr-defined]
     assert columns.finished[:3].tolist() == [True, True, False]
     assert columns.value[:2].tolist() == [0, 1]
+    assert seen._storage.outlines(seen._study_id).distinct() == again[:1]  # type: ignore[attr-defined]
     assert columns.reported[4][:2].tolist() == [0.2, 0.3]
     assert columns.params["rate"][:2].tolist() == [t.params["rate"] for t in again]
 

@@ -18,6 +18,7 @@ from optuna.distributions import (
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
+from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY
 from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS
 
@@ -76,10 +77,10 @@ BRANCHING = {
 
 
 def fill(study: optuna.Study, config: StudyConfig, complete: int) -> None:
-    """Add 45 trials, so many of them COMPLETE, the others PRUNED, failed or running."""
+    """Add 58 trials, 40 of them finished, so many of these COMPLETE; others failed or run."""
     random = np.random.default_rng(complete)
     states = [TrialState.COMPLETE] * complete + [TrialState.PRUNED] * (40 - complete)
-    states += [TrialState.FAIL, TrialState.RUNNING] * 2
+    states += [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 16
     suggestions = optuna.create_study(sampler=optuna.samplers.RandomSampler(complete))
     for number in random.permutation(len(states)):
         proposed = suggestions.ask()
@@ -93,7 +94,7 @@ def fill(study: optuna.Study, config: StudyConfig, complete: int) -> None:
                 value=value if state is TrialState.COMPLETE else None,
                 params={} if state is TrialState.RUNNING else proposed.params,
                 distributions={} if state is TrialState.RUNNING else proposed.distributions,
-                system_attrs={"relative_params:0": json.dumps(proposed.params)},
+                system_attrs={f"{_RELATIVE_PARAMS_KEY}:0": json.dumps(proposed.params)},
                 intermediate_values={e: float(random.random()) for e in range(epochs)},
                 user_attrs={"place": 0},
             )

@@ -239,7 +239,11 @@ def fill(study: optuna.Study, config: StudyConfig, total: int) -> None:
                 for key, value in {**fixed, **own}.items()
             ]
             rows[models.TrialSystemAttributeModel].append(
-                {"trial_id": trial_id, "key": "relative_params:0", "value_json": json.dumps(params)}
+                {
+                    "trial_id": trial_id,
+                    "key": "tpe:relative_params:0",
+                    "value_json": json.dumps(params),
+                }
             )
         for model, values in rows.items():
             connection.execute(sqlalchemy.insert(model.__table__), values)
