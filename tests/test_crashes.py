@@ -446,7 +446,8 @@ def test_a_password_in_a_url_is_nowhere_to_be_found(
             begin = start_anew if kind == "works" else start  # whose name is not study.py
             process = begin(in_folder, "--dataset", str(clouds), *workers, *few, *name)
             before = statuses(in_folder, "FINISHED")
-            while process.poll() is None:
+            ended = False
+            while not ended:
                 if kind == "fails midway" and statuses(in_folder, "FINISHED") > before:
                     proxy.status = 500
                 for command_line in Path("/proc").glob("[0-9]*/cmdline"):
@@ -454,6 +455,7 @@ def test_a_password_in_a_url_is_nowhere_to_be_found(
                         seen += command_line.read_bytes().decode(errors="replace")
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     said += "".join(process.communicate(timeout=0.2))
+                    ended = True
             assert process.returncode == code, said
             if kind == "works":
                 for verb in (["show", "--json"], ["doctor"]):
