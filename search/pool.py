@@ -92,7 +92,7 @@ def trains_here(config: StudyConfig) -> bool:
 
 def _count_finished(path: Path, config: StudyConfig) -> int:
     """How many trials of the study in the file `path` have finished; 0 where it can't be read."""
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, it takes a name that no disk does
         return 0
     from search.database import read_sqlite  # not at the top: a new study need not wait for it
 
@@ -100,7 +100,7 @@ def _count_finished(path: Path, config: StudyConfig) -> int:
         "SELECT count(*) FROM trials JOIN studies USING (study_id) "
         "WHERE study_name = ? AND state IN ('COMPLETE', 'PRUNED')"
     )
-    with contextlib.suppress(sqlite3.Error), read_sqlite(path) as file:
+    with contextlib.suppress(sqlite3.Error, OSError), read_sqlite(path) as file:
         return int(file.execute(query, (config.study_name,)).fetchone()[0])
     return 0
 

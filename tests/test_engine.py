@@ -209,6 +209,7 @@ def test_tensorflow_is_imported_ahead_where_trials_are_missing(
     assert not starts()
     assert starts(n_trials=3)
     assert starts(study_name="another")
+    assert starts(storage=f"sqlite:///{'a' * 300}.db")
     (in_folder / "study.db").write_text("no database")
     assert starts()
 
