@@ -138,7 +138,11 @@ class Worker:
         except storage.PlaceTaken:
             raise
         except Exception as error:
-            # Optuna 5 answers a failing database with errors of its own on top of the database's.
+            # Optuna 5 answers an interruption or a failing database, where it ends the trial, with
+            # errors of its own on top.
+            interruption = _interruption_behind(error)
+            if interruption is not None:
+                raise interruption from None
             if not attempt.was_ended():
                 raise storage.failure(error) from error
         finally:
@@ -250,6 +254,13 @@ def _now() -> int:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption that `error` was raised in the handling of, if it was."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _Pruning(KerasPruningCallback):  # type: ignore[misc]

@@ -13,12 +13,13 @@ import pytest
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Engine
 
 from search import StudyConfig, run
 from search.contract import HISTORY_BLOCK, METRICS, history_attr, history_of
-from search.errors import RunError
+from search.errors import Interrupted, RunError
 from search.listener import Listener
 from search.outcome import Outcome
 from search.tasks import load_trial
@@ -191,3 +192,21 @@ def test_a_failure_is_kept_and_shown_without_control_characters(
     assert outcomes.seen[0].failure == shown
     found = invariants.check(in_folder, 0, registered=False)
     assert found["trials"][0].user_attrs["failure"] == shown
+
+
+def test_an_interruption_while_a_trial_is_being_ended_ends_the_run_as_interrupted(
+    in_folder: Path, clouds: Path
+) -> None:
+    end = RDBStorage.set_trial_state_values
+
+    def interrupt(storage: RDBStorage, *arguments: Any, **keywords: Any) -> bool:
+        assert end(storage, *arguments, **keywords)
+        raise Interrupted("terminated by SIGTERM", 143)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RDBStorage, "set_trial_state_values", interrupt)
+        with pytest.raises(Interrupted) as stopped:
+            run(config(clouds))
+    assert stopped.value.exit_code == 143
+    assert run(config(clouds)).ran == 2
+    invariants.check(in_folder, 3)
