@@ -10,7 +10,8 @@ Importing this package loads nothing heavy: `run` is looked up when it is first 
 
 from typing import TYPE_CHECKING, Any
 
-from search.config import InputError, Interrupted, RunError, StudyConfig
+from search.config.settings import StudyConfig
+from search.errors import InputError, Interrupted, RunError
 
 if TYPE_CHECKING:
     from search.pipeline import run

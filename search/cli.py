@@ -13,11 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from search import config as settings
-from search import files, signals, urls
-from search.config import InputError, RunError, StudyConfig, printable
+from search import signals
+from search.config import files
+from search.config.hyperparameters import HYPERPARAMETERS
+from search.config.options import flag
+from search.config.settings import StudyConfig, defaults, from_text, options
+from search.errors import InputError, RunError, printable, redact
 from search.imports import hidden, quickly
-from search.recipe import HYPERPARAMETERS
 
 app = typer.Typer(
     add_completion=False,
@@ -25,12 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
 _UsageError: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # Typer names it only in a private module
-
 _METAVARS = {
     "timeout": "SECONDS",
     "patience": "TRIALS",
@@ -61,8 +60,8 @@ def _study(
     for name, text in given.items():
         if text is not None:
             raise typer.BadParameter(
-                f"{settings.flag(name)} must come after the verb: "
-                f"python study.py {context.invoked_subcommand} {settings.flag(name)}"
+                f"{flag(name)} must come after the verb: "
+                f"python study.py {context.invoked_subcommand} {flag(name)}"
             )
     return None
 
@@ -120,16 +119,15 @@ def _with_options(
         _file("preset", "NAME", "A search that is ready to run: python study.py presets."),
         _file("config", "FILE.toml", "Settings, the options' names as keys; they win over preset."),
     ]
-    defaults = settings.defaults()
     for name in names:
-        option = settings.options()[name]
-        shown = option.none if defaults[name] is None else str(defaults[name])
+        option = options()[name]
+        shown = option.none if defaults()[name] is None else str(defaults()[name])
         help_text = option.help + (f" Environment: {option.env}." if option.env else "")
         metavar = "|".join(option.choices) or _METAVARS.get(name, "N")
         annotation = Annotated[
             str | None,
             typer.Option(
-                settings.flag(name),
+                flag(name),
                 metavar=metavar,
                 help=f"{help_text} [dim]\\[default: {shown}][/dim]",
                 show_default=False,
@@ -153,11 +151,13 @@ def _flag(name: str, help: str) -> inspect.Parameter:
 app.callback(invoke_without_command=True)(
     _with_options(
         _study,
-        settings.options(),
+        options(),
         _own("context", typer.Context),
         _flag("quiet", "Print the summary alone."),
     )
 )
+
+
 for _name, _verb, *_parameters in (
     ("show", _show, _flag("json", "Print it as JSON, for scripts.")),
     (
@@ -188,6 +188,8 @@ for _name, _verb, *_parameters in (
 ):
     _names = ("study_name", "storage", "dataset") if _name == "reproduce" else _PLACES
     app.command(_name)(_with_options(_verb, _names, *_parameters))
+
+
 app.command("presets")(_presets)
 
 
@@ -199,13 +201,13 @@ def build_config(given: Mapping[str, str | None]) -> StudyConfig:
     preset, file = given.get("preset"), given.get("config")
     values: dict[str, Any] = {} if preset is None else files.read_preset(preset)
     values.update({} if file is None else files.read_file(file))
-    for name, option in settings.options().items():
+    for name, option in options().items():
         from_environment = os.environ.get(option.env) if option.env else None
         text = given.get(name)
         if text is None and from_environment:
             text = from_environment
         if text is not None:
-            values[name] = settings.from_text(name, text)
+            values[name] = from_text(name, text)
     if "model" not in given:  # a verb: none needs it, and to import it takes time
         values.pop("model", None)
     config = StudyConfig(**values)
@@ -219,31 +221,33 @@ def _check_matters(name: str, config: StudyConfig) -> None:
     space = config.space
     if name not in space.parameters or (config.model and HYPERPARAMETERS[name].network):
         raise InputError(
-            f"{settings.flag(name)} must be left out with --model, whose network has what its "
+            f"{flag(name)} must be left out with --model, whose network has what its "
             f"SPACE declares, but got {getattr(config, name)!r}; declare it there"
         )
     if not space.can_matter(name):
         condition = space.conditions[name]
         raise InputError(
-            f"{settings.flag(name)} matters only with {condition}, but got "
+            f"{flag(name)} matters only with {condition}, but got "
             f"{getattr(config, name)!r} and {condition.parent} "
             f"{space.parameters[condition.parent]}; give "
-            f"{settings.flag(condition.parent)} {condition.values[-1]}, too"
+            f"{flag(condition.parent)} {condition.values[-1]}, too"
         )
 
 
 def run_study(config: StudyConfig, quiet: bool = False) -> int:
     """Run the study, showing how it goes; returns the exit code."""
-    from search import pool
+    from search.workers import processes
 
-    pool.start_importing(config)
-    from search import display, panel
+    processes.start_importing(config)
+    from search.report.live import choose_progress
+    from search.report.terminal import Output
+    from search.report.text import summary
 
-    console = display.Output(soft_wrap=True)
-    shown = panel.listener(console, quiet=quiet)
+    console = Output(soft_wrap=True)
+    shown = choose_progress(console, quiet=quiet)
     with contextlib.closing(shown):
         shown.loading(config.study_name)
-        with _loading() if pool.trains_here(config) else _loading("pandas", "matplotlib"):
+        with _loading() if processes.trains_here(config) else _loading("pandas", "matplotlib"):
             from search import pipeline
 
         def abandon(reason: str) -> None:
@@ -252,7 +256,7 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
 
         with signals.handled(shown.stop, abandon), contextlib.closing(shown):
             result = pipeline.run(config, shown)
-    console.print(display.summary(result), markup=False, highlight=False)
+    console.print(summary(result), markup=False, highlight=False)
     return 0 if result.winner is not None else signals.EXIT_INTERRUPTED
 
 
@@ -274,29 +278,30 @@ def run_show(config: StudyConfig, as_json: bool) -> int:
     with _loading():
         from rich.console import Console
 
-        from search import display, overview
+        from search.report import overview
+        from search.report.text import show
 
     found = overview.read(config)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
     else:
-        display.show(Console(), found)
+        show(Console(), found)
     return 0
 
 
 def run_report(config: StudyConfig, output: str) -> int:
     """Write the report; returns the exit code."""
     with _loading("pandas", "matplotlib"):
-        from search import presentation, report  # noqa: F401 - loads Plotly
+        from search.report import publish
 
-    print(f"wrote {printable(str(presentation.report(config, output)))}")
+    print(f"wrote {printable(str(publish.write_report(config, output)))}")
     return 0
 
 
 def run_reproduce(config: StudyConfig, number: int | None, moved: str | None) -> int:
     """Train a trial again and print whether it is the same; returns the exit code."""
     with quickly():
-        from search import reproduce
+        from search.workers import reproduce
 
     done = reproduce.reproduce(config, number, moved, functools.partial(print, flush=True))
     if not done.differences:
@@ -321,7 +326,7 @@ def run_presets() -> int:
 
 def run_ui(config: StudyConfig) -> int:
     """Serve both user interfaces until Ctrl-C; returns the exit code."""
-    from search import ui
+    from search.report import ui
 
     with signals.leaving():
         ui.serve(config, functools.partial(print, flush=True))
@@ -331,9 +336,9 @@ def run_ui(config: StudyConfig) -> int:
 def run_doctor(config: StudyConfig, fix: bool) -> int:
     """Print what the ledgers disagree about; returns the exit code."""
     with _loading("pandas", "matplotlib"):
-        from search import doctor
+        from search.tracking.sync import doctor
 
-    mended, left = doctor.examine(config, fix=fix)
+    mended, left = doctor(config, fix=fix)
     for line in mended:
         print(f"mended: {line}")
     for line in left:
@@ -356,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         call = app(args=arguments, prog_name="study.py", standalone_mode=False)
         return call() if callable(call) else 0
     except (InputError, RunError) as error:
-        return _fail(urls.redact(str(error)), error.exit_code)
+        return _fail(redact(str(error)), error.exit_code)
     except _UsageError as error:
         message = " ".join(str(error).split()).rstrip(".")
         return _fail(f"{message}; see python study.py --help", 2)

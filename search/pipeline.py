@@ -4,96 +4,47 @@ import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search import (
-    address,
-    data,
-    engine,
-    facts,
-    presentation,
-    production,
-    promotion,
-    ranking,
-    recipe,
-    registry,
-    runner,
-    sampling,
-    storage,
-    tracking,
-)
-from search.config import InputError, RunError, StudyConfig, one_line
-from search.contract import NOT_MADE, repeat_attr, repeats_of
+from search.config.hyperparameters import needs_images
+from search.config.settings import StudyConfig
+from search.data.dataset import Dataset, check_images, choose_epochs, load_for_study
+from search.errors import InputError, RunError, one_line
 from search.imports import undisturbed
-from search.listener import Listener
-from search.outcome import Outcome
-from search.production import aliased
-from search.ranking import Finalist
-from search.reconcile import Ledgers
+from search.promotion.comparison import Comparison
+from search.promotion.gate import Winner, promote
+from search.promotion.retrain import find_retrained
+from search.report import publish
+from search.report.progress import Progress, Result
+from search.study import ranking, sampling, storage
+from search.study.lock import TakenOver, check_promotion_lock, holds_study, study_lock
+from search.study.trials import (
+    FINISHED,
+    TrialSummary,
+    amend_trial,
+    fail_trial,
+    given_up,
+    missing_slots,
+    repeat_attr,
+    repeats_of,
+)
+from search.tracking.address import check_experiment, check_tracking
+from search.tracking.registered_model import aliased_version
+from search.tracking.runs import TRACKING_ERRORS
+from search.tracking.schema import NOT_MADE, study_metadata
+from search.tracking.sync import Stores
+from search.workers import executor
 
 if TYPE_CHECKING:
-    from search.report import Chart
+    from search.report.html import Chart
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Winner:
-    """The trial that won, trained anew, and its version of the registered model.
-
-    val_accuracy: of the trial. verdict: whether it went to production. in_production: the version
-    that is there now, which may be a later study's. new: whether it was trained anew in this run.
-    """
-
-    trial: int
-    run_id: str
-    version: int
-    val_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    verdict: promotion.Verdict
-    in_production: int | None
-    new: bool
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves.
-
-    best: the COMPLETE trial with the highest val_accuracy, `best.value`; None only where the run
-    was interrupted before one completed.
-    finalists: the trials that were trained again on fresh seeds, the best mean first; the first one
-    is the winner. Empty with `--finalists 0`: the best trial is the winner.
-    reference: the study's trial of the reference configuration, None where it was not tried.
-    winner: the best configuration trained anew on training and validation data, its accuracy on
-    the test images and its version of the registered model; None where the run was interrupted.
-    complete, pruned, failed: trials of the study in all; `ran` of them in this run. given_up: slots
-    whose configuration failed by itself twice; they count as finished.
-    stopped: why the search ended before its budget, if it did.
-    mended: what the reconciliation had to mend.
-    """
-
-    config: StudyConfig
-    best: FrozenTrial | None
-    finalists: list[Finalist]
-    reference: FrozenTrial | None
-    winner: Winner | None
-    parent_run_id: str
-    complete: int
-    pruned: int
-    failed: int
-    given_up: int
-    ran: int
-    seconds: float
-    stopped: str | None
-    mended: tuple[str, ...]
-
-
-def run(config: StudyConfig, listener: Listener | None = None) -> Result:
+def run(config: StudyConfig, listener: Progress | None = None) -> Result:
     """Run the study until `config.n_trials` of its slots are finished, and register the best.
 
     Doing it again after the end changes nothing. With one worker TensorFlow runs in this process,
@@ -103,8 +54,8 @@ def run(config: StudyConfig, listener: Listener | None = None) -> Result:
     _check_main_module()
     try:
         with undisturbed():
-            return _run(config, listener or Listener())
-    except (*storage.ERRORS, *tracking.ERRORS) as error:
+            return _run(config, listener or Progress())
+    except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
 
 
@@ -120,76 +71,78 @@ def _check_main_module() -> None:
         )
 
 
-def _run(config: StudyConfig, listener: Listener) -> Result:
+def _run(config: StudyConfig, listener: Progress) -> Result:
     began = time.monotonic()
     storage.check(config)
     stored = storage.stored_settings(config)
-    dataset = data.of_study(config, stored)
-    config = config.with_epochs(data.epochs(config, dataset, stored))
-    data.check(dataset, recipe.needs_images(config.space))
+    dataset = load_for_study(config, stored)
+    config = config.with_epochs(choose_epochs(config, dataset, stored))
+    check_images(dataset, needs_images(config.space))
     if dataset.problem is not None and stored is None:
         raise InputError(dataset.problem)
     settings = config.settings(
         _short(dataset), split=dataset.split, normalized=dataset.normalization is not None
     )
-    address.check(config.tracking_uri)
-    production.check_experiment(config)
+    check_tracking(config.tracking_uri)
+    check_experiment(config)
     if config.scheduler is not None:
         _check_scheduler(config.scheduler)
     if config.report != "none":
-        presentation.check(config, config.report)
+        publish.check_report(config, config.report)
     storage.check_same(config, settings)
     with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(runner.sole_runner(config))
-        promotion.check_lock(config)  # not after all the training
+        keep = stack.enter_context(study_lock(config))
+        check_promotion_lock(config)  # not after all the training
         study = storage.open_study(config, settings)
         stack.callback(storage.close_study, study)
         if "facts" not in study.user_attrs:
-            study.set_user_attr("facts", facts.facts_of(config, dataset))
-        ledgers = Ledgers(study, config)
-        ledger, parent = ledgers.tracking, ledgers.parent
-        stack.callback(ledger.disconnect)
+            study.set_user_attr("facts", study_metadata(config, dataset))
+        stores = Stores(study, config)
+        tracking, parent = stores.tracking, stores.parent
+        stack.callback(tracking.disconnect)
         try:
-            mended = ledgers.reconcile()
+            mended = stores.reconcile()
             listener.mended(mended)
-            missing = storage.missing_places(study, sampling.budget(config))
+            missing = missing_slots(study, sampling.budget(config))
             listener.start(study, dataset, len(missing))
             if dataset.problem is not None:
                 listener.warning(f"{dataset.problem}, and another --study-name")
-            with engine.Engine(config, parent, dataset, listener, keep) as workers:
-                job = _Job(config, study, ledgers, listener, workers)
+            with executor.Executor(
+                config, parent, dataset, listener.stopping, listener.workers, keep
+            ) as workers:
+                job = _Job(config, study, stores, listener, workers)
                 stopped = job.search(missing)
                 if not listener.stopping():
                     job.train_finalists()
-                mended += _patiently(ledgers.reconcile)
+                mended += _patiently(stores.reconcile)
                 if listener.stopping():
-                    stopped = engine.INTERRUPTED
-                winner = None if stopped == engine.INTERRUPTED else job.register_winner()
+                    stopped = executor.INTERRUPTED
+                winner = None if stopped == executor.INTERRUPTED else job.register_winner()
         except KeyboardInterrupt as interruption:
             with contextlib.suppress(Exception):  # the next start does it
-                ledgers.reconcile(str(interruption) or "interrupted")
-                ledger.close(parent, "KILLED")
+                stores.reconcile(str(interruption) or "interrupted")
+                tracking.close(parent, "KILLED")
             raise
-        except runner.TakenOver:
+        except TakenOver:
             raise  # its trials and its parent run are another process's now
         except Exception as error:
             with contextlib.suppress(Exception):  # a database or server may be what failed
-                ledgers.reconcile(f"stopped with the run: {one_line(error)}")
+                stores.reconcile(f"stopped with the run: {one_line(error)}")
             with contextlib.suppress(Exception):
-                ledger.close(parent, "FAILED")
+                tracking.close(parent, "FAILED")
             raise
-        _patiently(lambda: ledger.close(parent, "KILLED" if winner is None else "FINISHED"))
+        _patiently(lambda: tracking.close(parent, "KILLED" if winner is None else "FINISHED"))
         if winner is not None:
-            _present(ledgers, winner, job.charts, listener)
+            _present(stores, winner, job.charts, listener)
         return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
 
 
 def _present(
-    ledgers: Ledgers, winner: Winner, charts: "list[Chart] | None", listener: Listener
+    stores: Stores, winner: Winner, charts: "list[Chart] | None", listener: Progress
 ) -> None:
     """Write notes and report; the winner is registered, so a failure only costs what is shown."""
     try:
-        _patiently(lambda: presentation.present(ledgers, winner, charts))
+        _patiently(lambda: publish.publish(stores, winner, charts))
     except Exception as error:
         listener.warning(
             f"the report and the notes could not be written ({type(error).__name__}: "
@@ -199,13 +152,13 @@ def _present(
 
 def _check_scheduler(address: str) -> None:
     try:
-        from search import cluster
+        from search.workers.dask import check_scheduler
     except ImportError as error:
         raise InputError(
             f"--scheduler needs Dask's distributed, which is not installed ({error}); "
             "pip install -e '.[cluster]'"
         ) from None
-    cluster.check(address)
+    check_scheduler(address)
 
 
 _PATIENCE = 20  # seconds that a tracking server which fails gets to come back
@@ -219,7 +172,7 @@ def _patiently(step: Callable[[], T], before_again: Callable[[], object] = list)
             if deadline is not None:
                 before_again()
             return step()
-        except tracking.ERRORS:
+        except TRACKING_ERRORS:
             deadline = deadline or time.monotonic() + _PATIENCE
             if time.monotonic() > deadline:
                 raise
@@ -228,17 +181,17 @@ def _patiently(step: Callable[[], T], before_again: Callable[[], object] = list)
 
 def abandon(config: StudyConfig, reason: str) -> None:
     """End what this process left running, from outside its main thread, which does not answer."""
-    if not runner.is_this_process(config):
+    if not holds_study(config):
         return
     study = storage.load_study(config)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        storage.fail(study, trial, reason)
-    ledgers = Ledgers(study, config)
-    ledgers.reconcile(reason)
-    ledgers.tracking.close(ledgers.parent, "KILLED")
+        fail_trial(study, trial, reason)
+    stores = Stores(study, config)
+    stores.reconcile(reason)
+    stores.tracking.close(stores.parent, "KILLED")
 
 
-def _short(dataset: data.Dataset) -> str:
+def _short(dataset: Dataset) -> str:
     return f"{dataset.name.rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
 
 
@@ -249,15 +202,15 @@ class _Job:
         self,
         config: StudyConfig,
         study: optuna.Study,
-        ledgers: Ledgers,
-        listener: Listener,
-        workers: engine.Engine,
+        stores: Stores,
+        listener: Progress,
+        workers: executor.Executor,
     ) -> None:
         self.config = config
         self.study = study
-        self.ledgers = ledgers
-        self.ledger = ledgers.tracking
-        self.parent = ledgers.parent
+        self.stores = stores
+        self.tracking = stores.tracking
+        self.parent = stores.parent
         self.listener = listener
         self.workers = workers
         self.ran = 0
@@ -265,7 +218,7 @@ class _Job:
 
     def search(self, missing: list[int]) -> str | None:
         """Run the missing trials; returns why the search stopped early, if it did."""
-        patience = engine.Patience(self.config.patience)
+        patience = executor.Patience(self.config.patience)
         finished = self._finished()
         for trial in finished:
             patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
@@ -274,14 +227,14 @@ class _Job:
         known = ranking.best(finished)
         best = None if known is None else known.value
 
-        def on_trial(outcome: Outcome) -> None:
+        def on_trial(outcome: TrialSummary) -> None:
             nonlocal best
             self.ran += 1
             if outcome.value is not None:
                 best = outcome.value if best is None else max(best, outcome.value)
             self.listener.trial(outcome, best)
 
-        self.ledger.reopen(self.parent)
+        self.tracking.reopen(self.parent)
         return self.workers.run_trials(
             missing,
             on_trial,
@@ -300,15 +253,15 @@ class _Job:
             return ranking.missing(chosen, self.config)
 
         if missing():
-            self.ledger.reopen(self.parent)
+            self.tracking.reopen(self.parent)
             self.listener.finalists(chosen, self.config.repeats)
 
         def on_repeat(number: int, repeat: int, kept: dict[str, Any]) -> None:
             trial, name = by_number[number], repeat_attr(repeat)
-            storage.amend(self.study, trial, name, kept, self.config.storage)
+            amend_trial(self.study, trial, name, kept, self.config.storage)
             seen = repeats_of(trial)[repeat]
-            with contextlib.suppress(*tracking.ERRORS):  # reconcile writes it later
-                self.ledgers.write(seen)
+            with contextlib.suppress(*TRACKING_ERRORS):  # reconcile writes it later
+                self.stores.write(seen)
             self.listener.repeat(number, repeat, seen.value, len(missing()))
 
         if self.workers.run_repeats(missing, on_repeat):
@@ -316,26 +269,26 @@ class _Job:
 
     def register_winner(self) -> Winner:
         """Retrain, test, register and promote the winner, as far as that is not yet done."""
-        return _patiently(self._register, before_again=self.ledgers.reconcile)
+        return _patiently(self._register, before_again=self.stores.reconcile)
 
     def _register(self) -> Winner:
         best = self.winner()
-        runs = self.ledger.runs_of(self.parent)
-        run = registry.find_retrained(self.ledger, runs, best.number)
+        runs = self.tracking.runs_of(self.parent)
+        run = find_retrained(self.tracking, runs, best.number)
         new = run is None
         if run is None:
-            self.ledger.reopen(self.parent)
+            self.tracking.reopen(self.parent)
             self.listener.retraining(best)
             run_id = self.workers.retrain(best.number, self._after_death, self._draw)
-            run = self.ledger.client.get_run(run_id)
+            run = self.tracking.client.get_run(run_id)
             if NOT_MADE in run.data.tags:
                 self.listener.warning(f"the winner's {run.data.tags[NOT_MADE]}")
 
-        def compare(challenger: int, champion: int) -> promotion.Comparison | str:
+        def compare(challenger: int, champion: int) -> Comparison | str:
             return self.workers.compare(challenger, champion, self._after_death)
 
-        version, verdict = promotion.promote(self.ledgers, run, compare)
-        champion = aliased(self.ledger.client, self.config.model_name)
+        version, verdict = promote(self.stores, run, compare)
+        champion = aliased_version(self.tracking.client, self.config.model_name)
         return Winner(
             trial=best.number,
             run_id=run.info.run_id,
@@ -352,12 +305,12 @@ class _Job:
         """Draw the report's charts; what fails is tried again when the report is written."""
         if self.config.report != "none" and self.charts is None:
             with contextlib.suppress(Exception):
-                self.charts = presentation.draw(self.study, self.config)
+                self.charts = publish.draw(self.study, self.config)
 
     def _after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the places that are missing now."""
-        self.listener.mended(_patiently(self.ledgers.reconcile))
-        return storage.missing_places(self.study, sampling.budget(self.config))
+        self.listener.mended(_patiently(self.stores.reconcile))
+        return missing_slots(self.study, sampling.budget(self.config))
 
     def winner(self) -> FrozenTrial:
         """The best finalist, or else the best trial. Raises RunError where there is none."""
@@ -385,14 +338,17 @@ class _Job:
             complete=states.count(TrialState.COMPLETE),
             pruned=states.count(TrialState.PRUNED),
             failed=states.count(TrialState.FAIL),
-            given_up=len(storage.given_up(self.study)),
+            given_up=len(given_up(self.study)),
             ran=self.ran,
             seconds=seconds,
             stopped=stopped,
             mended=mended,
+            report=None
+            if self.config.report == "none"
+            else publish.report_path(self.config.report, self.config.study_name),
         )
 
     def _finished(self) -> list[FrozenTrial]:
-        trials = self.study.get_trials(deepcopy=False, states=storage.FINISHED)
-        trials += storage.given_up(self.study).values()
+        trials = self.study.get_trials(deepcopy=False, states=FINISHED)
+        trials += given_up(self.study).values()
         return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from search.config import Interrupted
+from search.errors import Interrupted
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _GRACE = 5  # seconds for the main thread to end, which it can't inside TensorFlow

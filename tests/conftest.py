@@ -22,8 +22,9 @@ import templates
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from search import StudyConfig, pool
-from search.recipe import complete
+from search import StudyConfig
+from search.config.hyperparameters import complete
+from search.workers import processes
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -71,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than cores: tests wait for servers, time-outs and processes."""
-    return pool.cpu_count() + 1
+    return processes.cpu_count() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

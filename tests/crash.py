@@ -28,7 +28,7 @@ class Point:
     before: bool = False
 
 
-CLIENT, TRACKING = "mlflow.tracking:MlflowClient", "search.tracking:Tracking"
+CLIENT, TRACKING = "mlflow.tracking:MlflowClient", "search.tracking.runs:Tracking"
 FIRST_START = {
     "study database half made": Point("pathlib:Path", "rename", before=True),
     "study created": Point("optuna", "create_study"),
@@ -39,7 +39,7 @@ FIRST_START = {
     "parent run created": Point(CLIENT, "create_run"),
 }
 TRIALS = {
-    "trial created": Point("search.storage:PlacedStudy", "ask", nth=3),
+    "trial created": Point("search.study.trials:SlottedStudy", "ask", nth=3),
     "run created": Point(TRACKING, "create_run", nth=3),
     "params logged": Point(TRACKING, "log_start", nth=3),
     "mid-report, epoch not in MLflow": Point(TRACKING, "log_epoch", nth=8, before=True),
@@ -53,27 +53,31 @@ REGISTRATION = {
     "model marked": Point(CLIENT, "set_tag", word="model_uri"),
     "registered model created": Point(CLIENT, "create_registered_model"),
     "version created": Point(CLIENT, "create_model_version"),
-    "version linked": Point("search.promotion", "_link"),
+    "version linked": Point("search.promotion.gate", "_link"),
     "verdict half kept": Point(CLIENT, "set_model_version_tag", nth=2),
     "alias set": Point(CLIENT, "set_registered_model_alias"),
     "stage set": Point(CLIENT, "transition_model_version_stage"),
 }
 FINALISTS = {
-    "repeat trained, not kept": Point("search.storage", "amend", word="finalist_", before=True),
-    "repeat kept, no run": Point("search.reconcile:Ledgers", "write", before=True),
+    "repeat trained, not kept": Point(
+        "search.study.trials", "amend_trial", word="finalist_", before=True
+    ),
+    "repeat kept, no run": Point("search.tracking.sync:Stores", "write", before=True),
     "repeat's run open": Point(TRACKING, "create_run", word="finalist-"),
-    "repeat's run linked, empty": Point("search.storage", "amend", word="finalist_", nth=2),
-    "finalists compared": Point("search.ranking", "settle"),
+    "repeat's run linked, empty": Point(
+        "search.study.trials", "amend_trial", word="finalist_", nth=2
+    ),
+    "finalists compared": Point("search.study.ranking", "settle"),
 }
 RECONCILIATION = {
-    "mid-reconcile, trial failed": Point("search.storage", "fail"),
+    "mid-reconcile, trial failed": Point("search.study.trials", "fail_trial"),
     "mid-reconcile, run not mended": Point(TRACKING, "mend", before=True),
     "mid-reconcile, run mended": Point(TRACKING, "mend"),
 }
 PRESENTATION = {
-    "report written": Point("search.report", "write"),
+    "report written": Point("search.report.html", "write_html"),
     "report logged": Point(CLIENT, "log_artifact", word="report.html"),
-    "note written": Point("search.storage", "note"),
+    "note written": Point("search.study.storage", "write_note"),
 }
 POINTS = FIRST_START | TRIALS | FINALISTS | REGISTRATION | RECONCILIATION | PRESENTATION
 
@@ -109,11 +113,18 @@ def arm(point: Point) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(owner, point.name, staticmethod(deadly) if inspect.ismethod(original) else deadly)
+    if not inspect.ismodule(owner):
+        setattr(owner, point.name, staticmethod(deadly) if inspect.ismethod(original) else deadly)
+        return
+    for module in list(sys.modules.values()):  # all that have imported it by its name
+        if getattr(module, "__dict__", {}).get(point.name) is original:
+            setattr(module, point.name, deadly)
 
 
 def run(point: str, options: list[str]) -> int:
     """The command, in this process, which is to die at `point`."""
+    import search.pipeline
+    import search.workers.worker  # noqa: F401 - all that may name what is armed
     from search.cli import main
 
     arm(POINTS[point])

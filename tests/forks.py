@@ -46,11 +46,11 @@ from typing import IO, Any
 LIBRARIES = (  # what commands import, and in their order, and what tests' own processes do
     "optuna.importance",
     "search.cli",
-    "search.display",
-    "search.panel",
+    "search.report.text",
+    "search.report.live",
     "search.pipeline",
-    "search.reproduce",
-    "search.report",
+    "search.workers.reproduce",
+    "search.report.html",
     "optuna.terminator",
     "optuna_dashboard",
     "alembic.command",
@@ -63,7 +63,7 @@ LIBRARIES = (  # what commands import, and in their order, and what tests' own p
     "mlflow.store.model_registry.sqlalchemy_store",
     "sqlalchemy.dialects.sqlite",
     "sqlalchemy.dialects.postgresql.psycopg",
-    "search.preload",
+    "search.workers.preload",
     "mlflow.keras",
     "psycopg",
     "distributed.cli.dask_worker",
@@ -375,7 +375,9 @@ def _fork_the_fork_server() -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as search.pool starts it
+            signal.pthread_sigmask(
+                signal.SIG_BLOCK, {signal.SIGINT}
+            )  # as search.workers.processes starts it
             mine.close()
             _be_the_fork_server(its)
         finally:

@@ -10,7 +10,8 @@ import optuna
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from search.contract import METRICS, STATUS
+from search.study.trials import METRICS
+from search.tracking.schema import STATUS
 
 
 def dump(folder: Path) -> dict[str, list[str]]:

@@ -12,10 +12,11 @@ from filelock import FileLock
 from forks import FOLDER
 from mlflow.utils import requirements_utils
 
-from search import tracking
-from search.urls import sqlite_path, sqlite_url
+from search.config.urls import sqlite_path, sqlite_url
+from search.tracking import runs as tracking
+from search.tracking.runs import _create_schema
 
-_make_mlflows_tables = tracking._create_schema
+_make_mlflows_tables = _create_schema
 
 
 def use() -> None:

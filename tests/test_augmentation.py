@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from search import augmentation
+from search.training import augmentation
 
 KINDS = ("shift", "affine", "elastic")
 SEED = (3, 4)

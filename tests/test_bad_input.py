@@ -20,8 +20,13 @@ import pytest
 from conftest import arrays
 from numpy.typing import NDArray
 
-from search import cli, cluster, data, pipeline, storage
-from search.config import InputError, StudyConfig, from_text
+from search import cli, pipeline
+from search.config.settings import StudyConfig, from_text
+from search.data.dataset import load_dataset
+from search.errors import InputError
+from search.study import storage
+from search.workers import dask
+from search.workers.dask import check_scheduler
 
 ROOT = Path(__file__).parent.parent
 NAME = "tiny"
@@ -492,9 +497,9 @@ def test_a_ledger_on_a_disk_is_refused_with_a_cluster(
 def test_an_address_without_a_scheduler_is_refused(
     address: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_TIMEOUT", 1)
+    monkeypatch.setattr(dask, "_TIMEOUT", 1)
     with pytest.raises(InputError) as caught:
-        cluster.check(address)
+        check_scheduler(address)
     line = str(caught.value)
     assert line.startswith("--scheduler must be the address of a running Dask scheduler, but ")
     assert found in line
@@ -502,8 +507,8 @@ def test_an_address_without_a_scheduler_is_refused(
 
 
 def test_a_cluster_without_dask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "search.cluster", raising=False)
-    monkeypatch.delattr("search.cluster", raising=False)
+    monkeypatch.delitem(sys.modules, "search.workers.dask", raising=False)
+    monkeypatch.delattr("search.workers.dask", raising=False)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(InputError, match=r"needs Dask's.*; pip install -e '\.\[cluster\]'"):
         pipeline._check_scheduler("tcp://127.0.0.1:9")
@@ -1108,7 +1113,7 @@ def copied(path: Path) -> bytes:
 
 def settings_of(config: StudyConfig) -> dict[str, Any]:
     """The fingerprint that a run of `config` stores."""
-    digest = data.load(config.dataset, config.validation_split).digest
+    digest = load_dataset(config.dataset, config.validation_split).digest
     return config.settings(f"{config.dataset.rsplit('/', 1)[-1]} ({digest[:12]})")
 
 
@@ -1140,7 +1145,7 @@ def study_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes of a real mlflow.db."""
-    from search.tracking import Tracking
+    from search.tracking.runs import Tracking
 
     folder = tmp_path_factory.mktemp("mlflow")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -15,10 +15,11 @@ from optuna.trial import TrialState
 from test_engine import running_owners, wait_for
 from test_space import points
 
-from search import cli, files, signals
-from search.config import StudyConfig
-from search.parameter import is_fixed
-from search.recipe import HYPERPARAMETERS, REFERENCE
+from search import cli, signals
+from search.config import files
+from search.config.hyperparameters import HYPERPARAMETERS, REFERENCE
+from search.config.parameter import is_fixed
+from search.config.settings import StudyConfig
 
 FILE = 'n-trials = 11\nstorage = "sqlite:///file.db"\nseed = 3\nhidden-units = [8, 16]\n'
 

@@ -16,10 +16,12 @@ from conftest import start, wait_until
 from optuna.trial import TrialState
 from servers import BINARIES, Dask, MlflowServer, Postgres, Process, TcpProxy, ask
 
-from search import RunError, StudyConfig, cluster, doctor, pipeline, storage
-from search.contract import LOST
-from search.listener import Listener
-from search.outcome import Outcome
+from search import RunError, StudyConfig, pipeline
+from search.report.progress import Progress
+from search.study import storage
+from search.study.trials import LOST, TrialSummary
+from search.tracking.sync import doctor
+from search.workers.dask import connect
 
 TRIALS, EPOCHS = 6, 15
 pytestmark = [
@@ -69,7 +71,7 @@ class Site:
 
     def wait_for_threads(self, *threads: int) -> None:
         """Wait until the scheduler has workers of so many threads each, and no others."""
-        client = cluster.connect(self.dask.address)
+        client = connect(self.dask.address)
         wait_until(lambda: sorted(client.nthreads().values()) == sorted(threads))
         client.close()
 
@@ -94,12 +96,12 @@ def whole(site: Site, in_folder: Path) -> Site:
     return site
 
 
-class Hearing(Listener):
+class Hearing(Progress):
     """Keeps what it is told, and does something once after so many trials."""
 
     def __init__(self, after: int = 0, act: Callable[[], Any] | None = None) -> None:
         self.lines: list[str] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[TrialSummary] = []
         self._after, self._act = after, act
 
     def workers(self, line: str) -> None:
@@ -108,7 +110,7 @@ class Hearing(Listener):
     def mended(self, lines: list[str]) -> None:
         self.lines.extend(lines)
 
-    def trial(self, outcome: Outcome, best: float | None) -> None:
+    def trial(self, outcome: TrialSummary, best: float | None) -> None:
         self.outcomes.append(outcome)
         if len(self.outcomes) == self._after and self._act is not None:
             self._act()
@@ -146,7 +148,7 @@ def check(site: Site, folder: Path, config: StudyConfig) -> dict[str, Any]:
     """Both ledgers agree, and running the study once more changes nothing."""
     again = pipeline.run(config)
     assert (again.ran, again.mended) == (0, ())
-    assert doctor.examine(config, fix=False) == ([], [])
+    assert doctor(config, fix=False) == ([], [])
     return invariants.check(
         folder,
         config.n_trials,
@@ -342,7 +344,7 @@ def test_workers_with_other_packages_are_refused_and_slow_ones_are_named(
     try:
         for name in ("keras", "search", "none"):
             other.start_worker(PYTHONPATH=str(tmp_path / f"other-{name}"))
-        client = cluster.connect(other.address)
+        client = connect(other.address)
         client.wait_for_workers(3, timeout=60)
         config = whole.settings(clouds, n_trials=2, epochs=1, scheduler=other.address)
         hearing = Hearing()

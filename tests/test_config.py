@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from search import config, files, urls
-from search.config import InputError, RunError, StudyConfig
-from search.errors import printable
+from search.config import files
+from search.config.settings import StudyConfig, defaults, differences, from_text, options
+from search.config.urls import same_database, sqlite_path
+from search.errors import InputError, RunError, one_line, printable, redact
 
 DIGEST = "mnist (0123456789ab)"
 
 
 def test_the_defaults_are_valid() -> None:
-    assert StudyConfig() == StudyConfig(**config.defaults())
+    assert StudyConfig() == StudyConfig(**defaults())
 
 
 def test_a_configuration_never_changes() -> None:
@@ -27,9 +28,9 @@ def test_the_two_errors_have_two_exit_codes() -> None:
     assert (InputError.exit_code, RunError.exit_code) == (2, 1)
 
 
-@pytest.mark.parametrize("name", config.options())
+@pytest.mark.parametrize("name", options())
 def test_every_setting_says_what_it_is_for(name: str) -> None:
-    option = config.options()[name]
+    option = options()[name]
     assert option.help.endswith(".")
     assert option.group
 
@@ -139,7 +140,7 @@ def fingerprint(**given: Any) -> dict[str, Any]:
     ],
 )
 def test_what_decides_a_trial_changes_the_fingerprint(changed: dict[str, Any]) -> None:
-    assert len(config.differences(fingerprint(), fingerprint(**changed))) == 1
+    assert len(differences(fingerprint(), fingerprint(**changed))) == 1
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_a_study_of_before_the_recipe_was_open_has_the_same_fingerprint() -> Non
 
 def test_a_grid_has_a_fingerprint_of_its_own() -> None:
     lists = {"dropout_rate": "0.1,0.3", "learning_rate": "0.001"}
-    assert config.differences(fingerprint(**lists), fingerprint(sampler="grid", **lists)) == [
+    assert differences(fingerprint(**lists), fingerprint(sampler="grid", **lists)) == [
         "grid: False -> True"
     ]
 
@@ -188,12 +189,12 @@ def test_the_fingerprint_holds_the_dataset() -> None:
 
 
 def test_differences_name_what_was_stored_and_what_is_given() -> None:
-    assert config.differences({"a": 1, "b": 2, "old": 3}, {"a": 1, "b": 5, "new": 4}) == [
+    assert differences({"a": 1, "b": 2, "old": 3}, {"a": 1, "b": 5, "new": 4}) == [
         "b: 2 -> 5",
         "new: None -> 4",
         "old: 3 -> None",
     ]
-    assert config.differences({"a": 1}, {"a": 1}) == []
+    assert differences({"a": 1}, {"a": 1}) == []
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_differences_name_what_was_stored_and_what_is_given() -> None:
 def test_text_becomes_a_settings_own_type_or_stays_to_be_refused(
     name: str, text: str, value: Any
 ) -> None:
-    read = config.from_text(name, text)
+    read = from_text(name, text)
     assert (read, type(read)) == (value, type(value))
 
 
@@ -272,7 +273,7 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, ne
     ],
 )
 def test_one_database_for_both_is_recognized(storage: str, tracking: str) -> None:
-    assert urls.same_database(storage, tracking)
+    assert same_database(storage, tracking)
 
 
 def test_one_database_is_recognized_through_links_and_absolute_paths(
@@ -283,7 +284,7 @@ def test_one_database_is_recognized_through_links_and_absolute_paths(
     Path("symbolic.db").symlink_to("a.db")
     Path("hard.db").hardlink_to("a.db")
     for other in (f"sqlite:///{tmp_path}/a.db", "sqlite:///symbolic.db", "sqlite:///hard.db"):
-        assert urls.same_database("sqlite:///a.db", other)
+        assert same_database("sqlite:///a.db", other)
 
 
 @pytest.mark.parametrize(
@@ -296,14 +297,14 @@ def test_one_database_is_recognized_through_links_and_absolute_paths(
     ],
 )
 def test_two_databases_are_told_apart(storage: str, tracking: str) -> None:
-    assert not urls.same_database(storage, tracking)
+    assert not same_database(storage, tracking)
 
 
 def test_the_file_behind_a_url_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert urls.sqlite_path("sqlite:///a.db") == tmp_path / "a.db"
-    assert urls.sqlite_path("sqlite:////var/a.db") == Path("/var/a.db")
-    assert urls.sqlite_path("postgresql://host/a") is None
+    assert sqlite_path("sqlite:///a.db") == tmp_path / "a.db"
+    assert sqlite_path("sqlite:////var/a.db") == Path("/var/a.db")
+    assert sqlite_path("postgresql://host/a") is None
 
 
 @pytest.mark.parametrize(
@@ -344,8 +345,8 @@ def test_the_file_behind_a_url_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_
     ],
 )
 def test_no_password_is_printed(text: str) -> None:
-    assert "hunter2" not in urls.redact(text)
-    assert "***" in urls.redact(text)
+    assert "hunter2" not in redact(text)
+    assert "***" in redact(text)
 
 
 def test_only_what_is_secret_is_masked() -> None:
@@ -353,8 +354,8 @@ def test_only_what_is_secret_is_masked() -> None:
     assert make_url(url).password == 'it\'s "hunter2"'
     assert make_url(url).query["sslpassword"] == "a b"
     masked = "postgresql+psycopg://me:***@host:5432/db?sslmode=require&sslpassword=***&x=1"
-    assert urls.redact(url) == masked
-    assert urls.redact(f"from {masked!r} to {masked}") == f"from {masked!r} to {masked}"
+    assert redact(url) == masked
+    assert redact(f"from {masked!r} to {masked}") == f"from {masked!r} to {masked}"
 
 
 @pytest.mark.parametrize(
@@ -375,11 +376,11 @@ def test_only_what_is_secret_is_masked() -> None:
     ],
 )
 def test_what_is_no_secret_is_printed_as_it_is(text: str) -> None:
-    assert urls.redact(text) == text
+    assert redact(text) == text
 
 
 def test_control_characters_and_lone_surrogates_are_escaped_and_letters_stay() -> None:
     letters = "größer, 模型, مثال, मॉडल, naïve, 🎉, no-break\u00a0space"
     assert printable(letters) == letters
     assert printable("a\x1b[2J\x00\r\n\x7f\x9b\udcff") == r"a\x1b[2J\x00\r\n\x7f\x9b\udcff"
-    assert config.one_line(ValueError("two\nlines\x1b")) == r"two lines\x1b"
+    assert one_line(ValueError("two\nlines\x1b")) == r"two lines\x1b"

@@ -24,9 +24,11 @@ from conftest import ROOT, command, start, start_anew, wait_until
 from optuna_dashboard import get_note
 from servers import MlflowServer, Proxy
 
-from search import RunError, StudyConfig, database, doctor, pipeline
-from search.listener import Listener
-from search.outcome import Outcome
+from search import RunError, StudyConfig, pipeline
+from search.report.progress import Progress, Result
+from search.study import sqlite
+from search.study.trials import TrialSummary
+from search.tracking.sync import doctor
 
 TRIALS, EPOCHS = 8, 3
 pytestmark = pytest.mark.slow
@@ -61,7 +63,7 @@ def check(folder: Path, config: StudyConfig, **expected: Any) -> dict[str, Any]:
     found = invariants.check(folder, config.n_trials, **expected)
     before = invariants.dump(folder)
     assert found["parent"].info.status == "FINISHED"
-    assert doctor.examine(config, fix=False) == ([], [])
+    assert doctor(config, fix=False) == ([], [])
     again = pipeline.run(config)
     assert (again.ran, again.mended) == (0, ())
     assert invariants.dump(folder) == before
@@ -239,14 +241,14 @@ def statuses(folder: Path, status: str) -> int:
 # ---- databases and disks -------------------------------------------------------------------------
 
 
-class During(Listener):
+class During(Progress):
     """Does something when so many trials have ended."""
 
     def __init__(self, deeds: dict[int, Callable[[], object]]) -> None:
         self._deeds = deeds
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[TrialSummary] = []
 
-    def trial(self, outcome: Outcome, best: float | None) -> None:
+    def trial(self, outcome: TrialSummary, best: float | None) -> None:
         self.outcomes.append(outcome)
         self._deeds.get(len(self.outcomes), lambda: None)()
 
@@ -254,7 +256,7 @@ class During(Listener):
 def test_databases_locked_for_half_as_long_as_is_waited_lose_nothing(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_BUSY_TIMEOUT", 10_000)  # ms, in place of a minute
+    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT", 10_000)  # ms, in place of a minute
     locked = threading.Event()
 
     def lock() -> None:
@@ -356,7 +358,7 @@ def proxy(server: MlflowServer) -> Iterator[Proxy]:
 
 def run_with(
     folder: Path, clouds: Path, uri: str, deeds: dict[int, Callable[[], object]]
-) -> tuple[pipeline.Result, During, dict[str, Any]]:
+) -> tuple[Result, During, dict[str, Any]]:
     """A whole study on a server that misbehaves on the way; both ledgers agree at its end."""
     config = settings(clouds, tracking_uri=uri)
     during = During(deeds)

@@ -10,8 +10,10 @@ import pytest
 from conftest import arrays
 from numpy.typing import NDArray
 
-from search import data
-from search.config import InputError
+from search.data import dataset as data
+from search.data.dataset import Dataset, load_dataset
+from search.data.sources import ARRAYS, MNIST
+from search.errors import InputError
 
 SHA256 = {
     "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
@@ -22,8 +24,8 @@ SHA256 = {
 
 
 @pytest.fixture(scope="module")
-def mnist() -> data.Dataset:
-    return data.load("mnist", 0.1)
+def mnist() -> Dataset:
+    return load_dataset("mnist", 0.1)
 
 
 def load(
@@ -33,10 +35,10 @@ def load(
     seed: int = 0,
     normalize: bool = False,
     **changed: Any,
-) -> data.Dataset:
+) -> Dataset:
     path = folder / "data.npz"
     np.savez(path, **arrays(**changed))
-    return data.load(str(path), share, split=split, seed=seed, normalize=normalize)
+    return load_dataset(str(path), share, split=split, seed=seed, normalize=normalize)
 
 
 def labelled(*counts: int) -> dict[str, NDArray[Any]]:
@@ -45,15 +47,15 @@ def labelled(*counts: int) -> dict[str, NDArray[Any]]:
     return {"x_train": np.arange(len(y), dtype=np.float32)[:, None] * [[1, 1, 1, 1]], "y_train": y}
 
 
-@pytest.mark.parametrize("key", data.ARRAYS)
+@pytest.mark.parametrize("key", ARRAYS)
 def test_the_bundled_digits_are_the_standard_ones(key: str) -> None:
-    with np.load(data.MNIST, allow_pickle=False) as archive:
+    with np.load(MNIST, allow_pickle=False) as archive:
         array = archive[key]
     assert array.dtype == np.uint8
     assert hashlib.sha256(array.tobytes()).hexdigest() == SHA256[key]
 
 
-def test_the_digits_are_split_into_54_6_and_10_thousand(mnist: data.Dataset) -> None:
+def test_the_digits_are_split_into_54_6_and_10_thousand(mnist: Dataset) -> None:
     assert mnist.train[0].shape == (54_000, 784)
     assert mnist.validation[0].shape == (6_000, 784)
     assert mnist.x_test.shape == (10_000, 784)
@@ -62,24 +64,24 @@ def test_the_digits_are_split_into_54_6_and_10_thousand(mnist: data.Dataset) -> 
     assert (mnist.features, mnist.classes, mnist.sample_shape) == (784, 10, (28, 28))
 
 
-def test_the_digits_are_scaled_to_one(mnist: data.Dataset) -> None:
+def test_the_digits_are_scaled_to_one(mnist: Dataset) -> None:
     for x in (mnist.x_all, mnist.x_test):
         scaled = data.scaled(x)
         assert scaled.dtype == np.float32
         assert (scaled.min(), scaled.max()) == (0.0, 1.0)
-    with np.load(data.MNIST, allow_pickle=False) as archive:
+    with np.load(MNIST, allow_pickle=False) as archive:
         pixels = archive["x_train"].reshape(60_000, 784)
     np.testing.assert_array_equal(mnist.x_all, pixels)
     np.testing.assert_allclose(data.scaled(mnist.x_all[:100]), pixels[:100] / 255, rtol=1e-6)
 
 
-def test_the_digits_labels_are_whole_numbers(mnist: data.Dataset) -> None:
+def test_the_digits_labels_are_whole_numbers(mnist: Dataset) -> None:
     for y in (mnist.y_all, mnist.y_test):
         assert y.dtype == np.int32
         assert set(np.unique(y)) == set(range(10))
 
 
-def test_a_dataset_says_its_sizes(mnist: data.Dataset) -> None:
+def test_a_dataset_says_its_sizes(mnist: Dataset) -> None:
     assert str(mnist).startswith("mnist: 54,000 / 6,000 / 10,000 examples")
 
 
@@ -153,12 +155,12 @@ def test_arrays_in_fortran_order_are_read_like_others(tmp_path: Path) -> None:
 
 def test_compressed_files_are_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "small.npz", **arrays())
-    assert data.load(str(tmp_path / "small.npz"), 0.1).digest == load(tmp_path).digest
+    assert load_dataset(str(tmp_path / "small.npz"), 0.1).digest == load(tmp_path).digest
 
 
 def test_the_digest_depends_on_the_numbers_and_not_on_the_file(tmp_path: Path) -> None:
     first = load(tmp_path)
-    again = data.load(os.path.relpath(tmp_path / "data.npz"), 0.5)
+    again = load_dataset(os.path.relpath(tmp_path / "data.npz"), 0.5)
     assert first.digest == again.digest
     x = arrays()["x_train"]
     x[7, 3] += 1
@@ -293,7 +295,7 @@ class Trap:
         return open, (str(self.marker), "w")
 
 
-@pytest.mark.parametrize("key", data.ARRAYS)
+@pytest.mark.parametrize("key", ARRAYS)
 def test_objects_are_never_unpickled(tmp_path: Path, key: str) -> None:
     marker = tmp_path / "marker"
     trap = np.array([Trap(marker)], dtype=object)
@@ -307,4 +309,4 @@ def test_objects_are_never_unpickled(tmp_path: Path, key: str) -> None:
 
 def test_a_name_that_is_neither_a_dataset_nor_a_file_is_refused() -> None:
     with pytest.raises(InputError, match=r"--dataset must be mnist, .*but got 'emnist'"):
-        data.load("emnist", 0.1)
+        load_dataset("emnist", 0.1)

@@ -12,8 +12,11 @@ import optuna
 import pytest
 import sqlalchemy
 
-from search import database, storage
-from search.config import InputError, StudyConfig
+from search.config.settings import StudyConfig
+from search.errors import InputError
+from search.study import storage
+from search.study.sqlite import create_sqlite
+from search.study.trials import amend_trial
 
 SETTINGS = {"epochs": 5, "dataset": "mnist (0123456789ab)"}
 
@@ -79,13 +82,13 @@ def test_a_database_whose_making_failed_does_not_exist(in_folder: Path) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        database.create_sqlite(in_folder / "study.db", fill)
+        create_sqlite(in_folder / "study.db", fill)
     assert {path.name for path in in_folder.iterdir()} <= {".study.db.creation.lock"}
 
 
 def test_an_existing_database_is_not_made_again(in_folder: Path) -> None:
     (in_folder / "study.db").write_text("mine")
-    database.create_sqlite(in_folder / "study.db", lambda url: pytest.fail(url))
+    create_sqlite(in_folder / "study.db", lambda url: pytest.fail(url))
     assert (in_folder / "study.db").read_text() == "mine"
 
 
@@ -126,7 +129,7 @@ def test_a_path_of_braces_spaces_and_percents_works(
     storage.check(config)
     study = storage.open_study(config, SETTINGS)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    storage.amend(study, study.trials[0], "mlflow_run_id", "abc", config.storage)
+    amend_trial(study, study.trials[0], "mlflow_run_id", "abc", config.storage)
     storage.check(config)
     storage.check_same(config, SETTINGS)
     with pytest.raises(InputError, match="epochs: 5 -> 6"):

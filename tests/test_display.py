@@ -19,16 +19,17 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 from terminal import Terminal
 
-from search import display
-from search.config import StudyConfig
-from search.outcome import Outcome
-from search.panel import Panel
-from search.parameter import Value
-from search.pipeline import Result, Winner
-from search.promotion import Verdict
-from search.ranking import Finalist
-from search.recipe import REFERENCE
-from search.sampling import distributions
+from search.config.hyperparameters import REFERENCE
+from search.config.parameter import Value
+from search.config.settings import StudyConfig
+from search.promotion.gate import Decision, Winner
+from search.report import text as display
+from search.report.live import Panel
+from search.report.progress import Result
+from search.report.terminal import Lines
+from search.study.ranking import Finalist
+from search.study.sampling import distributions
+from search.study.trials import TrialSummary
 
 TRIED: dict[str, Value] = {"hidden_units": 1024, "dropout_rate": 0.25, "learning_rate": 0.0005}
 
@@ -56,7 +57,7 @@ RESULT = Result(
         val_accuracy=0.98125,
         test_loss=0.06125,
         test_accuracy=0.9812,
-        verdict=Verdict(True, "if-better", 0.9812, 2, 0.9801, 0.0425),
+        verdict=Decision(True, "if-better", 0.9812, 2, 0.9801, 0.0425),
         in_production=3,
         new=True,
     ),
@@ -69,6 +70,7 @@ RESULT = Result(
     seconds=125.4,
     stopped=None,
     mended=(),
+    report=Path("report.html"),
 )
 
 
@@ -133,7 +135,7 @@ def test_finalists_are_listed_and_chose_the_winner() -> None:
 
 def test_a_winner_that_is_kept_out_is_said_to_be() -> None:
     assert RESULT.winner is not None
-    kept_out = Verdict(False, "if-better", 0.9701, 2, 0.9801, 0.2)
+    kept_out = Decision(False, "if-better", 0.9701, 2, 0.9801, 0.2)
     text = summary(winner=replace(RESULT.winner, verdict=kept_out, in_production=2))
     assert "version 3: not in production, where version 2 is.\n" in text
     assert "Gate: not promoted: test accuracy 0.9701 against 0.9801 of version 2" in text
@@ -182,12 +184,12 @@ def test_the_commands_to_look_further_name_the_databases_quoted_and_without_pass
 # ---- the lines of a run --------------------------------------------------------------------------
 
 
-def lines() -> tuple[display.Lines, io.StringIO]:
+def lines() -> tuple[Lines, io.StringIO]:
     text = io.StringIO()
-    return display.Lines(Console(file=text, width=60)), text
+    return Lines(Console(file=text, width=60)), text
 
 
-OUTCOME = Outcome(
+OUTCOME = TrialSummary(
     number=7,
     place=7,
     state="COMPLETE",

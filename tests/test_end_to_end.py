@@ -16,7 +16,7 @@ from conftest import EPOCHS, TRIALS, command, copy_databases, mlflow_at, start
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from search.recipe import REFERENCE
+from search.config.hyperparameters import REFERENCE
 
 
 @pytest.fixture

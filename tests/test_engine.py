@@ -24,13 +24,16 @@ import pytest
 from conftest import ROOT, Process, command, start, start_anew
 from optuna.trial import TrialState
 
-from search import engine, environment, pipeline, pool
-from search.config import RunError, StudyConfig
-from search.data import Dataset
-from search.engine import Patience
-from search.listener import Listener
-from search.outcome import Outcome
-from search.pool import InProcess
+from search import pipeline
+from search.config.settings import StudyConfig
+from search.data.dataset import Dataset
+from search.errors import RunError
+from search.study.trials import TrialSummary
+from search.training import environment
+from search.workers import executor as engine
+from search.workers import processes as pool
+from search.workers.executor import Patience
+from search.workers.processes import InProcess
 
 Found = TypeVar("Found")
 
@@ -147,9 +150,9 @@ def told(
     said: list[str] = []
     nothing: Any = None
     monkeypatch.setattr(environment, "gpu_device", lambda: device)
-    monkeypatch.setattr(pool.Pool, "_ask_for_gpu", lambda *_: gpu)
+    monkeypatch.setattr(pool.ProcessBackend, "_ask_for_gpu", lambda *_: gpu)
     monkeypatch.setattr(pool, "cpu_count", lambda: 3)
-    found = pool.Pool(StudyConfig(workers=workers), "run", nothing, said.append)
+    found = pool.ProcessBackend(StudyConfig(workers=workers), "run", nothing, said.append)
     assert said == []
     assert str(found.slots()) == said[0].split()[0]
     found.slots()
@@ -174,28 +177,30 @@ def test_where_there_is_no_device_tensorflow_is_not_asked(monkeypatch: pytest.Mo
     nothing: Any = None
     monkeypatch.setattr(environment, "gpu_device", lambda: None)
     monkeypatch.setattr(pool, "ProcessPoolExecutor", None)  # none can be started
-    assert pool.Pool(StudyConfig(workers=4), "run", nothing, print).slots() == 4
+    assert pool.ProcessBackend(StudyConfig(workers=4), "run", nothing, print).slots() == 4
 
 
 def test_tensorflow_is_asked_for_a_gpu_in_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nothing: Any = None
-    monkeypatch.setattr(pool, "_processes", lambda: multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(pool, "_start_method", lambda: multiprocessing.get_context("spawn"))
     monkeypatch.setattr(pool.tasks, "gpu", os.getpid)
-    found: Any = pool.Pool(StudyConfig(), "run", nothing, print)._ask_for_gpu("/dev/nvidia0")
+    found: Any = pool.ProcessBackend(StudyConfig(), "run", nothing, print)._ask_for_gpu(
+        "/dev/nvidia0"
+    )
     assert found != os.getpid()
     assert not psutil.pid_exists(found)
     monkeypatch.setattr(pool.tasks, "gpu", os.abort)
     with pytest.raises(RunError, match=r"^TensorFlow died while it looked for a GPU"):
-        pool.Pool(StudyConfig(), "run", nothing, print)._ask_for_gpu("/dev/nvidia0")
+        pool.ProcessBackend(StudyConfig(), "run", nothing, print)._ask_for_gpu("/dev/nvidia0")
 
 
 def test_tensorflow_is_imported_ahead_where_trials_are_missing(
     monkeypatch: pytest.MonkeyPatch, in_folder: Path, clouds: Path
 ) -> None:
     started: list[bool] = []
-    monkeypatch.setattr(pool, "_processes", lambda: started.append(True))
+    monkeypatch.setattr(pool, "_start_method", lambda: started.append(True))
     monkeypatch.setattr(environment, "gpu_device", lambda: None)
 
     def starts(**changed: Any) -> bool:
@@ -285,16 +290,16 @@ def test_a_run_in_a_child_that_only_imports_the_script_is_refused(
 
 
 @pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[pool.Pool]:
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[pool.ProcessBackend]:
     """Two processes that have nothing prepared."""
     nothing: Any = None
-    monkeypatch.setattr(pool, "_processes", lambda: multiprocessing.get_context("spawn"))
-    both = pool.Pool(StudyConfig(workers=2), "run", nothing, lambda _: None)
+    monkeypatch.setattr(pool, "_start_method", lambda: multiprocessing.get_context("spawn"))
+    both = pool.ProcessBackend(StudyConfig(workers=2), "run", nothing, lambda _: None)
     yield both
     both.close(now=True)
 
 
-def test_where_a_process_dies_the_other_one_goes_on(processes: pool.Pool) -> None:
+def test_where_a_process_dies_the_other_one_goes_on(processes: pool.ProcessBackend) -> None:
     dying = processes.submit(os._exit, 3)
     other = processes.submit(os.getpid).result()
     with pytest.raises(BrokenProcessPool):
@@ -303,7 +308,7 @@ def test_where_a_process_dies_the_other_one_goes_on(processes: pool.Pool) -> Non
 
 
 @pytest.mark.parametrize("now", [True, False])
-def test_processes_leave_no_descriptor_behind(processes: pool.Pool, now: bool) -> None:
+def test_processes_leave_no_descriptor_behind(processes: pool.ProcessBackend, now: bool) -> None:
     processes.submit(os.getpid).result()  # what the first one opens for all stays
     processes.close(now=now)
     before = psutil.Process().num_fds()
@@ -326,7 +331,7 @@ class Scripted:
         self._submitted.append(place)
         future: Future[Any] = Future()
         if len(self._submitted) > 1:
-            future.set_result(Outcome(place, place, "COMPLETE", 0.5, 0.5, None, 1, 0.1, None))
+            future.set_result(TrialSummary(place, place, "COMPLETE", 0.5, 0.5, None, 1, 0.1, None))
         else:
             future.set_exception(BrokenProcessPool("a worker died"))
         return future
@@ -341,9 +346,9 @@ def test_a_trial_that_ended_as_its_worker_died_is_not_run_again(
     submitted: list[int] = []
     nothing: Any = None
     dataset: Dataset = nothing
-    monkeypatch.setattr(pool.Pool, "_executor", lambda _: Scripted(submitted))
+    monkeypatch.setattr(pool.ProcessBackend, "_executor", lambda _: Scripted(submitted))
     told: list[int] = []
-    with engine.Engine(StudyConfig(workers=2), "run", dataset, Listener()) as workers:
+    with engine.Executor(StudyConfig(workers=2), "run", dataset) as workers:
         stopped = workers.run_trials(
             range(4),
             lambda outcome: told.append(outcome.place),
@@ -366,8 +371,8 @@ def test_a_death_is_charged_to_the_task_of_the_process_that_died_and_to_no_other
     def missing() -> list[tuple[int, ...]]:
         return [(number,) for number in (0, 1, 2) if number not in done]
 
-    monkeypatch.setattr(pool, "_processes", lambda: multiprocessing.get_context("spawn"))
-    with engine.Engine(StudyConfig(workers=2), str(tmp_path), nothing, Listener()) as workers:
+    monkeypatch.setattr(pool, "_start_method", lambda: multiprocessing.get_context("spawn"))
+    with engine.Executor(StudyConfig(workers=2), str(tmp_path), nothing) as workers:
         workers._run(
             crash.die_twice, missing(), lambda _, number: done.append(number), missing, lambda: None
         )
@@ -384,17 +389,17 @@ def outcomes(
     left = dict(failing)
     failed: set[int] = set()
 
-    def run_trial(_: str, place: int) -> Outcome:
+    def run_trial(_: str, place: int) -> TrialSummary:
         fails = left.get(place, 0) > 0
         left[place] = left.get(place, 0) - 1
         given_up = fails and place in failed
         failed.update([place] if fails else [])
         state, value = ("FAIL", None) if fails else ("COMPLETE", 0.5)
-        return Outcome(place, place, state, value, None, None, 0, 0.1, "why", given_up)
+        return TrialSummary(place, place, state, value, None, None, 0, 0.1, "why", given_up)
 
     monkeypatch.setattr(engine.tasks, "run_trial", run_trial)
     seen: list[tuple[int, str]] = []
-    with engine.Engine(StudyConfig(workers=1), "run", nothing, Listener()) as workers:
+    with engine.Executor(StudyConfig(workers=1), "run", nothing) as workers:
         workers.run_trials(
             range(8),
             lambda outcome: seen.append((outcome.place, outcome.state)),

@@ -10,8 +10,17 @@ import keras
 import numpy as np
 import pytest
 
-from search import data, evaluation
-from search.evaluation import Confusion, Evaluation, Mistake
+from search.data.dataset import Dataset, load_dataset
+from search.promotion import evaluation
+from search.promotion.evaluation import (
+    MOST,
+    Confusion,
+    Evaluation,
+    Mistake,
+    evaluate_predictions,
+    load_evaluation,
+    save_evaluation,
+)
 
 LABELS = np.array([0, 0, 1, 1, 2, 2, 2])
 PREDICTED = np.array([0, 1, 1, 1, 0, 0, 2])
@@ -20,12 +29,12 @@ MATRIX = [[1, 1, 0], [0, 2, 0], [2, 0, 1]]
 
 
 def evaluated(classes: int) -> Evaluation:
-    return evaluation.evaluate(PREDICTED, CONFIDENCE, LABELS, classes)
+    return evaluate_predictions(PREDICTED, CONFIDENCE, LABELS, classes)
 
 
 def sparse(matrix: list[list[int]]) -> Evaluation:
     """What becomes of a matrix that an earlier version has written."""
-    return evaluation.load(json.dumps({"confusion": matrix, "mistakes": []}))
+    return load_evaluation(json.dumps({"confusion": matrix, "mistakes": []}))
 
 
 def test_few_classes_have_a_matrix() -> None:
@@ -43,14 +52,14 @@ def test_a_file_of_few_classes_holds_the_matrix_and_the_mistakes_as_ever() -> No
     assert list(kept) == ["confusion", "mistakes"]
     assert kept["confusion"] == MATRIX
     assert list(kept["mistakes"][0]) == ["index", "label", "predicted", "probability"]
-    assert evaluation.load(found.as_json()) == found
+    assert load_evaluation(found.as_json()) == found
 
 
 def test_many_classes_have_their_most_frequent_confusions_and_no_matrix() -> None:
-    assert evaluated(evaluation.MOST).confusion is not None
-    found = evaluated(evaluation.MOST + 1)
+    assert evaluated(MOST).confusion is not None
+    found = evaluated(MOST + 1)
     assert found == replace(evaluated(3), confusion=None)
-    assert evaluation.load(found.as_json()) == found
+    assert load_evaluation(found.as_json()) == found
     assert "confusion" not in json.loads(found.as_json())
 
 
@@ -60,7 +69,7 @@ def test_a_hundred_thousand_classes_need_little_memory() -> None:
     predicted = np.where(labels < 3_000, (labels + 7) % classes, labels)
     tracemalloc.start()
     try:
-        found = evaluation.evaluate(
+        found = evaluate_predictions(
             predicted, np.full(examples, 0.5, np.float32), labels.astype(np.int32), classes
         )
         peak = tracemalloc.get_traced_memory()[1]
@@ -107,50 +116,50 @@ def test_predictions_of_many_classes_are_made_a_few_examples_at_a_time(
 
 
 @pytest.fixture
-def dataset(clouds: Path) -> data.Dataset:
-    return data.load(str(clouds), 0.1)
+def dataset(clouds: Path) -> Dataset:
+    return load_dataset(str(clouds), 0.1)
 
 
 @pytest.fixture
-def network(dataset: data.Dataset) -> Any:
+def network(dataset: Dataset) -> Any:
     return keras.Sequential(
         [keras.layers.Input((dataset.features,)), keras.layers.Dense(dataset.classes, "softmax")]
     )
 
 
 def test_it_is_saved_as_data_and_as_a_picture(
-    dataset: data.Dataset, network: Any, tmp_path: Path
+    dataset: Dataset, network: Any, tmp_path: Path
 ) -> None:
-    assert evaluation.save(network, dataset, tmp_path) is None
+    assert save_evaluation(network, dataset, tmp_path) is None
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "confusion_matrix.png"}
-    found = evaluation.load((tmp_path / "evaluation.json").read_text())
+    found = load_evaluation((tmp_path / "evaluation.json").read_text())
     assert found.total == len(dataset.x_test)
 
 
 def test_many_classes_are_saved_without_a_matrix(
-    dataset: data.Dataset, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "MOST", 2)
-    assert evaluation.save(network, dataset, tmp_path) is None
+    assert save_evaluation(network, dataset, tmp_path) is None
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "confusions.png"}
     assert (tmp_path / "confusions.png").read_bytes().startswith(b"\x89PNG")
-    assert evaluation.load((tmp_path / "evaluation.json").read_text()).confusion is None
+    assert load_evaluation((tmp_path / "evaluation.json").read_text()).confusion is None
 
 
 def test_what_cannot_be_made_is_named_and_the_rest_is_kept(
-    dataset: data.Dataset, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_draw_matrix", fail)
-        why = evaluation.save(network, dataset, tmp_path)
+        why = save_evaluation(network, dataset, tmp_path)
         assert why == "confusion_matrix.png could not be made (MemoryError: MemoryError)"
         assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
     with monkeypatch.context() as patch:
         patch.setattr(network, "predict", lambda *_, **__: np.zeros((10**9, 10**9)))
-        why = evaluation.save(network, dataset, tmp_path / "absent")
+        why = save_evaluation(network, dataset, tmp_path / "absent")
         assert why is not None
         assert why.startswith("evaluation.json could not be made (")
         assert "\n" not in why

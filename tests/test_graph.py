@@ -11,8 +11,13 @@ import pytest
 from conftest import plain
 from test_training import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
 
-from search import graph, model, own_model, training
-from search.parameter import Choice
+from search.config import custom_model
+from search.config.parameter import Choice
+from search.training import fused
+from search.training import train as training
+from search.training.epoch import _leaves, epoch_order
+from search.training.network import build_network, check_probabilities
+from search.training.train import _of_thread, evaluate
 
 RATE = 0.01
 Tried = dict[str, Any]
@@ -23,7 +28,7 @@ def tried(**changed: Any) -> Tried:
 
 
 def build(what: Tried, shape: tuple[int, ...] = (FEATURES,)) -> keras.Sequential:
-    return model.build(what, shape, CLASSES, seed=3)
+    return build_network(what, shape, CLASSES, seed=3)
 
 
 def train(net: keras.Sequential, what: Tried, data: Any, epochs: int = 1, **more: Any) -> Any:
@@ -36,7 +41,7 @@ def plain_fit(net: keras.Sequential, data: Any, epochs: int = 1, labels: Any = N
     x, y = data
     y = y if labels is None else labels
     for epoch in range(epochs):
-        order = graph.epoch_order(len(x), 7, epoch).numpy()
+        order = epoch_order(len(x), 7, epoch).numpy()
         net.fit(x[order], y[order], batch_size=BATCH, shuffle=False, verbose=0)
 
 
@@ -48,7 +53,7 @@ def close(ours: list[Any], theirs: list[Any]) -> bool:
 
 @pytest.fixture
 def no_graphs() -> None:
-    graph._mine.graphs.clear()
+    _of_thread.graphs.clear()
 
 
 # ---- the same as Keras' own loop -----------------------------------------------------------------
@@ -76,7 +81,7 @@ def test_a_recipe_learns_what_the_plain_loop_learns(no_graphs: None, changed: Tr
     before = ours.get_weights()
     train(ours, what, examples(RAGGED), epochs=2)
     plain_fit(theirs, examples(RAGGED), epochs=2)
-    assert len(graph._mine.graphs) == 1
+    assert len(_of_thread.graphs) == 1
     assert moved(before, ours.get_weights())
     assert close(ours.get_weights(), theirs.get_weights())
     assert int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) == 100
@@ -149,7 +154,7 @@ def test_early_stopping_gives_back_the_best_weights() -> None:
     history = train(net, what, examples(150), epochs=60, validation=held_out)
     accuracies = history["val_accuracy"]
     assert len(accuracies) == accuracies.index(max(accuracies)) + 3 < 60
-    found = training.evaluate(net, held_out)
+    found = evaluate(net, held_out)
     assert found["accuracy"] == pytest.approx(max(accuracies))
     assert accuracies[-1] < max(accuracies)
 
@@ -161,10 +166,10 @@ def test_every_dropout_layer_draws_masks_of_its_own(no_graphs: None) -> None:
     what = tried(hidden_layers=2, dropout_rate=0.5)
     net = build(what)
     train(net, what, examples(WHOLE))
-    (kept,) = graph._mine.graphs.values()
+    (kept,) = _of_thread.graphs.values()
     masks = []
-    for layer in graph._leaves(kept.network):
-        if isinstance(layer, graph.Dropout):
+    for layer in _leaves(kept.network):
+        if isinstance(layer, fused.Dropout):
             layer.set(0.5, 7, len(masks))
             masks.append(np.asarray(layer(np.ones((64, 16), np.float32), training=True)))
     assert len(masks) == 2
@@ -184,7 +189,7 @@ def test_augmentation_reproduces_and_changes_the_training_alone(kind: str) -> No
         what = tried(**changed)
         net = build(what, (4, 5))
         history = train(net, what, examples(RAGGED), 2, validation=held_out, seed=seed, **IMAGES)
-        last = training.evaluate(net, held_out)["loss"]
+        last = evaluate(net, held_out)["loss"]
         assert history["val_loss"][-1] == pytest.approx(last, rel=1e-6)
         return history["loss"]
 
@@ -201,7 +206,7 @@ def test_what_is_only_a_number_shares_a_graph_and_what_is_not_does_not(no_graphs
     def one(**changed: Any) -> int:
         what = tried(**changed)
         train(build(what, (4, 5)), what, examples(WHOLE), **IMAGES)
-        return len(graph._mine.graphs)
+        return len(_of_thread.graphs)
 
     base: Tried = {"weight_decay": 0.1, "label_smoothing": 0.1, "schedule": "cosine"}
     base |= {"augmentation": "shift", "augmentation_strength": 1.0}
@@ -255,11 +260,11 @@ class Unknown(keras.layers.Layer):  # type: ignore[misc]
 @pytest.fixture
 def own() -> Callable[..., keras.Sequential]:
     space = {name: Choice((0.1,)) for name in ("drop", "spatial", "whole")}
-    made = own_model.OwnModel("here:noisy", noisy, space, "0")  # type: ignore[arg-type]
+    made = custom_model.CustomModel("here:noisy", noisy, space, "0")  # type: ignore[arg-type]
 
     def make(seed: int = 3, **rates: float) -> keras.Sequential:
         what = {**tried(), "drop": 0.1, "spatial": 0.1, "whole": 0.1, **rates}
-        return model.build(what, (FEATURES,), CLASSES, seed, own=made)
+        return build_network(what, (FEATURES,), CLASSES, seed, own=made)
 
     return make
 
@@ -284,10 +289,10 @@ def test_own_models_share_a_graph_unless_a_rate_is_built_into_it(
 ) -> None:
     for drop in (0.1, 0.4):
         train(own(drop=drop), tried(), examples(WHOLE))
-    assert len(graph._mine.graphs) == 1
+    assert len(_of_thread.graphs) == 1
     for count, built_in in enumerate(("spatial", "whole"), start=2):
         train(own(**{built_in: 0.4}), tried(), examples(WHOLE))
-        assert len(graph._mine.graphs) == count
+        assert len(_of_thread.graphs) == count
 
 
 Layers = list[keras.layers.Layer]
@@ -317,10 +322,10 @@ def test_networks_that_differ_share_no_graph(
             last = keras.layers.Dense(classes, activation="softmax")
             return keras.Sequential([keras.Input(shape), *layers(other), last])
 
-        found = own_model.OwnModel("here:made", made, {}, "0")
-        net = model.build(tried(), (FEATURES,), CLASSES, 3, own=found)
+        found = custom_model.CustomModel("here:made", made, {}, "0")
+        net = build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
         train(net, tried(), examples(WHOLE))
-        assert len(graph._mine.graphs) == count
+        assert len(_of_thread.graphs) == count
 
 
 def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) -> None:
@@ -328,8 +333,8 @@ def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) ->
         last = keras.layers.Dense(classes, activation="softmax")
         return keras.Sequential([keras.Input(shape), Scaled(), last])
 
-    found = own_model.OwnModel("here:made", made, {}, "0")
-    ours, theirs = (model.build(tried(), (FEATURES,), CLASSES, 3, own=found) for _ in "ab")
+    found = custom_model.CustomModel("here:made", made, {}, "0")
+    ours, theirs = (build_network(tried(), (FEATURES,), CLASSES, 3, own=found) for _ in "ab")
     before = ours.get_weights()
     train(ours, tried(), examples(WHOLE))
     plain_fit(theirs, examples(WHOLE))
@@ -385,11 +390,11 @@ def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_chang
         shared = keras.src.random.seed_generator.global_seed_generator().state
         return [v.numpy().tolist() for v in (*net.variables, shared)]
 
-    found = own_model.OwnModel("here:made", made, {}, "0")
-    net = model.build(tried(), (FEATURES,), CLASSES, 3, own=found)
+    found = custom_model.CustomModel("here:made", made, {}, "0")
+    net = build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
     before = state(net)
     with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
-        model.check_probabilities(found, net)
+        check_probabilities(found, net)
     assert state(net) == before
 
 
@@ -416,6 +421,6 @@ def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_chang
     ],
 )
 def test_an_own_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
-    found = own_model.OwnModel("here:made", made, {}, "0")
+    found = custom_model.CustomModel("here:made", made, {}, "0")
     with pytest.raises(ValueError, match=said):
-        model.build(tried(), (FEATURES,), CLASSES, 3, own=found)
+        build_network(tried(), (FEATURES,), CLASSES, 3, own=found)

@@ -16,8 +16,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import Engine
 from test_database import SETTINGS
 
-from search import StudyConfig, storage
-from search.outline import BY_ITSELF, OutlineStorage
+from search import StudyConfig
+from search.study import storage
+from search.study.outline import BY_ITSELF, OutlineStorage
+from search.study.trials import FINISHED, SlottedStudy, given_up, read_trial, trials_in_slot
 
 DISTRIBUTIONS = {
     "units": IntDistribution(8, 512, step=8),
@@ -37,10 +39,10 @@ def study(in_folder: Path) -> Iterator[optuna.Study]:
 
 
 @pytest.fixture
-def seen(study: optuna.Study) -> Iterator[storage.PlacedStudy]:
+def seen(study: optuna.Study) -> Iterator[SlottedStudy]:
     """As a worker has it."""
     backend = storage.open_storage("sqlite:///study.db")
-    seen = storage.PlacedStudy(study_name=study.study_name, storage=OutlineStorage(backend))
+    seen = SlottedStudy(study_name=study.study_name, storage=OutlineStorage(backend))
     yield seen
     storage.close_study(seen)
 
@@ -50,7 +52,7 @@ def add(study: optuna.Study, state: TrialState, **changed: Any) -> FrozenTrial:
     number = len(study.get_trials(deepcopy=False))
     kept: dict[str, Any] = {
         "state": state,
-        "value": 0.1 * number if state in storage.FINISHED else None,
+        "value": 0.1 * number if state in FINISHED else None,
         "params": PARAMS,
         "distributions": DISTRIBUTIONS,
         "user_attrs": {"place": number, "owner": {"pid": 1}, "history": [{"loss": 1.0}]},
@@ -63,7 +65,7 @@ def add(study: optuna.Study, state: TrialState, **changed: Any) -> FrozenTrial:
 
 
 def test_an_outline_is_the_trial_without_what_no_proposal_depends_on(
-    study: optuna.Study, seen: storage.PlacedStudy
+    study: optuna.Study, seen: SlottedStudy
 ) -> None:
     for state in TrialState:
         add(study, state)
@@ -81,14 +83,14 @@ def test_an_outline_is_the_trial_without_what_no_proposal_depends_on(
         assert outline.intermediate_values == (trial.intermediate_values if finished else {})
         rung = {"completed_rung_0": 0.5}
         assert outline.system_attrs == (rung if finished else trial.system_attrs)
-        assert storage.whole(seen, trial.number) == trial
-    for states in [(state,) for state in TrialState] + [storage.FINISHED, list(TrialState)]:
+        assert read_trial(seen, trial.number) == trial
+    for states in [(state,) for state in TrialState] + [FINISHED, list(TrialState)]:
         found = [trial.number for trial in seen.get_trials(deepcopy=False, states=states)]
         assert found == [trial.number for trial in every if trial.state in states]
 
 
 def test_a_finished_trial_is_read_once_in_whatever_order_the_trials_finish(
-    study: optuna.Study, seen: storage.PlacedStudy
+    study: optuna.Study, seen: SlottedStudy
 ) -> None:
     statements: list[str] = []
 
@@ -123,7 +125,7 @@ def test_a_finished_trial_is_read_once_in_whatever_order_the_trials_finish(
 
 
 def test_the_arrays_know_what_a_trial_was_not_asked_for_and_who_did_not_complete(
-    study: optuna.Study, seen: storage.PlacedStudy
+    study: optuna.Study, seen: SlottedStudy
 ) -> None:
     add(study, TrialState.PRUNED)
     add(study, TrialState.FAIL)
@@ -138,23 +140,23 @@ def test_the_arrays_know_what_a_trial_was_not_asked_for_and_who_did_not_complete
 
 
 def test_a_slot_knows_its_trials_and_who_gave_it_up(
-    study: optuna.Study, seen: storage.PlacedStudy
+    study: optuna.Study, seen: SlottedStudy
 ) -> None:
     failed = {"place": 3, BY_ITSELF: True}
     add(study, TrialState.FAIL, user_attrs=failed)
     add(study, TrialState.COMPLETE, user_attrs={"place": 4})
     add(study, TrialState.RUNNING, user_attrs={"place": 3, "owner": {"pid": 7}})
     for reader in (study, seen):
-        (running,) = storage.trials_at(reader, 3)
+        (running,) = trials_in_slot(reader, 3)
         assert (running.number, running.user_attrs["owner"]) == (2, {"pid": 7})
-        assert [trial.number for trial in storage.trials_at(reader, 4)] == [1]
-        assert storage.trials_at(reader, 5) == []
-        assert storage.given_up(reader) == {}
+        assert [trial.number for trial in trials_in_slot(reader, 4)] == [1]
+        assert trials_in_slot(reader, 5) == []
+        assert given_up(reader) == {}
     add(study, TrialState.FAIL, user_attrs=failed)
-    assert storage.given_up(seen)[3].number == 3
+    assert given_up(seen)[3].number == 3
 
 
-def test_histories_cost_a_worker_no_memory(study: optuna.Study, seen: storage.PlacedStudy) -> None:
+def test_histories_cost_a_worker_no_memory(study: optuna.Study, seen: SlottedStudy) -> None:
     history = [{"epoch": epoch, "loss": 0.5} for epoch in range(4000)]
     for number in range(5):
         attrs = {"place": number, "history": history}

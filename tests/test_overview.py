@@ -16,7 +16,10 @@ from conftest import ROOT, TRIALS, command, start_anew
 from optuna.trial import TrialState, create_trial
 from servers import MlflowServer
 
-from search import StudyConfig, overview, production, sampling, storage
+from search import StudyConfig
+from search.report import overview
+from search.study import sampling, storage
+from search.tracking.registered_model import find_production
 
 
 def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
@@ -113,10 +116,10 @@ def test_show_changes_nothing(finished: dict[str, Any]) -> None:
 def test_production_is_the_same_through_a_server(finished: dict[str, Any], tmp_path: Path) -> None:
     server = MlflowServer(finished["folder"])
     try:
-        through = production.find(StudyConfig(tracking_uri=server.uri))
+        through = find_production(StudyConfig(tracking_uri=server.uri))
     finally:
         server.stop()
-    direct = production.find(
+    direct = find_production(
         StudyConfig(tracking_uri=f"sqlite:///{finished['folder'] / 'mlflow.db'}")
     )
     assert through == direct
@@ -165,7 +168,7 @@ def test_a_study_without_a_finished_trial_is_shown(
 ) -> None:
     from rich.console import Console
 
-    from search import display
+    from search.report.text import show
 
     config = StudyConfig()
     study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
@@ -175,7 +178,7 @@ def test_a_study_without_a_finished_trial_is_shown(
     )
     found = overview.read(config)
     assert (found.best, found.reference, found.importances, found.production) == (None,) * 4
-    display.show(Console(width=60), found)
+    show(Console(width=60), found)
     out = capsys.readouterr().out
     assert "No trial has completed yet." in out
     assert "  trial 0: ValueError: too [bold]much\n" in out
@@ -202,7 +205,7 @@ def test_the_descriptions_name_each_other_and_the_users_own_words_stay(
     )
     result = run(config)
     study = storage.load_study(config)
-    from search.tracking import Tracking
+    from search.tracking.runs import Tracking
 
     client = Tracking(config).open().client
 
@@ -253,7 +256,8 @@ def test_trials_of_one_value_have_no_importances_in_any_view(
 ) -> None:
     from rich.console import Console
 
-    from search import display, report
+    from search.report.html import build_html, draw_charts
+    from search.report.text import show
 
     config = StudyConfig()
     study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
@@ -276,8 +280,8 @@ def test_trials_of_one_value_have_no_importances_in_any_view(
     found = overview.read(config)
     assert found.importances is None
     assert found.as_json()["importances"] is None
-    display.show(Console(), found)
+    show(Console(), found)
     assert "Importance" not in capsys.readouterr().out
-    page = report.build(study, found, report.draw(study, found), None)
+    page = build_html(study, found, draw_charts(study, found), None)
     assert "All hyperparameters together" in page
     assert "most of all" not in page

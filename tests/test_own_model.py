@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, mlflow_at
 
-from search import StudyConfig, data, own_model, run
+from search import StudyConfig, run
+from search.config import custom_model
+from search.data.dataset import load_dataset
 from search.errors import InputError, RunError
-from search.facts import facts_of
-from search.trial import Worker
+from search.tracking.schema import study_metadata
+from search.workers.worker import Worker
 
 README = (ROOT / "README.md").read_text()
 SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", README, re.DOTALL)
@@ -90,14 +92,18 @@ def test_no_name_that_means_something_else_in_a_ledger_is_free(
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     config = StudyConfig(dataset=str(folder / "digits.npz"), model="mine:build")
-    dataset = data.load(config.dataset, config.validation_split)
-    written = {*config.settings(dataset.digest), *facts_of(config, dataset)["params"], *OF_A_TRIAL}
-    for name in written - set(own_model.load("mine:build").space):
+    dataset = load_dataset(config.dataset, config.validation_split)
+    written = {
+        *config.settings(dataset.digest),
+        *study_metadata(config, dataset)["params"],
+        *OF_A_TRIAL,
+    }
+    for name in written - set(custom_model.load("mine:build").space):
         (folder / f"takes_{name}.py").write_text(
             f"def build(hyperparameters, shape, classes): ...\nSPACE = {{{name!r}: '1,2'}}\n"
         )
         with pytest.raises(InputError, match=f"names that are free, but '{name}' is not"):
-            own_model.load(f"takes_{name}:build")
+            custom_model.load(f"takes_{name}:build")
 
 
 @pytest.mark.slow
@@ -129,7 +135,7 @@ def test_a_worker_with_another_source_trains_nothing(
     )
     result = run(config)
     (in_folder / "theirs.py").write_text(DENSE.replace("units", "width"))
-    dataset = data.load(config.dataset, config.validation_split)
+    dataset = load_dataset(config.dataset, config.validation_split)
     with pytest.raises(InputError, match=f"{model} must be the model of the study"):
         Worker(config, result.parent_run_id, dataset)
 

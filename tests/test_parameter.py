@@ -5,9 +5,9 @@ import random
 import optuna
 import pytest
 
-from search import parameter as notation
-from search.parameter import Choice, Parameter, Range
-from search.recipe import HYPERPARAMETERS
+from search.config import parameter as notation
+from search.config.hyperparameters import HYPERPARAMETERS
+from search.config.parameter import Choice, Parameter, Range, Value, text_of
 
 
 def parse(name: str, text: str) -> Parameter:
@@ -138,10 +138,8 @@ def test_a_parameter_prints_as_the_notation_that_makes_it(text: str) -> None:
         *((True, "true"), ("gelu", "gelu")),
     ],
 )
-def test_values_print_as_in_the_settings_of_studies_that_exist(
-    value: notation.Value, text: str
-) -> None:
-    assert notation.text_of(value) == text
+def test_values_print_as_in_the_settings_of_studies_that_exist(value: Value, text: str) -> None:
+    assert text_of(value) == text
 
 
 def test_equal_spaces_print_alike_however_they_were_written() -> None:

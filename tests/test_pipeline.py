@@ -19,20 +19,13 @@ from conftest import arrays
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
-from search import (
-    InputError,
-    RunError,
-    StudyConfig,
-    data,
-    display,
-    doctor,
-    evaluation,
-    overview,
-    presentation,
-    reproduce,
-    run,
-    tasks,
-)
+from search import InputError, RunError, StudyConfig, run
+from search.data.dataset import Dataset
+from search.promotion.evaluation import load_evaluation
+from search.report import overview, publish
+from search.report.terminal import Lines
+from search.tracking.sync import doctor
+from search.workers import reproduce, tasks
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
@@ -102,10 +95,10 @@ def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path
 def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let every trial of 16 units raise `error`; returns the units of all that were built."""
     tasks.load_trial()  # TensorFlow, in silence
-    from search import model
+    from search.training.network import build_network
 
     tried: list[int] = []
-    build = model.build
+    build = build_network
 
     def fails(what: Any, *arguments: Any) -> Any:
         tried.append(what["hidden_units"])
@@ -113,7 +106,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise error
         return build(what, *arguments)
 
-    monkeypatch.setattr(model, "build", fails)
+    monkeypatch.setattr("search.workers.trial.build_network", fails)
     return tried
 
 
@@ -206,7 +199,7 @@ def sorted_clouds(in_folder: Path, clouds: Path) -> Path:
 def test_sorted_data_on_any_scale_are_learnt_with_defaults(sorted_clouds: Path) -> None:
     out = io.StringIO()
     chosen = config(sorted_clouds, epochs=None, learning_rate="0.01", pruner="none")
-    result = run(chosen, display.Lines(Console(file=out)))
+    result = run(chosen, Lines(Console(file=out)))
     first, second = out.getvalue().splitlines()[:2]
     assert "(stratified split); 4 features, normalized, 3 classes" in first
     assert "3 trials of 20 epochs to run" in second
@@ -243,11 +236,11 @@ def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
     sorted_clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # as it was then
-        patch.setattr(data, "is_own", lambda _: False)
-        patch.setattr(data.Dataset, "problem", None)
+        patch.setattr("search.data.dataset.is_own", lambda _: False)
+        patch.setattr(Dataset, "problem", None)
         run(config(sorted_clouds, epochs=2, n_trials=2))
     out = io.StringIO()
-    again = run(config(sorted_clouds, epochs=None), display.Lines(Console(file=out)))
+    again = run(config(sorted_clouds, epochs=None), Lines(Console(file=out)))
     assert again.ran == 1
     assert "(last split); 4 features, 3 classes" in out.getvalue()
     assert "warning: --dataset sorted.npz: the validation part" in out.getvalue()
@@ -275,7 +268,7 @@ def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusio
     kept = client.download_artifacts(winner.run_id, "evaluation.json", str(in_folder))
     assert set(json.loads(Path(kept).read_text())) == {"right", "total", "confusions", "mistakes"}
     report = Path("report.html").read_text()
-    first = evaluation.load(Path(kept).read_text()).confusions[0]
+    first = load_evaluation(Path(kept).read_text()).confusions[0]
     assert "Most frequent confusions of the winner" in report
     assert "Confusion matrix of the winner" not in report
     assert f'"{first.label} called {first.predicted}"' in report
@@ -285,14 +278,18 @@ def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusio
 @pytest.mark.parametrize(
     ("owner", "step", "line"),
     [
-        ("search.evaluation", "evaluate", "the winner's evaluation.json could not be made"),
         (
-            "search.evaluation",
+            "search.promotion.evaluation",
+            "evaluate_predictions",
+            "the winner's evaluation.json could not be made",
+        ),
+        (
+            "search.promotion.evaluation",
             "_draw_matrix",
             "the winner's confusion_matrix.png could not be made",
         ),
-        ("search.report", "build", "the report and the notes could not be written"),
-        ("search.storage", "note", "the report and the notes could not be written"),
+        ("search.report.html", "build_html", "the report and the notes could not be written"),
+        ("search.study.storage", "write_note", "the report and the notes could not be written"),
     ],
 )
 def test_what_is_only_shown_never_costs_the_registration(
@@ -311,7 +308,7 @@ def test_what_is_only_shown_never_costs_the_registration(
     text = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(f"{owner}.{step}", fail)
-        result = run(wanted, display.Lines(Console(file=text, width=60)))
+        result = run(wanted, Lines(Console(file=text, width=60)))
     assert result.winner is not None
     assert result.winner.verdict.promoted
     assert result.winner.in_production == result.winner.version == 1
@@ -343,7 +340,7 @@ def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) 
     assert (in_folder / given["report"]).exists()
     again = run(settings)
     assert (again.ran, again.mended) == (0, ())
-    assert doctor.examine(settings, fix=False) == ([], [])
+    assert doctor(settings, fix=False) == ([], [])
 
 
 # ---- in the process of who calls it --------------------------------------------------------------
@@ -391,9 +388,9 @@ def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
         with pytest.raises(InputError):
             run(config(clouds, n_trials=1, seed=1))
         assert state() == expected
-        doctor.examine(config(clouds), fix=False)
+        doctor(config(clouds), fix=False)
         overview.read(config(clouds))
-        presentation.report(config(clouds), "report.html")
+        publish.write_report(config(clouds), "report.html")
         reproduce.reproduce(config(clouds), 0, None, lambda _: None)
         assert state() == expected
     finally:

@@ -13,10 +13,16 @@ import pytest
 from conftest import copy_databases, start
 from mlflow.tracking import MlflowClient
 
-from search import data, display, engine, environment, pipeline, production
-from search.config import StudyConfig
-from search.pipeline import Result
-from search.promotion import Comparison, Verdict, judge
+from search import pipeline
+from search.config.settings import StudyConfig
+from search.data.dataset import load_dataset
+from search.promotion.comparison import Comparison
+from search.promotion.gate import Decision, decide
+from search.promotion.retrain import find_commit
+from search.report.progress import Result
+from search.report.text import summary
+from search.tracking.registered_model import find_production
+from search.workers import executor
 
 NAME = "MNIST_DNN_Model"
 GOOD = {"epochs": 12, "learning_rate": "0.01"}
@@ -60,7 +66,7 @@ def in_production(client: MlflowClient) -> int:
     return number
 
 
-def verdict(result: Result) -> Verdict:
+def verdict(result: Result) -> Decision:
     assert result.winner is not None
     return result.winner.verdict
 
@@ -78,10 +84,10 @@ def test_the_exact_mcnemar_test(one: int, other: int, p: float) -> None:
 
 
 def test_a_p_value_too_small_for_a_number_is_never_zero() -> None:
-    decided = judge("if-better", 0.9, Comparison(0.9, 0.5, 5_000, 10), 1)
+    decided = decide("if-better", 0.9, Comparison(0.9, 0.5, 5_000, 10), 1)
     tags = decided.as_tags(2)
     assert float(tags["gate.mcnemar_p_value"]) > 0
-    assert Verdict.read(tags, 0.9).p_value == decided.p_value
+    assert Decision.read(tags, 0.9).p_value == decided.p_value
     stored_before = replace(decided, p_value=0.0)
     for shown in (str(decided), tags["gate.decision"], str(stored_before)):
         assert "exact McNemar p < 1e-300 (more than chance)" in shown
@@ -105,11 +111,11 @@ def test_every_policy_decides(
     if challenger is not None and champion is not None:
         found = Comparison(challenger, champion, 3, 2)
     for policy, expected in promoted.items():
-        decided = judge(policy, challenger or 0.5, found, 7)
+        decided = decide(policy, challenger or 0.5, found, 7)
         assert decided.promoted == expected
         assert decided.champion == 7
         tags = {**decided.as_tags(8), "promoted": str(expected).lower()}
-        assert Verdict.read(tags, decided.accuracy) == decided
+        assert Decision.read(tags, decided.accuracy) == decided
         loser = None if champion is None else "7" if found.challenger > champion else "8"
         assert tags.get("gate.losing_version") == loser
         assert "\n" not in tags["gate.decision"]
@@ -195,7 +201,7 @@ def test_never_registers_and_a_later_if_better_decides(client: MlflowClient, clo
     assert result.winner.version == 1
     assert not verdict(result).promoted
     assert versions(client)[1].current_stage == "None"
-    assert production.find(config(clouds)) is None
+    assert find_production(config(clouds)) is None
     assert verdict(pipeline.run(config(clouds))).promoted
     assert in_production(client) == 1
 
@@ -264,12 +270,12 @@ def test_a_production_model_that_was_trained_on_other_data_is_not_compared(
     with np.load(clouds) as arrays:
         labels = {name: (arrays[name] + 1) % 3 for name in ("y_train", "y_test")}
     other = save_changed(clouds, "other.npz", **labels)
-    digest = data.load(str(clouds), 0.1).digest
+    digest = load_dataset(str(clouds), 0.1).digest
 
     def load_models(*_: Any) -> None:
         raise AssertionError("no model has to be loaded for this")
 
-    monkeypatch.setattr(engine.Engine, "compare", load_models)
+    monkeypatch.setattr(executor.Executor, "compare", load_models)
     found = verdict(pipeline.run(config(other, **GOOD)))
     assert str(found) == (
         "not promoted: version 1, in production, could not be compared: it was trained on other "
@@ -403,7 +409,7 @@ def test_a_winner_of_yesterday_is_not_said_to_be_in_production(
     again = pipeline.run(config(clouds, **BAD))
     assert again.winner is not None
     assert (again.winner.version, again.winner.in_production) == (1, 2)
-    assert "version 1: not in production, where version 2 is." in display.summary(again)
+    assert "version 1: not in production, where version 2 is." in summary(again)
 
 
 @pytest.mark.slow
@@ -465,7 +471,7 @@ def test_from_a_model_to_its_trial_and_back(held: MlflowClient) -> None:
         packages = json.loads(tags["lineage.environment"])
         assert packages == trial.user_attrs["environment"]
         assert packages["keras"].startswith("3.")
-        assert tags.get("mlflow.source.git.commit") == environment.commit()
+        assert tags.get("mlflow.source.git.commit") == find_commit()
     assert trial.user_attrs["model_version"] == f"{NAME}/{version.version}"
     run = held.get_run(trial.user_attrs["mlflow_run_id"])
     assert run.data.tags["optuna.model_version"] == f"{NAME}/{version.version}"

@@ -12,11 +12,14 @@ from mlflow.tracking import MlflowClient
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search import pipeline, ranking, sampling, training
-from search.config import StudyConfig
-from search.contract import repeat_attr
-from search.listener import Listener
-from search.recipe import REFERENCE
+from search import pipeline
+from search.config.hyperparameters import REFERENCE
+from search.config.settings import StudyConfig
+from search.report.progress import Progress
+from search.study import ranking, sampling
+from search.study.trials import repeat_attr
+from search.training import train as training
+from search.training.train import TrainingDiverged
 
 DISTRIBUTIONS = {
     "hidden_units": CategoricalDistribution((128, 512)),
@@ -139,7 +142,7 @@ def config(clouds: Path, **changed: Any) -> StudyConfig:
     return StudyConfig(**{**settings, **changed})
 
 
-class Repeats(Listener):
+class Repeats(Progress):
     """Counts the repeats; after `stop_at` of them it says stop, or raises."""
 
     def __init__(self, stop_at: int = -1, error: type[BaseException] | None = None) -> None:
@@ -260,10 +263,10 @@ def test_a_repeat_that_diverges_is_recorded_and_does_not_win(
 
     def train(*arguments: Any, **keywords: Any) -> Any:
         if keywords["seed"] == hopeless:
-            raise training.TrainingDiverged("loss became nan in epoch 0")
+            raise TrainingDiverged("loss became nan in epoch 0")
         return original(*arguments, **keywords)
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr("search.workers.trial.train", train)
     result = pipeline.run(config(clouds))
     found = invariants.check(in_folder, TRIALS)
     failed = found["trials"][first.best.number].user_attrs[repeat_attr(1)]

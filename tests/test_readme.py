@@ -2,16 +2,18 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from search import config
+from search.config import settings
+from search.config.options import flag
+from search.config.settings import options
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_every_option_and_its_default_stand_in_the_readme() -> None:
-    defaults = config.defaults()
-    for name, option in config.options().items():
+    defaults = settings.defaults()
+    for name, option in options().items():
         shown = option.none if defaults[name] is None else defaults[name]
-        assert f"| `{config.flag(name)}` | {shown} |" in README, config.flag(name)
+        assert f"| `{flag(name)}` | {shown} |" in README, flag(name)
         assert not option.env or f"`{option.env}`" in README
 
 

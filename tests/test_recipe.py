@@ -11,9 +11,11 @@ import pytest
 from conftest import ROOT
 from mlflow.tracking import MlflowClient
 
-from search import overview, pipeline, reproduce
-from search.config import StudyConfig
-from search.recipe import HYPERPARAMETERS, describe, short
+from search import pipeline
+from search.config.hyperparameters import HYPERPARAMETERS, describe, short
+from search.config.settings import StudyConfig
+from search.report import overview
+from search.workers import reproduce
 
 VALUES: dict[str, dict[str, Any]] = {
     "hidden_layers 2": {"hidden_layers": 2},
@@ -178,7 +180,7 @@ def test_the_retraining_lowers_its_rate_where_the_trials_plateaus_did(
     assert seen == rates
 
 
-# ---- in both ledgers, only what was used -------------------------------------------------------
+# ---- in both stores, only what was used -------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -22,10 +22,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from search import cli, doctor, pipeline, runner, storage
-from search.config import RunError, StudyConfig
-from search.pipeline import Result
-from search.tracking import Tracking
+from search import cli, pipeline
+from search.config.settings import StudyConfig
+from search.errors import RunError
+from search.report.progress import Result
+from search.study import storage as storage_module
+from search.study import trials as storage
+from search.study.lock import study_lock
+from search.tracking.runs import Tracking
+from search.tracking.sync import doctor
 
 TRIALS = 6
 
@@ -259,18 +264,18 @@ def test_the_doctor_says_what_disagrees_and_mends_it_only_when_told_to(
 ) -> None:
     damage(study)
     before = invariants.dump(study.folder)
-    mended, left = doctor.examine(study.config, fix=False)
+    mended, left = doctor(study.config, fix=False)
     assert mended == []
     assert left
     assert invariants.dump(study.folder) == before
 
-    mended, left = doctor.examine(study.config, fix=True)
+    mended, left = doctor(study.config, fix=True)
     assert left == []
     assert mended or damage is parent_deleted
     invariants.check(study.folder, TRIALS)
     before = invariants.dump(study.folder)
-    assert doctor.examine(study.config, fix=True) == ([], [])
-    assert doctor.examine(study.config, fix=False) == ([], [])
+    assert doctor(study.config, fix=True) == ([], [])
+    assert doctor(study.config, fix=False) == ([], [])
     assert invariants.dump(study.folder) == before
 
 
@@ -297,7 +302,7 @@ def test_a_failure_that_an_earlier_version_stored_raw_is_mended_shown_and_report
 ) -> None:
     raw = "ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
     shown = r"ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
-    own = storage.load_study(study.config)
+    own = storage_module.load_study(study.config)
     marks = {**own.trials[-1].user_attrs, "failure": raw}
     for name in ("mlflow_run_id", "history"):
         marks.pop(name, None)
@@ -324,10 +329,10 @@ def test_the_doctor_creates_nothing(in_folder: Path, capsys: pytest.CaptureFixtu
 
 def test_the_doctor_waits_for_the_end_of_a_run(study: Damaged) -> None:
     with (
-        runner.sole_runner(study.config),
+        study_lock(study.config),
         pytest.raises(RunError, match="is being run by"),
     ):
-        doctor.examine(study.config, fix=True)
+        doctor(study.config, fix=True)
 
 
 @pytest.mark.slow
@@ -414,7 +419,7 @@ def test_a_trial_that_somebody_enqueued_is_left_alone(study: Damaged) -> None:
     with_waiting = optuna.load_study(study_name="mnist-dnn", storage="sqlite:///study.db")
     with_waiting.enqueue_trial({"hidden_units": 8})
     assert pipeline.run(study.config).mended == ()
-    assert doctor.examine(study.config, fix=True) == ([], [])
+    assert doctor(study.config, fix=True) == ([], [])
     assert with_waiting.get_trials()[-1].state.name == "WAITING"
 
 
@@ -460,7 +465,7 @@ def test_a_trial_of_a_living_process_is_waited_for(
             living.wait()
         return looked[-1]
 
-    monkeypatch.setattr(storage, "is_lost", look)
+    monkeypatch.setattr("search.tracking.sync.is_lost", look)
     result = pipeline.run(study.config)
     assert looked[:5] == [False] * 5
     assert looked[5]

@@ -14,7 +14,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search import pipeline
-from search.config import RunError, StudyConfig
+from search.config.settings import StudyConfig
+from search.errors import RunError
 
 NAME = "MNIST_DNN_Model"
 TRIALS = 2

@@ -11,9 +11,14 @@ from conftest import TRIALS, command
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from search import data, display, overview, pipeline, presentation, report, sampling, storage
-from search.config import StudyConfig
-from search.facts import facts_of
+from search import pipeline
+from search.config.settings import StudyConfig
+from search.data.dataset import load_dataset
+from search.report import overview, publish
+from search.report.html import draw_charts, write_html
+from search.report.text import markdown, show, summary
+from search.study import sampling, storage
+from search.tracking.schema import study_metadata
 
 TITLES = [
     "History of the search",
@@ -46,7 +51,7 @@ def opened(browser: Any, path: Path, **options: Any) -> Any:
 def write(path: Path, study: optuna.Study, config: StudyConfig) -> None:
     """The report of `study`, without a winner."""
     found = overview.of(study, config)
-    report.write(path, study, found, report.draw(study, found), None)
+    write_html(path, study, found, draw_charts(study, found), None)
 
 
 @pytest.mark.slow
@@ -187,8 +192,8 @@ def of_many_kinds(seeds: Iterable[int]) -> tuple[optuna.Study, StudyConfig]:
         augmentation_strength="0.5:1.5",
     )
     study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
-    dataset = data.load("mnist", 0.1)
-    study.set_user_attr("facts", facts_of(config, dataset))
+    dataset = load_dataset("mnist", 0.1)
+    study.set_user_attr("facts", study_metadata(config, dataset))
     distributions = sampling.distributions(config.space)
     for number, seed in enumerate(seeds):
         proposal = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed)).ask()
@@ -234,11 +239,11 @@ def test_a_study_whose_trials_tried_different_things_is_reported_and_shown(
     assert "filters" in table
     assert "gelu" in table
     page.close()
-    display.show(Console(), found)
+    show(Console(), found)
     shown = capsys.readouterr().out
     assert "architecture dense,cnn" in shown
     assert "gelu" in shown
-    assert "| gelu |" in overview.markdown(found, [])
+    assert "| gelu |" in markdown(found, [])
 
 
 def of_study(path: Path) -> str:
@@ -256,7 +261,7 @@ def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says
 
     def told(name: str) -> str:
         result = pipeline.run(StudyConfig(dataset=str(clouds), study_name=name, **small))
-        lines = display.summary(result).splitlines()
+        lines = summary(result).splitlines()
         return lines[lines.index("Look further:") + 1].strip()
 
     expected = {"first": "report.html", "second": "report-second.html"}
@@ -271,8 +276,8 @@ def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says
     assert told("second") == "report-second.html"
     assert of_study(in_folder / "report-second.html") == "second"
     config = StudyConfig(study_name="second")
-    assert presentation.report(config, "report.html") == Path("report-second.html")
-    assert presentation.report(config, "all.html") == Path("all.html")
+    assert publish.write_report(config, "report.html") == Path("report-second.html")
+    assert publish.write_report(config, "all.html") == Path("all.html")
     assert of_study(in_folder / "report.html") == "first"
 
 
@@ -293,7 +298,7 @@ def test_a_report_of_before_reports_named_their_study_is_known_by_its_title(
 ) -> None:
     old = '<!doctype html>\n<html lang="en">\n<title>{}: hyperparameter search</title>'
     (in_folder / "report.html").write_text(old.format("mnist-dnn"))
-    presentation.check(StudyConfig(), "report.html")
-    assert presentation.report_path("report.html", "mnist-dnn") == Path("report.html")
-    assert presentation.report_path("report.html", "other") == Path("report-other.html")
-    presentation.check(StudyConfig(study_name="other"), str(in_folder / "report.html"))
+    publish.check_report(StudyConfig(), "report.html")
+    assert publish.report_path("report.html", "mnist-dnn") == Path("report.html")
+    assert publish.report_path("report.html", "other") == Path("report-other.html")
+    publish.check_report(StudyConfig(study_name="other"), str(in_folder / "report.html"))

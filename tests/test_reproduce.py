@@ -8,9 +8,13 @@ import invariants
 import pytest
 from conftest import command, copy_databases, run_elsewhere
 
-from search import environment, pipeline, storage
-from search.config import InputError, StudyConfig
-from search.reproduce import Reproduction, reproduce
+from search import pipeline
+from search.config.settings import StudyConfig
+from search.errors import InputError
+from search.study import storage
+from search.study.trials import amend_trial
+from search.training import environment
+from search.workers.reproduce import Reproduction, reproduce
 
 TRIALS = 4
 
@@ -62,7 +66,7 @@ def test_without_a_number_it_is_the_winner(study: Path, here: Path) -> None:
 def amend(name: str, change: Any) -> None:
     study = storage.load_study(StudyConfig())
     trial = study.get_trials(deepcopy=False)[1]
-    storage.amend(study, trial, name, change(trial.user_attrs[name]), StudyConfig().storage)
+    amend_trial(study, trial, name, change(trial.user_attrs[name]), StudyConfig().storage)
 
 
 def test_what_differs_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

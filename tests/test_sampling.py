@@ -12,11 +12,12 @@ import pytest
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search import sampling
-from search.config import StudyConfig
-from search.outline import OutlineStorage
-from search.recipe import REFERENCE
-from search.storage import PlacedStudy, close, open_storage
+from search.config.hyperparameters import REFERENCE
+from search.config.settings import StudyConfig
+from search.study import sampling
+from search.study.outline import OutlineStorage
+from search.study.storage import close, open_storage
+from search.study.trials import SlottedStudy
 
 SAMPLERS = ("tpe", "random", "qmc")
 PRUNERS = ("percentile", "median", "halving", "hyperband")
@@ -40,10 +41,10 @@ def config(**changed: Any) -> StudyConfig:
     return StudyConfig(**{"pruner": "none", "epochs": EPOCHS, "n_trials": PLACES, **changed})
 
 
-def session(settings: StudyConfig, storage: BaseStorage) -> PlacedStudy:
+def session(settings: StudyConfig, storage: BaseStorage) -> SlottedStudy:
     """The study as a worker opens it: a pruner of its own, the sampler of every trial new."""
     optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
-    return PlacedStudy(study_name="s", storage=storage, pruner=sampling.pruner(settings))
+    return SlottedStudy(study_name="s", storage=storage, pruner=sampling.pruner(settings))
 
 
 def accuracy(tried: Mapping[str, Any], place: int, epoch: int) -> float:
@@ -53,7 +54,7 @@ def accuracy(tried: Mapping[str, Any], place: int, epoch: int) -> float:
     return best * (1 - 0.6 ** (epoch + 1)) + digest[0] / 1000 + 1e-5 * tried["hidden_units"]
 
 
-def run_trial(study: PlacedStudy, settings: StudyConfig, place: int, *, broken: bool) -> None:
+def run_trial(study: SlottedStudy, settings: StudyConfig, place: int, *, broken: bool) -> None:
     def objective(trial: optuna.Trial) -> float:
         tried = settings.space.suggest(trial)
         judged = sampling.Judged(trial)

@@ -17,11 +17,22 @@ from optuna.trial import TrialState
 from servers import BINARIES, Postgres, ask
 from test_database import SETTINGS, killed_after, python
 
-from search import RunError, StudyConfig, owner, pipeline, promotion, runner, server, storage
-from search.database import ServerLock
-from search.listener import Listener
-from search.outcome import Outcome
-from search.outline import OutlineStorage
+from search import RunError, StudyConfig, pipeline
+from search.report.progress import Progress
+from search.study import postgres as server
+from search.study import storage
+from search.study.lock import find_holder, holds_study, promotion_lock, study_lock
+from search.study.outline import OutlineStorage
+from search.study.postgres import GRACE, ServerLock
+from search.study.trials import (
+    SlotTaken,
+    SlottedStudy,
+    TrialSummary,
+    is_lost,
+    owner_of_this_process,
+    read_trial,
+    trials_in_slot,
+)
 
 pytestmark = pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed")
 
@@ -106,31 +117,31 @@ with sole_runner(StudyConfig(storage="URL")):
 
 def test_the_server_knows_who_runs_a_study_until_that_is_gone(url: str, tmp_path: Path) -> None:
     config = StudyConfig(storage=url)
-    assert runner.find(config) is None
+    assert find_holder(config) is None
     with killed_after(HOLD.replace("URL", url), tmp_path, "held") as holder:
-        assert runner.find(config) == f"{socket.gethostname()[:40]}, pid {holder.pid}"
+        assert find_holder(config) == f"{socket.gethostname()[:40]}, pid {holder.pid}"
         with pytest.raises(RunError, match=f"is being run by .*, pid {holder.pid}; wait for it"):
-            runner.sole_runner(config).__enter__()
-        with runner.sole_runner(StudyConfig(storage=url, study_name="another")):
-            assert not runner.is_this_process(config)
+            study_lock(config).__enter__()
+        with study_lock(StudyConfig(storage=url, study_name="another")):
+            assert not holds_study(config)
         holder.kill()
         holder.wait()
-        with runner.sole_runner(config):
-            assert runner.is_this_process(config)
-    assert runner.find(config) is None
+        with study_lock(config):
+            assert holds_study(config)
+    assert find_holder(config) is None
 
 
 def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
     url: str, postgres: Postgres
 ) -> None:
     config = StudyConfig(storage=url)
-    with runner.sole_runner(config) as keep:
+    with study_lock(config) as keep:
         keep()
         postgres.stop()
         postgres.start()
-        assert runner.find(config) is None
+        assert find_holder(config) is None
         keep()
-        assert runner.is_this_process(config)
+        assert holds_study(config)
         ask(url, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
         faster = ServerLock(url, f"study {config.study_name}", "elsewhere, pid 1")
         assert faster.acquire(wait=False)
@@ -142,12 +153,12 @@ def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
 # ---- signs of life -------------------------------------------------------------------------------
 
 
-def placed(url: str, **mark: Any) -> storage.PlacedStudy:
+def placed(url: str, **mark: Any) -> SlottedStudy:
     config = StudyConfig(storage=url)
     storage.open_study(config, SETTINGS)
     backend = OutlineStorage(storage.open_storage(url))
-    study = storage.PlacedStudy(study_name=config.study_name, storage=backend)
-    study.marks = {"place": 0, "owner": {**owner.mark(), **mark}}
+    study = SlottedStudy(study_name=config.study_name, storage=backend)
+    study.marks = {"place": 0, "owner": {**owner_of_this_process(), **mark}}
     return study
 
 
@@ -156,7 +167,7 @@ def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) ->
 
     def state() -> bool:
         (trial,) = study.get_trials(deepcopy=False)
-        return storage.is_lost(study, trial)
+        return is_lost(study, trial)
 
     def age(seconds: int) -> None:
         back = f"now() AT TIME ZONE 'UTC' - interval '{seconds} s'"
@@ -164,9 +175,9 @@ def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) ->
 
     study.ask()  # in the same transaction with its first sign of life
     assert not state()
-    age(server.GRACE - 20)
+    age(GRACE - 20)
     assert not state()
-    age(server.GRACE + 1)
+    age(GRACE + 1)
     assert state()
     study._storage.record_heartbeat(study.trials[0]._trial_id)
     assert not state()
@@ -179,7 +190,7 @@ def test_who_promotes_may_repair_stages_meanwhile(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = StudyConfig(storage=url)
-    with promotion._promoting(config), promotion._promoting(config):
+    with promotion_lock(config), promotion_lock(config):
         other = ServerLock(url, f"model {config.model_name} of {config.tracking_uri}")
         assert not other.acquire(wait=False)
     assert other.acquire(wait=False)
@@ -223,7 +234,7 @@ def test_optuna_itself_fails_no_trial_without_a_reason(url: str) -> None:
     study = placed(url, host="elsewhere")
     study.ask()
     ask(url, "UPDATE trial_heartbeats SET heartbeat = now() - interval '1 day'")
-    study.marks = {"place": 1, "owner": owner.mark()}
+    study.marks = {"place": 1, "owner": owner_of_this_process()}
     study.optimize(lambda _: 1.0, n_trials=1)
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 
@@ -244,8 +255,8 @@ def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
         for name in ("number", "state", "values", "params", "distributions"):
             assert getattr(outline, name) == getattr(whole, name), name
         place = whole.number
-        assert [trial.number for trial in storage.trials_at(study, place)] == [place]
-        assert "history" in storage.whole(study, place).user_attrs.keys() - outline.user_attrs
+        assert [trial.number for trial in trials_in_slot(study, place)] == [place]
+        assert "history" in read_trial(study, place).user_attrs.keys() - outline.user_attrs
     storage.close_study(every)
 
 
@@ -255,14 +266,14 @@ def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
 def test_of_two_trials_begun_at_one_place_the_first_goes_on(url: str) -> None:
     first, second = placed(url), placed(url, host="elsewhere")
     first.ask()
-    with pytest.raises(storage.PlaceTaken):
+    with pytest.raises(SlotTaken):
         second.ask()
     mine, theirs = first.trials
     assert (mine.state, theirs.state) == (TrialState.RUNNING, TrialState.FAIL)
-    failure = storage.whole(first, theirs.number).user_attrs["failure"]
+    failure = read_trial(first, theirs.number).user_attrs["failure"]
     assert failure == "trial 0 was begun in its place a moment earlier"
     first.tell(0, 1.0)
-    with pytest.raises(storage.PlaceTaken):
+    with pytest.raises(SlotTaken):
         first.ask()
     second.marks = {**second.marks, "place": 1}
     assert second.ask().number == 3
@@ -273,7 +284,7 @@ def test_a_trial_that_was_begun_without_being_heard_of_is_ended(url: str) -> Non
     study.ask()  # what a connection hides that is cut after the commit
     study.ask()
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
-    assert storage.whole(study, 0).user_attrs["failure"].startswith("a cut connection hid that")
+    assert read_trial(study, 0).user_attrs["failure"].startswith("a cut connection hid that")
 
 
 def test_an_end_that_was_written_unheard_is_no_error(
@@ -321,8 +332,8 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
 
     cutting = threading.Thread(target=cut)
 
-    class Starting(Listener):
-        def trial(self, outcome: Outcome, best: float | None) -> None:
+    class Starting(Progress):
+        def trial(self, outcome: TrialSummary, best: float | None) -> None:
             if outcome.number == 0:
                 cutting.start()
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 import optuna
 import pytest
 
-from search.parameter import Choice, Value
-from search.recipe import HYPERPARAMETERS, REFERENCE, space_of
-from search.space import Condition, Space
+from search.config.hyperparameters import HYPERPARAMETERS, REFERENCE, space_of
+from search.config.parameter import Choice, Value
+from search.config.space import Condition, Space
 
 DEFAULTS = {name: known.default for name, known in HYPERPARAMETERS.items()}
 SPACE = space_of(DEFAULTS)

@@ -15,8 +15,11 @@ from filelock import FileLock
 from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS, dump, killed_after
 
-from search import owner, promotion, runner, storage
-from search.config import InputError, RunError, StudyConfig
+from search.config.settings import StudyConfig
+from search.errors import InputError, RunError
+from search.study import storage, trials
+from search.study.lock import promotion_lock, study_lock
+from search.study.trials import fail_trial, given_up, missing_slots, owner_of_this_process
 
 # ---- the study ---------------------------------------------------------------------------------
 
@@ -96,18 +99,18 @@ with sole_runner(StudyConfig()):
 
 def test_a_study_has_one_runner_until_that_is_gone(in_folder: Path) -> None:
     with killed_after(HOLD, in_folder, "held") as holder:
-        with pytest.raises(RunError) as caught, runner.sole_runner(StudyConfig()):
+        with pytest.raises(RunError) as caught, study_lock(StudyConfig()):
             pytest.fail("two processes run one study")
         message = str(caught.value)
         assert "\n" not in message
         assert f"is being run by {socket.gethostname()}, pid {holder.pid};" in message
         assert "wait for it, or give another --study-name" in message
-        with runner.sole_runner(StudyConfig(study_name="another")):
+        with study_lock(StudyConfig(study_name="another")):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         for _ in range(2):
-            with runner.sole_runner(StudyConfig()):
+            with study_lock(StudyConfig()):
                 pass
 
 
@@ -122,7 +125,7 @@ def test_two_users_of_a_host_take_turns_at_studies_and_models_on_servers(
     config = StudyConfig(**SERVERS)
 
     def take() -> None:
-        with runner.sole_runner(config), promotion._promoting(config):
+        with study_lock(config), promotion_lock(config):
             pass
 
     if first == "this":
@@ -134,7 +137,7 @@ def test_two_users_of_a_host_take_turns_at_studies_and_models_on_servers(
         with pytest.raises(RunError, match=f"is being run by .*, pid {pid};"):
             take()
 
-    with runner.sole_runner(config):
+    with study_lock(config):
         pid = os.getpid()
         as_nobody(be_refused)
 
@@ -149,7 +152,7 @@ def test_two_users_of_one_file_take_turns_also_where_an_earlier_lock_is_not_writ
     config = StudyConfig(storage=f"sqlite:///{folder}/study.db")
 
     def take() -> None:
-        with runner.sole_runner(config):
+        with study_lock(config):
             pass
 
     take()
@@ -173,9 +176,9 @@ of_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no L
 
 def is_lost(**mark: Any) -> bool:
     """Whether a running trial of a study in a file, with such an owner, is lost."""
-    attrs = {"owner": {**owner.mark(), **mark}}
+    attrs = {"owner": {**owner_of_this_process(), **mark}}
     trial = create_trial(state=TrialState.RUNNING, user_attrs=attrs)
-    return storage.is_lost(optuna.create_study(), trial)
+    return trials.is_lost(optuna.create_study(), trial)
 
 
 def test_a_trial_of_a_living_process_is_not_lost() -> None:
@@ -191,27 +194,29 @@ def test_a_trial_of_a_dead_process_is_lost() -> None:
 def test_a_trial_of_a_process_that_nobody_has_waited_for_is_lost() -> None:
     process = subprocess.Popen(["true"], stdout=subprocess.DEVNULL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # now it is a zombie
-    started = owner.psutil.Process(process.pid).create_time()
+    started = trials.psutil.Process(process.pid).create_time()
     assert is_lost(pid=process.pid, started=started)
     process.wait()
 
 
 @of_linux
 def test_a_trial_whose_pid_now_belongs_to_a_later_process_is_lost() -> None:
-    ticks, boot = owner.mark()["ticks"].split()
+    ticks, boot = owner_of_this_process()["ticks"].split()
     assert is_lost(ticks=f"{int(ticks) - 1} {boot}")
     assert is_lost(ticks=f"{ticks} another-start")
-    assert is_lost(started=owner.mark()["started"] - 60, ticks=None)  # an earlier version's
+    assert is_lost(
+        started=owner_of_this_process()["started"] - 60, ticks=None
+    )  # an earlier version's
 
 
 @of_linux
 def test_a_trial_of_a_living_process_is_not_lost_where_the_clock_was_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    booted = owner.psutil.boot_time()
-    mark = owner.mark()
+    booted = trials.psutil.boot_time()
+    mark = owner_of_this_process()
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 90)
-    assert owner.mark()["started"] == pytest.approx(mark["started"] + 90, abs=2)
+    assert owner_of_this_process()["started"] == pytest.approx(mark["started"] + 90, abs=2)
     assert not is_lost(**mark)
 
 
@@ -221,21 +226,21 @@ def test_a_trial_of_another_host_in_a_file_is_lost() -> None:
 
 def test_a_trial_that_nobody_signed_is_lost() -> None:
     trial = create_trial(state=TrialState.RUNNING)
-    assert storage.is_lost(optuna.create_study(), trial)
+    assert trials.is_lost(optuna.create_study(), trial)
 
 
 def test_a_lost_trial_ends_as_failed_with_its_reason(in_folder: Path) -> None:
     study = storage.open_study(StudyConfig(), SETTINGS)
     study.ask()
     (trial,) = study.get_trials()
-    storage.fail(study, trial, "the reason")
+    fail_trial(study, trial, "the reason")
     (trial,) = study.get_trials()
     assert (trial.state, trial.user_attrs) == (TrialState.FAIL, {"failure": "the reason"})
 
 
 def test_the_missing_places_are_those_that_no_finished_trial_has() -> None:
     study = optuna.create_study(direction="maximize")
-    assert storage.missing_places(study, 3) == [0, 1, 2]
+    assert missing_slots(study, 3) == [0, 1, 2]
     for place, state in (
         (0, TrialState.COMPLETE),
         (1, TrialState.FAIL),
@@ -246,9 +251,9 @@ def test_the_missing_places_are_those_that_no_finished_trial_has() -> None:
     ):
         value = 0.5 if state is TrialState.COMPLETE else None
         study.add_trial(create_trial(state=state, value=value, user_attrs={"place": place}))
-    assert storage.missing_places(study, 6) == [1, 4, 5]
-    assert storage.missing_places(study, 4) == [1]
-    assert storage.missing_places(study, 1) == []
+    assert missing_slots(study, 6) == [1, 4, 5]
+    assert missing_slots(study, 4) == [1]
+    assert missing_slots(study, 1) == []
 
 
 def test_a_slot_is_finished_by_two_failures_of_its_own_but_not_by_lost_trials() -> None:
@@ -257,13 +262,13 @@ def test_a_slot_is_finished_by_two_failures_of_its_own_but_not_by_lost_trials() 
         marks = {"place": place, "failed_by_itself": by_itself}
         attrs = {name: value for name, value in marks.items() if value is not None}
         study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=attrs))
-    assert storage.missing_places(study, 4) == [0, 1, 2, 3]
+    assert missing_slots(study, 4) == [0, 1, 2, 3]
     for place in (3, 0, 3):
         attrs = {"place": place, "failed_by_itself": True}
         study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=attrs))
-    assert {slot: trial.number for slot, trial in storage.given_up(study).items()} == {0: 7, 3: 8}
-    assert storage.missing_places(study, 4) == [1, 2]
-    assert storage.missing_places(study, 2) == []
+    assert {slot: trial.number for slot, trial in given_up(study).items()} == {0: 7, 3: 8}
+    assert missing_slots(study, 4) == [1, 2]
+    assert missing_slots(study, 2) == []
 
 
 def test_a_lowered_budget_that_is_met_misses_nothing() -> None:
@@ -271,8 +276,8 @@ def test_a_lowered_budget_that_is_met_misses_nothing() -> None:
     for place in (0, 1, 2, 4):
         state = TrialState.PRUNED
         study.add_trial(create_trial(state=state, user_attrs={"place": place}))
-    assert storage.missing_places(study, 4) == []
-    assert storage.missing_places(study, 5) == [3]
+    assert missing_slots(study, 4) == []
+    assert missing_slots(study, 5) == [3]
 
 
 def test_the_schemas_version_is_what_optuna_says() -> None:

@@ -22,8 +22,10 @@ from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY
 from optuna.trial import TrialState, create_trial
 from test_database import SETTINGS
 
-from search import StudyConfig, sampling, storage, tpe
-from search.outline import OutlineStorage
+from search import StudyConfig
+from search.study import sampling, storage, tpe
+from search.study.outline import OutlineStorage
+from search.study.trials import SlottedStudy
 
 UNITS = CategoricalDistribution((128, 256, 512))
 DROPOUT = FloatDistribution(0, 0.5)
@@ -113,7 +115,7 @@ def both(
     study = storage.open_study(config, SETTINGS)
     fill(study, config, complete)
     backend = OutlineStorage(storage.open_storage(config.storage))
-    worker = storage.PlacedStudy(study_name=config.study_name, storage=backend)
+    worker = SlottedStudy(study_name=config.study_name, storage=backend)
     worker.ask()
     yield config, [study, worker]
     for each in (study, worker):

@@ -6,9 +6,13 @@ import pytest
 from conftest import as_nobody, of_root
 from optuna.trial import TrialState, create_trial
 
-from search import InputError, StudyConfig, data, production, run, storage, tracking
-from search.facts import facts_of
-from search.tracking import Tracking
+from search import InputError, StudyConfig, run
+from search.data.dataset import load_dataset
+from search.study import storage
+from search.study.trials import METRICS
+from search.tracking.address import check_experiment
+from search.tracking.runs import Tracking
+from search.tracking.schema import study_metadata
 
 SETTINGS = {"epochs": 400}
 
@@ -23,7 +27,7 @@ def finished_trial(epochs: int) -> optuna.trial.FrozenTrial:
         {
             "epoch": epoch,
             "time_ms": 1_700_000_000_000 + epoch,
-            **dict.fromkeys(tracking.METRICS.values(), epoch / epochs),
+            **dict.fromkeys(METRICS.values(), epoch / epochs),
         }
         for epoch in range(epochs)
     ]
@@ -44,7 +48,7 @@ def test_a_run_is_written_from_its_trial_and_writing_it_again_changes_nothing(
     study = storage.open_study(StudyConfig(), SETTINGS)
     parent = ledger.parent_run(study, SETTINGS)
     config = StudyConfig(dataset=str(clouds), epochs=400)
-    facts = facts_of(config, data.load(str(clouds), 0.1))
+    facts = study_metadata(config, load_dataset(str(clouds), 0.1))
     trial = finished_trial(epochs=400)  # 1,600 metrics: more than MLflow takes in a call
     run_id = ledger.create_run(parent, "trial-0000", 0)
     for _ in range(2):
@@ -59,7 +63,7 @@ def test_a_run_is_written_from_its_trial_and_writing_it_again_changes_nothing(
             **{name: str(value) for name, value in facts["params"].items()},
         }
         assert len(run.inputs.dataset_inputs) == 1
-        for name in tracking.METRICS.values():
+        for name in METRICS.values():
             logged = ledger.client.get_metric_history(run_id, name)
             assert [metric.step for metric in logged] == list(range(400))
 
@@ -103,15 +107,15 @@ def test_an_experiment_whose_folder_is_another_users_is_refused(temporary: Path)
     temporary.chmod(0o777)
     folder = temporary / "mlruns" / "MNIST_Classification"
     folder.mkdir(parents=True)
-    production.check_experiment(StudyConfig())
+    check_experiment(StudyConfig())
 
     def be_refused() -> None:
         with pytest.raises(InputError, match="must have a folder that can be written to"):
-            production.check_experiment(StudyConfig())
+            check_experiment(StudyConfig())
 
     as_nobody(be_refused)
     folder.chmod(0o777)
-    as_nobody(lambda: production.check_experiment(StudyConfig()))
+    as_nobody(lambda: check_experiment(StudyConfig()))
 
 
 def test_artifacts_lie_beside_the_database(in_folder: Path) -> None:

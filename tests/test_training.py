@@ -12,14 +12,30 @@ import tensorflow as tf
 from conftest import plain
 from numpy.typing import NDArray
 
-from search import data, environment, graph, model, training
+from search.data.dataset import scaled
+from search.training import environment
+from search.training import epoch as graph
+from search.training import train as training
+from search.training.epoch import Examples, plan_of
+from search.training.network import build_network
+from search.training.train import (
+    _GRAPHS,
+    _VALIDATION_BATCH,
+    History,
+    TrainingDiverged,
+    _of_thread,
+    evaluate,
+    gpu_name,
+    graph_for,
+    use_one_thread_each,
+)
 
 FEATURES, CLASSES, BATCH = 20, 4, 32
 WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
 Weights = list[NDArray[Any]]
 
 
-def examples(count: int, seed: int = 0) -> graph.Examples:
+def examples(count: int, seed: int = 0) -> Examples:
     random = np.random.default_rng(seed)
     y = random.integers(0, CLASSES, count).astype(np.int32)
     x = random.normal(size=(count, FEATURES)) + np.eye(CLASSES, FEATURES)[y] * 2
@@ -27,19 +43,19 @@ def examples(count: int, seed: int = 0) -> graph.Examples:
 
 
 def network(dropout: float = 0.0, rate: float = 0.001, units: int = 16) -> keras.Sequential:
-    return model.build(plain(units, dropout, rate), (FEATURES,), CLASSES, seed=3)
+    return build_network(plain(units, dropout, rate), (FEATURES,), CLASSES, seed=3)
 
 
 def train(
-    net: keras.Sequential, data: graph.Examples, batch_size: int = BATCH, **options: Any
-) -> training.History:
+    net: keras.Sequential, data: Examples, batch_size: int = BATCH, **options: Any
+) -> History:
     """Train a plain network; what it is told of its rates are the network's own."""
     return training.train(
         net, data, plain(batch_size=batch_size), **{"epochs": 1, "seed": 7, **options}
     )
 
 
-def plain_fit(net: keras.Sequential, data: graph.Examples, epochs: int, seed: int = 7) -> Any:
+def plain_fit(net: keras.Sequential, data: Examples, epochs: int, seed: int = 7) -> Any:
     """Keras' own loop over the same examples in the same order."""
     x, y = data
     losses = []
@@ -60,7 +76,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 @pytest.fixture
 def no_graphs() -> None:
-    graph._mine.graphs.clear()
+    _of_thread.graphs.clear()
 
 
 @pytest.mark.parametrize("count", [WHOLE, RAGGED])
@@ -93,7 +109,7 @@ def test_the_numbers_hold_after_other_rates_used_the_graph(no_graphs: None) -> N
     ours, plain = network(), network()
     train(ours, examples(WHOLE))
     plain_fit(plain, examples(WHOLE), epochs=1)
-    assert len(graph._mine.graphs) == 1
+    assert len(_of_thread.graphs) == 1
     assert same(ours.get_weights(), plain.get_weights())
 
 
@@ -116,7 +132,7 @@ def test_a_batch_larger_than_the_data_is_one_step() -> None:
 
 
 def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None:
-    ours, held_out = network(rate=0.01), examples(2 * training._VALIDATION_BATCH + 1, seed=1)
+    ours, held_out = network(rate=0.01), examples(2 * _VALIDATION_BATCH + 1, seed=1)
     history = train(ours, examples(WHOLE), validation=held_out, epochs=2)
     assert {name: len(values) for name, values in history.items()} == {
         "loss": 2,
@@ -125,7 +141,7 @@ def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None
         "val_accuracy": 2,
     }
     expected = ours.evaluate(*held_out, verbose=0, return_dict=True)
-    found = training.evaluate(ours, held_out)
+    found = evaluate(ours, held_out)
     assert found == pytest.approx(expected, rel=1e-5)
     assert history["val_loss"][-1] == pytest.approx(expected["loss"], rel=1e-5)
     assert history["val_accuracy"][-1] == pytest.approx(expected["accuracy"], rel=1e-5)
@@ -145,29 +161,29 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
     monkeypatch.setattr(graph, "epoch_order", counting)
     for dropout, rate in ((0.0, 0.001), (0.4, 0.002), (0.1, 0.1)):
         train(network(dropout, rate), examples(RAGGED), epochs=2)
-    assert len(graph._mine.graphs) == len(traced) == 1
+    assert len(_of_thread.graphs) == len(traced) == 1
     train(network(units=17), examples(RAGGED))
     train(network(units=17), examples(RAGGED), batch_size=16)
-    assert len(graph._mine.graphs) == len(traced) == 3
+    assert len(_of_thread.graphs) == len(traced) == 3
 
 
 def keep(units: int) -> None:
-    graph.graph_for(network(units=units), graph.plan_of(plain(), examples(9), (FEATURES,)))
+    graph_for(network(units=units), plan_of(plain(), examples(9), (FEATURES,)))
 
 
 def test_the_graph_not_used_for_longest_is_dropped_first(no_graphs: None) -> None:
-    for units in range(1, graph._GRAPHS + 1):
+    for units in range(1, _GRAPHS + 1):
         keep(units)
-    first, second = list(graph._mine.graphs)[:2]
+    first, second = list(_of_thread.graphs)[:2]
     keep(1)
     keep(99)
-    assert len(graph._mine.graphs) == graph._GRAPHS
-    assert first in graph._mine.graphs
-    assert second not in graph._mine.graphs
+    assert len(_of_thread.graphs) == _GRAPHS
+    assert first in _of_thread.graphs
+    assert second not in _of_thread.graphs
 
 
 def test_the_same_seed_gives_the_same_history_to_the_last_bit_after_other_trials() -> None:
-    def run(**options: Any) -> tuple[training.History, list[bytes]]:
+    def run(**options: Any) -> tuple[History, list[bytes]]:
         net = network(dropout=0.3)
         history = train(net, examples(RAGGED), validation=examples(99, 1), epochs=2, **options)
         return history, [weight.tobytes() for weight in net.get_weights()]
@@ -194,27 +210,25 @@ def test_bytes_train_as_their_scaled_floats() -> None:
     y = (x[:, 0] // 64).astype(np.int32)
     one, other = network(), network()
     as_bytes = train(one, (x, y), validation=(x, y), epochs=2)
-    as_floats = train(other, (data.scaled(x), y), validation=(data.scaled(x), y), epochs=2)
+    as_floats = train(other, (scaled(x), y), validation=(scaled(x), y), epochs=2)
     assert as_bytes.keys() == as_floats.keys()
     for name, values in as_bytes.items():
         assert values == pytest.approx(as_floats[name], rel=1e-5)
     assert same(one.get_weights(), other.get_weights())
-    assert training.evaluate(one, (x, y)) == pytest.approx(
-        training.evaluate(one, (data.scaled(x), y)), rel=1e-5
-    )
+    assert evaluate(one, (x, y)) == pytest.approx(evaluate(one, (scaled(x), y)), rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [np.inf, 1e30])
 def test_a_training_that_diverges_says_so(factor: float) -> None:
     x, y = examples(WHOLE)
-    with pytest.raises(training.TrainingDiverged, match=r"became .* in epoch 0"):
+    with pytest.raises(TrainingDiverged, match=r"became .* in epoch 0"):
         train(network(rate=10.0), ((x * factor).astype(np.float32), y), epochs=3)
 
 
 def test_a_divergence_leaves_the_next_training_unaffected() -> None:
     expected = train(network(), examples(WHOLE))
     x, y = examples(WHOLE)
-    with pytest.raises(training.TrainingDiverged):
+    with pytest.raises(TrainingDiverged):
         train(network(rate=10.0), (x * np.float32(1e30), y))
     assert train(network(), examples(WHOLE)) == expected
 
@@ -297,9 +311,9 @@ def test_a_worker_takes_of_a_gpus_memory_only_what_it_needs(
 ) -> None:
     for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
         monkeypatch.setattr(tf.config.threading, name, lambda count: None)
-    training.one_thread_each(1)
+    use_one_thread_each(1)
     assert grown == ["/physical_device:GPU:0", "/physical_device:GPU:1"]
-    assert training.gpu() == "NVIDIA H100"
+    assert gpu_name() == "NVIDIA H100"
 
 
 def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
@@ -311,5 +325,5 @@ def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
     without = here()
     assert "gpu" not in without
     monkeypatch.setattr(environment, "gpu_device", lambda: None)
-    monkeypatch.setattr(training, "gpu", None)  # is not asked
+    monkeypatch.setattr(training, "gpu_name", None)  # is not asked
     assert here() == without

@@ -18,18 +18,17 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Engine
 
 from search import StudyConfig, run
-from search.contract import HISTORY_BLOCK, METRICS, history_attr, history_of
 from search.errors import Interrupted, RunError
-from search.listener import Listener
-from search.outcome import Outcome
-from search.tasks import load_trial
+from search.report.progress import Progress
+from search.study.trials import HISTORY_BLOCK, METRICS, TrialSummary, history_attr, history_of
+from search.workers.tasks import load_trial
 
 
-class Outcomes(Listener):
+class Outcomes(Progress):
     def __init__(self) -> None:
-        self.seen: list[Outcome] = []
+        self.seen: list[TrialSummary] = []
 
-    def trial(self, outcome: Outcome, best: float | None) -> None:
+    def trial(self, outcome: TrialSummary, best: float | None) -> None:
         self.seen.append(outcome)
 
 
@@ -135,11 +134,9 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
         raise KeyboardInterrupt
 
     load_trial()
-    from search import registry, training
-
     outcomes = Outcomes()
-    monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(registry, "retrain", interrupt)
+    monkeypatch.setattr("search.workers.trial.train", train)
+    monkeypatch.setattr("search.workers.worker.retrain", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(replace(config(clouds), epochs=epochs, n_trials=trials, pruner=pruner), outcomes)
     assert len(rows) == epochs
@@ -183,7 +180,7 @@ def test_a_failure_is_kept_and_shown_without_control_characters(
     def fail(*_: object, **__: object) -> None:
         raise ValueError("\x1b[31mrot\x00 \ud800 größer 模型\nnext")
 
-    monkeypatch.setattr("search.training.train", fail)
+    monkeypatch.setattr("search.workers.trial.train", fail)
     outcomes = Outcomes()
     with pytest.raises(RunError) as stopped:
         run(replace(config(clouds), max_failures=1), outcomes)

@@ -14,8 +14,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from search import augmentation, data, model, training
-from search.recipe import AUGMENTATIONS, REFERENCE, complete
+from search.config.hyperparameters import AUGMENTATIONS, REFERENCE, complete
+from search.data.dataset import Dataset, load_dataset, scaled
+from search.training import augmentation
+from search.training.network import build_network
+from search.training.train import train, use_one_thread_each
 
 KINDS = ("none", *AUGMENTATIONS)
 BATCH = 128
@@ -30,18 +33,16 @@ KERAS = {
 }
 
 
-def epoch(kind: str, dataset: data.Dataset) -> float:
+def epoch(kind: str, dataset: Dataset) -> float:
     """Seconds of the second of two epochs: the first one carries the tracing."""
     tried = complete({**REFERENCE, "augmentation": kind, "augmentation_strength": 1.0})
-    network = model.build(tried, dataset.sample_shape, dataset.classes, seed=0)
+    network = build_network(tried, dataset.sample_shape, dataset.classes, seed=0)
     began: list[float] = []
     clock = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda *_: began.append(time.perf_counter()),
         on_train_end=lambda *_: began.append(time.perf_counter()),
     )
-    training.train(
-        network, dataset.train, tried, epochs=2, seed=0, shape=(28, 28), callbacks=[clock]
-    )
+    train(network, dataset.train, tried, epochs=2, seed=0, shape=(28, 28), callbacks=[clock])
     return began[2] - began[1]
 
 
@@ -66,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    training.one_thread_each(1)
-    dataset = data.load("mnist", 0.1)
+    use_one_thread_each(1)
+    dataset = load_dataset("mnist", 0.1)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
         for kind in KINDS:
@@ -79,7 +80,7 @@ def main() -> None:
             f"| {kind} | {statistics.median(seconds[kind]):.2f} | {statistics.median(ratios):.2f} "
             f"| {min(ratios):.2f} to {max(ratios):.2f} |"
         )
-    images = tf.constant(data.scaled(dataset.x_all[:BATCH]).reshape(BATCH, 28, 28, 1))
+    images = tf.constant(scaled(dataset.x_all[:BATCH]).reshape(BATCH, 28, 28, 1))
     print("\n| a batch of 128 | here ms | Keras' layers ms |\n|---|---|---|")
     for kind in AUGMENTATIONS:
         ours: list[float] = []

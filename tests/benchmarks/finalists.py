@@ -24,10 +24,10 @@ import numpy as np
 import optuna
 import replay
 
-from search import ranking, sampling, storage
-from search.config import StudyConfig
-from search.listener import Listener
-from search.recipe import complete
+from search.config.hyperparameters import complete
+from search.config.settings import StudyConfig
+from search.report.progress import Progress
+from search.study import ranking, sampling, storage
 
 TABLE = Path(__file__).with_name("finalists.csv")
 FINALISTS, REPEATS, JUDGES = 3, 4, 3
@@ -37,7 +37,7 @@ COLUMNS = (
 )
 
 
-class Clock(Listener):
+class Clock(Progress):
     """When each stage of a run began."""
 
     def start(self, *_: Any) -> None:
@@ -52,14 +52,16 @@ class Clock(Listener):
 
 def judge(params: dict[str, Any], seed: int) -> float:
     """The test accuracy of a configuration, trained on all training data."""
-    from search import data, model, training
+    from search.data.dataset import load_dataset
+    from search.training.network import build_network
+    from search.training.train import evaluate, train, use_one_thread_each
 
-    training.one_thread_each(1)
-    dataset = data.load("mnist", 0.1)
+    use_one_thread_each(1)
+    dataset = load_dataset("mnist", 0.1)
     tried = complete(params)
-    network = model.build(tried, dataset.sample_shape, dataset.classes, seed)
-    training.train(network, (dataset.x_all, dataset.y_all), tried, epochs=5, seed=seed)
-    return training.evaluate(network, (dataset.x_test, dataset.y_test))["accuracy"]
+    network = build_network(tried, dataset.sample_shape, dataset.classes, seed)
+    train(network, (dataset.x_all, dataset.y_all), tried, epochs=5, seed=seed)
+    return evaluate(network, (dataset.x_test, dataset.y_test))["accuracy"]
 
 
 def study(seed: int) -> list[dict[str, Any]]:

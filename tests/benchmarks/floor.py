@@ -36,12 +36,14 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
     """Take turns: the floor in all processes at once, then an epoch of the loop in all."""
     import keras
 
-    from search import data, model, training
-    from search.recipe import REFERENCE, complete
+    from search.config.hyperparameters import REFERENCE, complete
+    from search.data.dataset import load_dataset
+    from search.training.network import build_network
+    from search.training.train import train, use_one_thread_each
 
-    training.one_thread_each(1)
-    dataset = data.load("mnist", 0.1)
-    network = model.build(complete(REFERENCE), dataset.sample_shape, dataset.classes, seed=0)
+    use_one_thread_each(1)
+    dataset = load_dataset("mnist", 0.1)
+    network = build_network(complete(REFERENCE), dataset.sample_shape, dataset.classes, seed=0)
     floors: list[float] = []
     loops: list[float] = []
 
@@ -55,7 +57,7 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
         def on_test_begin(self, logs: Any = None) -> None:
             loops.append(time.perf_counter() - self.began)
 
-    training.train(
+    train(
         network,
         dataset.train,
         complete({"batch_size": BATCH}),

@@ -23,11 +23,13 @@ def main() -> None:
     trials = parser.parse_args().trials
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-    import search.trial  # noqa: F401  all that a worker imports
-    from search import data, model, training
-    from search.recipe import complete
+    import search.workers.trial  # noqa: F401  all that a worker imports
+    from search.config.hyperparameters import complete
+    from search.data.dataset import load_dataset
+    from search.training.network import build_network
+    from search.training.train import train, use_one_thread_each
 
-    training.one_thread_each(1)
+    use_one_thread_each(1)
     print("| after | resident MB | shared files | own |")
     print("|---|---|---|---|")
 
@@ -36,12 +38,12 @@ def main() -> None:
         print(f"| {when} | {files + own:.0f} | {files:.0f} | {own:.0f} |", flush=True)
 
     report("imports")
-    dataset = data.load("mnist", 0.1)
+    dataset = load_dataset("mnist", 0.1)
     for trial in range(1, trials + 1):
         width = (128, 256, 512, 1024)[trial % 4]
         tried = complete({"hidden_units": width})
-        network = model.build(tried, dataset.sample_shape, 10, trial)
-        training.train(
+        network = build_network(tried, dataset.sample_shape, 10, trial)
+        train(
             network,
             dataset.train,
             tried,

@@ -2,7 +2,7 @@
 
 A whole study on 150 points in four dimensions, in this process, five epochs a trial, no pruning.
 Prints, for the trials around each milestone, the median milliseconds of a whole trial, of it inside
-Keras' fit (without the callbacks that write to the ledgers), the rest, which is the overhead, and
+Keras' fit (without the callbacks that write to the stores), the rest, which is the overhead, and
 the process's memory.
 """
 
@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 
 from search import StudyConfig, run
-from search.listener import Listener
-from search.outcome import Outcome
+from search.report.progress import Progress
+from search.study.trials import TrialSummary
 
 
 def write_points(path: Path) -> None:
@@ -35,19 +35,19 @@ def write_points(path: Path) -> None:
     np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
 
 
-class Clock(Listener):
+class Clock(Progress):
     """Notes the whole time of every trial, the part in `fit` and the memory after it."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float, float]] = []
-        self.ledgers = self.fit = 0.0
+        self.stores = self.fit = 0.0
         self.began = time.perf_counter()
 
-    def trial(self, outcome: Outcome, best: float | None) -> None:
+    def trial(self, outcome: TrialSummary, best: float | None) -> None:
         now = time.perf_counter()
         memory = psutil.Process().memory_info().rss / 1e6
-        self.rows.append((1e3 * (now - self.began), 1e3 * (self.fit - self.ledgers), memory))
-        self.began, self.fit, self.ledgers = now, 0.0, 0.0
+        self.rows.append((1e3 * (now - self.began), 1e3 * (self.fit - self.stores), memory))
+        self.began, self.fit, self.stores = now, 0.0, 0.0
 
 
 def main() -> None:
@@ -58,8 +58,8 @@ def main() -> None:
 
     from optuna_integration import KerasPruningCallback
 
-    from search import training
-    from search import trial as trials_module
+    from search.training import train
+    from search.workers.trial import Attempt
 
     clock = Clock()
 
@@ -75,8 +75,8 @@ def main() -> None:
 
         setattr(owner, name, measured)
 
-    timed(training, "train", "fit")
-    timed(trials_module._Attempt, "_record", "ledgers")
+    timed(train, "train", "fit")
+    timed(Attempt, "_record", "ledgers")
     timed(KerasPruningCallback, "on_epoch_end", "ledgers")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -16,9 +16,11 @@ import keras
 import optuna
 import tensorflow as tf
 
-from search import data, model, training
-from search.config import StudyConfig
-from search.recipe import REFERENCE, complete
+from search.config.hyperparameters import REFERENCE, complete
+from search.config.settings import StudyConfig
+from search.data.dataset import Dataset, load_dataset
+from search.training.network import build_network
+from search.training.train import train, use_one_thread_each
 
 TABLE = Path(__file__).with_name("curves.csv")
 EPOCHS = 5
@@ -43,10 +45,10 @@ def configurations(count: int, repeats: int) -> dict[str, Any]:
     return found
 
 
-def record(name: str, tried: dict[str, Any], dataset: data.Dataset) -> dict[str, object]:
+def record(name: str, tried: dict[str, Any], dataset: Dataset) -> dict[str, object]:
     """Train one configuration and return its row."""
     seed = int(name.rsplit("-", 1)[1])
-    network = model.build(tried, dataset.sample_shape, dataset.classes, seed)
+    network = build_network(tried, dataset.sample_shape, dataset.classes, seed)
     test: list[float] = []
     batches = tf.data.Dataset.from_tensor_slices((dataset.x_test, dataset.y_test)).batch(2000)
 
@@ -55,7 +57,7 @@ def record(name: str, tried: dict[str, Any], dataset: data.Dataset) -> dict[str,
             test.append(self.model.evaluate(batches, verbose=0, return_dict=True)["accuracy"])
 
     began = time.process_time()
-    history = training.train(
+    history = train(
         network,
         dataset.train,
         tried,
@@ -80,8 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
 
-    training.one_thread_each(1)
-    dataset = data.load("mnist", 0.1)
+    use_one_thread_each(1)
+    dataset = load_dataset("mnist", 0.1)
     wanted = configurations(arguments.configurations, arguments.repeats)
     done = set()
     if arguments.table.exists():

@@ -26,9 +26,10 @@ from optuna.pruners import (
 )
 from optuna.trial import TrialState
 
-from search import sampling, storage
-from search.config import StudyConfig
-from search.parameter import Value
+from search.config.parameter import Value
+from search.config.settings import StudyConfig
+from search.study import sampling
+from search.study.trials import SlottedStudy
 
 TABLE = Path(__file__).with_name("curves.csv")
 EPOCHS = 5
@@ -117,7 +118,7 @@ def search(
     """One study; returns it, the epochs spent, and every trial's expected test accuracy."""
     config = StudyConfig(sampler=sampler, seed=seed)
     random = np.random.default_rng(seed)
-    study = storage.PlacedStudy(
+    study = SlottedStudy(
         study_name="replay",
         storage=optuna.create_study(study_name="replay", direction="maximize")._storage,
         pruner=pruner,

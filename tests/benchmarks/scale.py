@@ -37,9 +37,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from servers import MlflowServer, Postgres, free_port
 
-from search import StudyConfig, data, environment, owner, pool, sampling, storage
-from search.facts import facts_of
-from search.tracking import Tracking
+from search import StudyConfig
+from search.data.dataset import load_dataset
+from search.study import sampling, storage
+from search.study.trials import SlottedStudy, owner_of_this_process
+from search.tracking.runs import Tracking
+from search.tracking.schema import study_metadata
+from search.training import environment
+from search.workers import processes as pool
 
 EPOCHS = 5
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the gRPC proxy is
@@ -61,7 +66,8 @@ def work(
 
     Among these "cpu" is the processor time of a trial, and "memory" what the study took (MB).
     """
-    from search import model, training, trial
+    from search.workers import trial
+    from search.workers.worker import Worker
 
     spans: Spans = defaultdict(list)
 
@@ -88,19 +94,19 @@ def work(
                 callback.on_epoch_end(epoch, dict.fromkeys(names, accuracy))
 
     no_dataset: Any = None
-    worker = trial.Worker(config, parent, no_dataset)
+    worker = Worker(config, parent, no_dataset)
     if proxy is not None:
-        worker.study = storage.PlacedStudy(
+        worker.study = worker.context.study = SlottedStudy(
             study_name=config.study_name,
             storage=optuna.storages.GrpcStorageProxy(port=proxy),
             pruner=sampling.pruner(config),
         )
-    worker.dataset = data.load(config.dataset, config.validation_split)
-    worker.rest_until = 0.0 if mirrored else float("inf")
-    training.train = train  # type: ignore[assignment]
-    model.build = lambda *_: None  # type: ignore[assignment]
-    model.trainable_parameters = lambda _: 0  # type: ignore[assignment]
-    storage.PlacedStudy.ask = timed("ask", storage.PlacedStudy.ask)  # type: ignore[method-assign]
+    worker.context.dataset = load_dataset(config.dataset, config.validation_split)
+    worker.context.rest_until = 0.0 if mirrored else float("inf")
+    trial.train = train  # type: ignore[assignment]
+    trial.build_network = lambda *_: None  # type: ignore[assignment]
+    trial.trainable_parameters = lambda _: 0  # type: ignore[assignment]
+    SlottedStudy.ask = timed("ask", SlottedStudy.ask)  # type: ignore[method-assign]
     optuna.Trial.report = timed("report", optuna.Trial.report)  # type: ignore[method-assign]
     process = psutil.Process()
     before = process.memory_info().rss
@@ -131,7 +137,7 @@ def measure(
     during: Callable[[], Any] = lambda: None,
 ) -> tuple[float, Spans, Any]:
     """Trials a second of so many workers, how long what took, and what `during` said."""
-    context = pool._processes()
+    context = pool._start_method()
     begin, results = context.Barrier(workers + 1), context.Queue()
     processes = [
         context.Process(
@@ -189,7 +195,11 @@ def fill(study: optuna.Study, config: StudyConfig, total: int) -> None:
         name: distribution_to_json(kind)
         for name, kind in sampling.distributions(config.space).items()
     }
-    fixed = {"owner": owner.mark(), "environment": environment.here(), "trainable_parameters": 1}
+    fixed = {
+        "owner": owner_of_this_process(),
+        "environment": environment.here(),
+        "trainable_parameters": 1,
+    }
     study_id, engine = study._study_id, study._storage._backend.engine
     first = len(study.get_trials(deepcopy=False))
     now = datetime.now(UTC).replace(tzinfo=None)
@@ -304,8 +314,8 @@ def main() -> None:
                 storage=url, tracking_uri=uri, dataset="tiny.npz", study_name=name, epochs=EPOCHS
             )
             study = storage.open_study(config, config.settings("tiny"))
-            dataset = data.load(config.dataset, config.validation_split)
-            study.set_user_attr("facts", facts_of(config, dataset))
+            dataset = load_dataset(config.dataset, config.validation_split)
+            study.set_user_attr("facts", study_metadata(config, dataset))
             mirror = Tracking(config).open()
             return config, study, mirror.parent_run(study, {})
 

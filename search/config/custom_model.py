@@ -1,0 +1,221 @@
+"""A network of the user's own, `--model MODULE:FUNCTION`, and the space declared beside it.
+
+    SPACE = {"units": "32,64,128", "kernel": "3,5", "pooling": "max,average"}
+
+    def build(hyperparameters, shape, classes):
+        ...  # an uncompiled keras.Sequential or functional keras.Model
+
+FUNCTION gets the hyperparameters by name, the shape of one example, such as (28, 28), and the
+number of classes; its model takes examples of that shape and gives a probability for every class.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from search.config.hyperparameters import HYPERPARAMETERS
+from search.config.parameter import SWITCH, Domain, Parameter, Value, parse, text_of
+from search.errors import InputError, printable
+from search.imports import silent_stderr
+
+NAME = r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+_TAKEN = {
+    *(name for name, known in HYPERPARAMETERS.items() if not known.network),
+    *("epochs", "seed", "validation_split", "dataset", "train_samples", "validation_samples"),
+    *("test_samples", "num_classes", "trainable_parameters", "loss", "model", "grid"),
+    *("experiment", "output_activation", "split", "normalize"),
+}
+
+
+"""What the ledgers or the options call something else."""
+
+
+class ModelError(InputError):
+    """The model can't be used here."""
+
+
+@dataclass(frozen=True)
+class CustomModel:
+    """A function that makes networks, its search space, and the digest of its module's source."""
+
+    name: str
+    build: Callable[[dict[str, Value], tuple[int, ...], int], Any]
+    space: dict[str, Parameter]
+    digest: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Its name, and what tells one version of its source from another."""
+        return f"{self.name} ({self.digest[:12]})"
+
+
+_loaded: dict[tuple[str, str], CustomModel] = {}  # by name and digest
+
+
+def load(name: str) -> CustomModel:
+    """The model that `--model` names, as its source is now. Raises ModelError, in one line."""
+    module_name, function_name = name.split(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: a namesake there must not hide a package
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(threads, "1")  # its code may start TensorFlow before a worker does
+    before = sys.modules.get(module_name)
+    try:
+        with silent_stderr():
+            spec = _find(module_name)
+            source = Path(str(spec.origin)).read_bytes()
+            key = name, hashlib.sha256(source).hexdigest()
+            if key not in _loaded:
+                module = _run(spec, source)
+    except (Exception, SystemExit) as error:  # whatever its code raises
+        _restore(module_name, before)
+        why = printable(" ".join(str(error).split()))
+        raise _refusal(
+            name,
+            f"a module that can be imported ({type(error).__name__}: {why})",
+            "mend it, or run the command in its folder",
+        ) from None
+    if key not in _loaded:
+        try:
+            _loaded[key] = _checked(name, function_name, module, key[1])
+        except ModelError:
+            _restore(module_name, before)
+            raise
+    return _loaded[key]
+
+
+def find(name: str, fingerprint: str) -> CustomModel:
+    """The model with this fingerprint: the one in this process, or else what its source is now.
+
+    Raises ModelError where that is another one.
+    """
+    for found in list(_loaded.values()):
+        if found.fingerprint == fingerprint:
+            return found
+    return check(name, fingerprint)
+
+
+def _find(name: str) -> ModuleSpec:
+    """Where the module is, looked up anew."""
+    if name == "__main__":
+        raise ImportError("what Python runs as a script is no module; write it in its own file")
+    importlib.invalidate_caches()
+    known = sys.modules.pop(name, None)
+    try:
+        spec = importlib.util.find_spec(name)
+    finally:
+        _restore(name, known)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return spec
+
+
+def _run(spec: ModuleSpec, source: bytes) -> ModuleType:
+    """The module, made anew from just this source.
+
+    Python's own import answers with what it imported earlier in this process, and takes bytecode
+    for current where an edit kept the second and the size.
+    """
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    if isinstance(spec.loader, SourceFileLoader):
+        exec(spec.loader.source_to_code(source, str(spec.origin)), module.__dict__)
+    elif spec.loader is not None:
+        spec.loader.exec_module(module)
+    package, _, last = spec.name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], last, module)
+    return module
+
+
+def _restore(name: str, module: ModuleType | None) -> None:
+    sys.modules.pop(name, None)
+    if module is not None:
+        sys.modules[name] = module
+
+
+def _checked(name: str, function_name: str, module: ModuleType, digest: str) -> CustomModel:
+    build = getattr(module, function_name, None)
+    if not callable(build):
+        raise _refusal(
+            name, f"a function, but {module.__name__} has no function {function_name}", "define it"
+        )
+    declared = getattr(module, "SPACE", None)
+    if not isinstance(declared, dict):
+        raise _refusal(
+            name,
+            f"a function beside its search space, but {module.__name__} has no SPACE",
+            'declare it, for example SPACE = {"units": "32,64,128"}',
+        )
+    space = {key: _parameter(name, key, value) for key, value in declared.items()}
+    return CustomModel(name, build, space, digest)
+
+
+def check(name: str, fingerprint: str) -> CustomModel:
+    """The model as its source is now. Raises ModelError where that has another fingerprint."""
+    found = load(name)
+    if found.fingerprint != fingerprint:
+        raise ModelError(
+            f"{name} must be the model of the study, {fingerprint}, but is now "
+            f"{found.fingerprint}; bring back its source as it was"
+        )
+    return found
+
+
+def _parameter(model: str, name: Any, value: Any) -> Parameter:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w{0,99}", name) or name in _TAKEN:
+        raise _refusal(
+            model,
+            f"a model whose SPACE has names that are free, but {name!r} is not",
+            "give it another name",
+        )
+    items = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, str | int | float) for item in items):
+        raise _refusal(
+            model,
+            f"a model whose SPACE holds texts, numbers or lists of them, but {name} is {value!r}",
+            'write it in the notation, for example "32,64,128"',
+        )
+    words = [str(item) if type(item) is int else text_of(item) for item in items]
+    text = ",".join(words)
+    kinds = {kind for kind in (bool, int, float, str) for i in items if isinstance(i, kind)}
+    domain = _NUMBERS if float in kinds <= {int, float} else _domain(text)  # 1.0 stays a float
+    try:
+        return parse(domain, text)
+    except ValueError as error:
+        raise _refusal(model, f"a model whose SPACE is valid: {name} {error}", "mend it") from None
+
+
+_WHOLE_NUMBERS = Domain(int, "whole numbers", "32,64")
+_NUMBERS = Domain(float, "numbers", "0.0:0.5")
+
+
+def _domain(text: str) -> Domain:
+    """What kind of values `text` is about: whole numbers, numbers, true and false, or words."""
+    words = [word.strip() for word in re.split("[,:]", text)]
+    if ":" in text and words[-1] == "log":
+        words.pop()
+    for domain, kind in ((_WHOLE_NUMBERS, int), (_NUMBERS, float)):
+        try:
+            for word in words:
+                kind(word)
+        except ValueError:
+            continue
+        return domain
+    if set(words) <= set(SWITCH.words):
+        return SWITCH
+    named = {word: word for word in words if word}
+    return Domain(None, "words or numbers, not both", "max,average", words=named)
+
+
+def _refusal(name: str, rule: str, remedy: str) -> ModelError:
+    return ModelError(f"--model must name {rule}, but got {name!r}; {remedy}")

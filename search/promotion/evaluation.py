@@ -1,0 +1,208 @@
+"""How the winner does on the test images: its confusion matrix and its worst mistakes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.data.dataset import Dataset, is_image, scaled
+from search.errors import one_line
+
+DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
+CONFUSIONS = "confusions.png"
+_SHOWN = 12  # mistakes
+_FREQUENT = 20  # confusions that are kept
+MANY = 20  # classes, from which the cells of the matrix are too small for numbers
+MOST = 200  # classes that have a matrix
+_AT_ONCE = 25_000_000  # probabilities, 100 MB
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Test example `index`, of class `label`, called `predicted` with this probability."""
+
+    index: int
+    label: int
+    predicted: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """`count` test examples of class `label` were called `predicted`."""
+
+    label: int
+    predicted: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.label} called {self.predicted}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on the test examples: it gets `right` of `total` right.
+
+    confusion: row: the true class, column: the predicted one; counts of test examples. None above
+    `MOST` classes. confusions: the most frequent ones, the most frequent first. mistakes: the worst
+    first, that is, the most confident.
+    """
+
+    right: int
+    total: int
+    confusion: list[list[int]] | None
+    confusions: list[Confusion]
+    mistakes: list[Mistake]
+
+    def as_json(self) -> str:
+        """What DATA holds: the matrix, from which the counts follow, or they themselves."""
+        kept = asdict(self)
+        if self.confusion is None:
+            del kept["confusion"]
+        else:
+            kept = {"confusion": kept["confusion"], "mistakes": kept["mistakes"]}
+        return json.dumps(kept)
+
+
+def predict(model: Any, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The class that `model` predicts for each example in `x`, and its probability.
+
+    Only so many examples at a time that the probabilities of all classes stay small.
+    """
+    rows = max(1, _AT_ONCE // model.output_shape[-1])
+    predicted, confidence = [], []
+    for first in range(0, len(x), rows):
+        part = x[first : first + rows]
+        probabilities = model.predict(part, batch_size=min(rows, 2_000), verbose=0)
+        predicted.append(probabilities.argmax(axis=1))
+        confidence.append(probabilities.max(axis=1))
+    return np.concatenate(predicted), np.concatenate(confidence)
+
+
+def evaluate_predictions(
+    predicted: NDArray[Any], confidence: NDArray[Any], labels: NDArray[Any], classes: int
+) -> Evaluation:
+    """Compare what `predict` found with the true classes; all are of shape (n,)."""
+    wrong = np.flatnonzero(predicted != labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_SHOWN]
+    mistakes = [
+        Mistake(int(i), int(labels[i]), int(predicted[i]), float(confidence[i])) for i in worst
+    ]
+    cells, counts = np.unique(labels.astype(np.int64) * classes + predicted, return_counts=True)
+    return _of_cells(*np.divmod(cells, classes), counts, classes, mistakes)
+
+
+def _of_cells(
+    rows: NDArray[Any],
+    columns: NDArray[Any],
+    counts: NDArray[Any],
+    classes: int,
+    mistakes: list[Mistake],
+) -> Evaluation:
+    """From the cells of the confusion matrix that are not 0."""
+    confusion = None
+    if classes <= MOST:
+        matrix = np.zeros((classes, classes), dtype=int)
+        matrix[rows, columns] = counts
+        confusion = matrix.tolist()
+    wrong = np.flatnonzero(rows != columns)
+    frequent = wrong[np.argsort(-counts[wrong], kind="stable")][:_FREQUENT]
+    return Evaluation(
+        right=int(counts[rows == columns].sum()),
+        total=int(counts.sum()),
+        confusion=confusion,
+        confusions=[Confusion(int(rows[i]), int(columns[i]), int(counts[i])) for i in frequent],
+        mistakes=mistakes,
+    )
+
+
+def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
+    """Evaluate `model` on the test examples and write that into `folder`, as data and as pictures.
+
+    The mistakes are drawn where an example is a grey or a colour image. All of it is only to be
+    looked at, so what fails is not raised: returns which file could not be made, and why.
+    """
+    path = folder / DATA
+    try:
+        found = evaluate_predictions(
+            *predict(model, scaled(dataset.x_test)), dataset.y_test, dataset.classes
+        )
+        path.write_text(found.as_json())
+        for name, draw in _pictures(found, dataset):
+            path = folder / name
+            _figure(path, draw)
+    except Exception as error:
+        path.unlink(missing_ok=True)  # it may be half written
+        return f"{path.name} could not be made ({type(error).__name__}: {one_line(error)})"
+    return None
+
+
+def _pictures(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, Any]]:
+    if evaluation.confusion is not None:
+        yield MATRIX, partial(_draw_matrix, evaluation.confusion)
+    elif evaluation.confusions:
+        yield CONFUSIONS, partial(_draw_confusions, evaluation.confusions)
+    if evaluation.mistakes and is_image(dataset.sample_shape):
+        yield MISTAKES, partial(_draw_mistakes, evaluation.mistakes, dataset)
+
+
+def load_evaluation(text: str) -> Evaluation:
+    """What `save` wrote into DATA, this version's or an earlier one's."""
+    read = json.loads(text)
+    mistakes = [Mistake(**mistake) for mistake in read.pop("mistakes")]
+    if "confusion" not in read:
+        confusions = [Confusion(**confusion) for confusion in read.pop("confusions")]
+        return Evaluation(**read, confusion=None, confusions=confusions, mistakes=mistakes)
+    matrix = np.array(read["confusion"])
+    rows, columns = np.nonzero(matrix)
+    return _of_cells(rows, columns, matrix[rows, columns], len(matrix), mistakes)
+
+
+def _figure(path: Path, draw: Any) -> None:
+    from matplotlib.figure import Figure  # not pyplot, whose figures are global and stay
+
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    draw(figure)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_matrix(confusion: list[list[int]], figure: Any) -> None:
+    counts = np.array(confusion)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, label="share of the true class")
+    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test images")
+    if len(counts) < MANY:
+        axes.set_xticks(range(len(counts)))
+        axes.set_yticks(range(len(counts)))
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+
+
+def _draw_confusions(confusions: list[Confusion], figure: Any) -> None:
+    axes = figure.add_subplot()
+    axes.barh([str(confusion) for confusion in confusions], [c.count for c in confusions])
+    axes.invert_yaxis()
+    axes.set(xlabel="test examples", title="The most frequent confusions, true and predicted class")
+
+
+def _draw_mistakes(mistakes: list[Mistake], dataset: Dataset, figure: Any) -> None:
+    figure.suptitle("The most confident mistakes on the test images")
+    grid = figure.subplots(3, _SHOWN // 3).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, mistake in zip(grid, mistakes, strict=False):
+        image = dataset.x_test[mistake.index].reshape(dataset.sample_shape)
+        if image.dtype != np.uint8:  # any range: each from its darkest to its brightest
+            image = (image - image.min()) / max(float(np.ptp(image)), 1e-9)
+        axes.imshow(image, cmap="gray")
+        axes.set_title(
+            f"{mistake.label} called {mistake.predicted}\n{mistake.probability:.0%}", fontsize=9
+        )

@@ -1,0 +1,292 @@
+"""The report: one HTML file with everything in it, which opens without a network."""
+
+import base64
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import optuna
+import plotly.graph_objects as go
+import plotly.io
+from optuna import visualization
+from optuna.trial import FrozenTrial, TrialState
+from plotly.offline import get_plotlyjs
+
+from search.config.hyperparameters import short
+from search.promotion.evaluation import MANY, Confusion, Evaluation
+from search.report import overview
+from search.report.overview import Overview
+from search.report.text import in_production, sentences
+from search.study.trials import FINISHED
+
+_STATES = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
+_ACCURACY = "val_accuracy"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A Plotly figure; `caption` says in words what it shows, for everyone and screen readers.
+
+    wide: it needs more than a phone's width, so it scrolls there.
+    """
+
+    title: str
+    caption: str
+    figure: go.Figure
+    wide: bool = False
+
+    @cached_property
+    def json(self) -> str:
+        """The figure as the page's script reads it."""
+        bare = self.figure.to_dict()
+        bare["layout"].pop("template", None)  # the page gives one, for light and for dark
+        bare["layout"].pop("title", None)
+        return str(plotly.io.to_json(go.Figure(bare, skip_invalid=True), validate=False))
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The retrained winner on the test set; mistakes: a picture (PNG), where those are images."""
+
+    run_id: str
+    trial: int
+    test_accuracy: float
+    evaluation: Evaluation | None
+    mistakes: bytes | None
+
+
+def write_html(
+    path: Path,
+    study: optuna.Study,
+    found: Overview,
+    charts: list[Chart],
+    tested: Tested | None,
+) -> None:
+    """Write the report of `study` into `path`, whole or not at all."""
+    html = build_html(study, found, charts, tested)
+    path = path.resolve()  # a link stays one
+    unfinished = path.with_name(f".report.{os.getpid()}")  # fits where the report's name is long
+    try:
+        unfinished.write_text(html, encoding="utf-8", errors="backslashreplace")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def draw_charts(study: optuna.Study, found: Overview) -> list[Chart]:
+    """The charts of the search, which is all that takes long; that of the winner comes later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's own functions warn of trials that they leave out
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        charts = list(_charts(study, found))
+    for chart in charts:
+        chart.json  # noqa: B018 - it is kept
+    return charts
+
+
+def build_html(
+    study: optuna.Study, found: Overview, charts: list[Chart], tested: Tested | None
+) -> str:
+    """The report as HTML, with the `charts` that `draw` made."""
+    drawn = None if tested is None else tested.evaluation
+    if tested is not None and drawn is not None and (drawn.confusion or drawn.confusions):
+        charts = [*charts, _confusion(tested, drawn)]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+    )
+    return environment.get_template("report.html.j2").render(
+        found=found,
+        uid=study.user_attrs.get("study_uid", ""),
+        sentences=sentences(found),
+        production=in_production(found),
+        charts=charts,
+        saved=timedelta(seconds=round(found.saved.seconds)),
+        tested=tested,
+        mistakes=_mistakes(tested),
+        names=list(found.space),
+        short=short,
+        trials=[overview.row(trial) for trial in study.get_trials(deepcopy=False)],
+        templates=json.dumps(
+            {
+                scheme: plotly.io.templates[f"plotly_{name}"].to_plotly_json()
+                for scheme, name in (("light", "white"), ("dark", "dark"))
+            }
+        ),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
+    if found.best is not None:
+        yield Chart(
+            "History of the search",
+            f"val_accuracy of the {found.complete} complete trials in order, and the best so far, "
+            f"which ends at {found.best.val_accuracy:.4f}.",
+            visualization.plot_optimization_history(study, target_name=_ACCURACY),
+        )
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    if finished:
+        yield Chart(
+            "Learning curves",
+            f"val_accuracy after every epoch of {len(finished)} trials; the {found.pruned} pruned "
+            "ones are faint.",
+            _curves(study, found),
+        )
+        yield from _comparisons(study, found)
+    trials = study.get_trials(deepcopy=False)
+    if trials:
+        yield _timeline(trials)
+
+
+def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
+    epoch, copy = overview.comparable(study)
+    searched = [name for name, allowed in found.space.items() if {*allowed} & {",", ":"}]
+    varied = [name for name in searched if any(name in trial.params for trial in copy.trials)]
+    if not varied:
+        return
+    common = [name for name in varied if all(name in trial.params for trial in copy.trials)]
+    every = f"val_accuracy after epoch {epoch}, which all {len(copy.trials)} finished trials have"
+    if found.importances is not None:
+        name, share = next(iter(found.importances.shares.items()))
+        yield Chart(
+            "Which hyperparameters matter",
+            f"Importance for {every}: most of all {name} ({share:.0%}).",
+            visualization.plot_param_importances(copy, params=common),
+        )
+    yield Chart(
+        "Each hyperparameter alone",
+        f"One point a trial: {every}.",
+        visualization.plot_slice(copy, params=varied, target_name=_ACCURACY),
+        wide=True,
+    )
+    if common:
+        yield Chart(
+            "All hyperparameters together",
+            f"One line a trial, from its {', '.join(common)} to {every}.",
+            visualization.plot_parallel_coordinate(copy, params=common, target_name=_ACCURACY),
+            wide=True,
+        )
+
+
+def _curves(study: optuna.Study, found: Overview) -> go.Figure:
+    figure = visualization.plot_intermediate_values(study)
+    states = {trial.number: trial.state for trial in study.get_trials(deepcopy=False)}
+    for trace in figure.data:
+        number = int(trace.name.removeprefix("Trial"))
+        best = found.best is not None and number == found.best.number
+        pruned = states[number] is TrialState.PRUNED
+        trace.update(
+            x=[step + 1 for step in trace.x],
+            opacity=0.3 if pruned else 1,
+            line={"width": 4 if best else 1.5},
+            marker={"size": 5},
+            name=f"trial {number}{', the best' if best else ', pruned' if pruned else ''}",
+        )
+    figure.update_layout(showlegend=False, hovermode="closest")
+    figure.update_xaxes(title="epoch", dtick=1)
+    figure.update_yaxes(title=_ACCURACY)
+    return figure
+
+
+def _timeline(trials: list[FrozenTrial]) -> Chart:
+    """Who did what when; Optuna's own timeline has a row a trial, not a row a worker."""
+    begun = [trial for trial in trials if trial.datetime_start is not None]
+    workers: dict[Any, str] = {}
+    for trial in begun:
+        mark = trial.user_attrs.get("owner", {})
+        key = (mark.get("host"), mark.get("pid"), mark.get("started"))
+        workers.setdefault(key, f"worker {len(workers) + 1}")
+    figure = go.Figure()
+    for state, colour in _STATES.items():
+        rows = []
+        for trial in begun:
+            if trial.state.name == state:
+                mark = trial.user_attrs.get("owner", {})
+                worker = workers[mark.get("host"), mark.get("pid"), mark.get("started")]
+                rows.append((worker, trial.datetime_start, trial.duration, trial.number))
+        if rows:
+            figure.add_bar(
+                orientation="h",
+                name=state,
+                y=[row[0] for row in rows],
+                base=[row[1].isoformat() for row in rows if row[1]],
+                x=[(row[2].total_seconds() if row[2] else 0) * 1000 for row in rows],
+                text=[f"trial {row[3]}" for row in rows],
+                hovertemplate="%{text}: %{base} to %{x}<extra>%{y}</extra>",
+                textposition="none",
+                marker={"color": colour, "line": {"width": 1, "color": "rgba(255,255,255,0.6)"}},
+            )
+    figure.update_layout(barmode="overlay")
+    figure.update_xaxes(type="date", title="time")
+    figure.update_yaxes(autorange="reversed")
+    counted = f"{len(workers)} process{'es' * (len(workers) != 1)}"
+    return Chart("Timeline", f"When each of {len(begun)} trials ran, by {counted}.", figure)
+
+
+def _confusion(tested: Tested, evaluation: Evaluation) -> Chart:
+    counts = evaluation.confusion
+    caption = (
+        f"Trial {tested.trial}'s configuration, trained anew, gets {evaluation.right:,} of "
+        f"{evaluation.total:,} test examples right. "
+    )
+    if counts is None:
+        return Chart(
+            "Most frequent confusions of the winner",
+            caption + "Each bar: the true class, the predicted one, and how many examples.",
+            _most_frequent(evaluation.confusions),
+        )
+    names = [str(index) for index in range(len(counts))]
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[count / max(sum(row), 1) for count in row] for row in counts],
+            customdata=counts,
+            text=counts if len(counts) < MANY else None,
+            texttemplate="%{text}" if len(counts) < MANY else None,
+            x=names,
+            y=names,
+            colorscale="Blues",
+            zmin=0,
+            zmax=1,
+            hovertemplate="%{y} called %{x}: %{customdata}<extra></extra>",
+            showscale=False,
+        )
+    )
+    figure.update_xaxes(title="predicted class", type="category")
+    figure.update_yaxes(title="true class", type="category", autorange="reversed")
+    return Chart(
+        "Confusion matrix of the winner",
+        caption + "Row: the true class; column: the predicted one.",
+        figure,
+    )
+
+
+def _most_frequent(confusions: list[Confusion]) -> go.Figure:
+    """For classes that are too many for a matrix."""
+    figure = go.Figure(
+        go.Bar(
+            orientation="h",
+            x=[confusion.count for confusion in confusions],
+            y=[str(confusion) for confusion in confusions],
+            hovertemplate="%{y}: %{x}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="test examples")
+    figure.update_yaxes(type="category", autorange="reversed", dtick=1, automargin=True)
+    return figure
+
+
+def _mistakes(tested: Tested | None) -> dict[str, str] | None:
+    if tested is None or tested.evaluation is None or tested.mistakes is None:
+        return None
+    listed = "; ".join(
+        f"test image {m.index} of class {m.label} called {m.predicted} ({m.probability:.0%})"
+        for m in tested.evaluation.mistakes
+    )
+    return {"png": base64.b64encode(tested.mistakes).decode(), "alt": listed}

@@ -1,0 +1,183 @@
+"""Put what a study found where people look: the descriptions in both UIs, and the report."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+
+from search.config.settings import StudyConfig, defaults
+from search.config.urls import sqlite_path
+from search.errors import InputError, RunError
+from search.imports import undisturbed
+from search.promotion.evaluation import load_evaluation
+from search.promotion.retrain import find_retrained, test_pictures
+from search.report import overview
+from search.report.text import markdown
+from search.study import ranking, storage
+from search.tracking.runs import TRACKING_ERRORS, Tracking
+from search.tracking.sync import Stores, existing
+
+if TYPE_CHECKING:
+    from search.promotion.gate import Winner
+    from search.report.html import Chart, Tested
+
+_MARK = re.compile(r'<meta name="search-study" content="([^"]*)" data-uid="([^"]*)">')
+_TITLE = re.compile(r"<title>([^<]*)(): hyperparameter search</title>")  # before there was a mark
+
+
+def report_path(given: str, study: str) -> Path:
+    """The file of the report of the study named `study`, where `given` is what was asked for.
+
+    That is just the file, but for the default where another study's report is there.
+    """
+    path, own = Path(given), Path(f"report-{study}.html")
+    if given != defaults()["report"]:
+        return path
+    found = _study_of(path)
+    others = found is not None and found[0] != study
+    return own if others or (_study_of(own) or ("",))[0] == study else path
+
+
+def _study_of(path: Path) -> tuple[str, str] | None:
+    """Name and uid, empty where it has none, of the study in a report; None: it is no report."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2_000).decode(errors="replace")
+    except OSError:
+        return None
+    mark = _MARK.search(head) or _TITLE.search(head)
+    return (mark[1], mark[2]) if mark and head.startswith("<!doctype html>") else None
+
+
+def check_report(config: StudyConfig, given: str) -> None:
+    """Raise InputError where the report can't be written to `given`, or would destroy a file."""
+    path = report_path(given, config.study_name)
+    if len(os.fsencode(path.name)) > 255:  # of any Linux file system
+        raise InputError(
+            f"the report must be a file whose name has at most 255 bytes, but got {path.name!r}; "
+            "give a shorter one"
+        )
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"the report must be a file in a folder that can be written to, but got {str(path)!r}; "
+            "give another file"
+        )
+    databases = [sqlite_path(url) for url in (config.storage, config.tracking_uri)]
+    if path.resolve() in [
+        Path(f"{file.resolve()}{end}")
+        for file in databases
+        if file is not None
+        for end in ("", "-wal", "-shm", "-journal")
+    ]:
+        raise InputError(
+            f"the report must be a file of its own, but {str(path)!r} is a database's; "
+            "give another file, for example report-2.html"
+        )
+    if path.exists() and _study_of(path) is None:
+        raise InputError(
+            f"the report must be a new file or replace a report, but {str(path)!r} is something "
+            "else; move it away or give another file, for example report-2.html"
+        )
+
+
+def draw(study: optuna.Study, config: StudyConfig) -> "list[Chart]":
+    """The report's charts of the search; loads Plotly."""
+    from search.report.html import draw_charts
+
+    return draw_charts(study, overview.of(study, config))
+
+
+def publish(stores: Stores, winner: "Winner", charts: "list[Chart] | None" = None) -> None:
+    """Describe the study in both stores and write its report, where that is not yet done.
+
+    charts: what `draw` made since the last trial ended, where it did.
+    """
+    study, config, mirror = stores.study, stores.config, stores.tracking
+    found = overview.of(study, config, importances=False)
+    won = (
+        f"Its winner, trial {winner.trial}, trained anew, is version {winner.version} of "
+        f"{config.model_name}: test accuracy {winner.test_accuracy:.4f} (run {winner.run_id}); "
+        f"{winner.verdict}."
+    )
+    described = markdown(
+        found, [won, f"Trials and their curves: study {study.study_name} in {found.storage}."]
+    )
+    new = not mirror.is_described(stores.parent, described)
+    path = report_path(config.report, study.study_name)
+    if config.report != "none" and (new or not _is_of(path, study)):
+        try:
+            check_report(config, config.report)
+        except InputError as error:  # it was another file at the start of the run
+            raise RunError(f"{error}, and run the same command again") from None
+        _write(path, study, config, mirror, found, charts)
+    if not new:
+        return
+    if config.report != "none":
+        mirror.client.log_artifact(stores.parent, str(path))
+    note = f"Runs, models and curves: MLflow run {stores.parent} in {found.tracking_uri}."
+    storage.write_note(study, markdown(found, [won, note]))
+    mirror.describe(stores.parent, described)  # last: it says that the rest is done
+
+
+def _is_of(path: Path, study: optuna.Study) -> bool:
+    """Whether `path` is a report of this study, which another one may have the name of."""
+    return _study_of(path) in [
+        (study.study_name, study.user_attrs["study_uid"]),
+        (study.study_name, ""),
+    ]
+
+
+@undisturbed()
+def write_report(config: StudyConfig, given: str) -> Path:
+    """Write the report of the study that `config` names into `given`; returns the true path.
+
+    Raises InputError where there is none, RunError where it can't be read or written.
+    """
+    check_report(config, given)
+    path = report_path(given, config.study_name)
+    try:
+        study, config = existing(config)
+        mirror = Tracking(config)
+        found = overview.of(study, config, importances=False)
+        _write(path, study, config, mirror.open() if mirror.exists() else None, found)
+    except (*storage.ERRORS, *TRACKING_ERRORS) as error:
+        raise storage.failure(error) from error
+    return path
+
+
+def _write(
+    path: Path,
+    study: optuna.Study,
+    config: StudyConfig,
+    mirror: Tracking | None,
+    found: overview.Overview,
+    charts: "list[Chart] | None" = None,
+) -> None:
+    from search.report.html import write_html  # slow: Plotly
+
+    if charts is None:
+        charts = draw(study, config)
+    write_html(path, study, found, charts, None if mirror is None else _tested(study, mirror))
+
+
+def _tested(study: optuna.Study, mirror: Tracking) -> "Tested | None":
+    """The retrained best trial, if it is there."""
+    from search.report.html import Tested
+
+    best = ranking.winner(study)
+    parent = study.user_attrs.get("mlflow_run_id")
+    if best is None or parent is None:
+        return None
+    run = find_retrained(mirror, mirror.runs_of(parent), best.number)
+    if run is None:
+        return None
+    data, mistakes = test_pictures(mirror, run)
+    return Tested(
+        run_id=run.info.run_id,
+        trial=best.number,
+        test_accuracy=run.data.metrics["test_accuracy"],
+        evaluation=None if data is None else load_evaluation(data),
+        mistakes=mistakes,
+    )

@@ -1,0 +1,234 @@
+"""The findings in words: the summary of a run, the overview of a study, Markdown."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from search.config.hyperparameters import describe, short
+from search.config.parameter import Value
+from search.errors import redact
+from search.report.overview import Overview, Row
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from search.promotion.gate import Winner
+    from search.report.progress import Result
+
+
+# ---- in words ----------------------------------------------------------------------------------
+
+
+def gain(best: Row, first: Row, complete: int) -> str:
+    """What the search gained over the reference configuration, in one or two sentences."""
+    if best.number == first.number:
+        return "The search found nothing better than the reference configuration."
+    difference = (best.val_accuracy or 0) - (first.val_accuracy or 0)
+    return (
+        f"The search gained {difference:+.4f} val_accuracy over the reference. It is the best of "
+        f"{complete} noisy results, so part of that is luck."
+    )
+
+
+def sentences(found: Overview) -> list[str]:
+    """What was searched, and what was found."""
+    space = ", ".join(f"{name} {allowed}" for name, allowed in found.space.items())
+    state = f"It is being run by {found.running}." if found.running else ""
+    unfinished = f", {found.unfinished} not finished" if found.unfinished else ""
+    lines = [
+        f"Study {found.study} searched {space}: {found.complete} trials complete, {found.pruned} "
+        f"pruned, {found.failed} failed{unfinished}. {state}".rstrip()
+    ]
+    if found.fixed:
+        lines[0] += f" All trials have {_listed(found.fixed)}."
+    if found.best is None:
+        return [*lines, "No trial has completed yet."]
+    lines.append(
+        f"The best is trial {found.best.number} with val_accuracy {found.best.val_accuracy:.4f}: "
+        f"{_listed(found.best.hyperparameters)}."
+    )
+    if found.reference is not None:
+        if found.reference.number != found.best.number:
+            lines[-1] += (
+                f" The reference, trial {found.reference.number}, has "
+                f"{found.reference.val_accuracy:.4f}."
+            )
+        lines[-1] += " " + gain(found.best, found.reference, found.complete)
+    if found.finalists:
+        seeds = len(found.finalists[0].val_accuracies)
+        stood = "; ".join(map(str, found.finalists))
+        lines.append(f"Trained again on {seeds} fresh seeds, the best first, which won: {stood}.")
+    return lines
+
+
+def in_production(found: Overview) -> str:
+    """Which version is in production, and whence."""
+    now = found.production
+    if now is None:
+        return "Nothing is in production."
+    accuracy = "" if now.test_accuracy is None else f", test accuracy {now.test_accuracy:.4f}"
+    whence = "of unknown origin" if now.trial is None else f"trial {now.trial} of study {now.study}"
+    return f"In production: {now.model} version {now.version}, {whence}{accuracy}."
+
+
+def markdown(found: Overview, more: list[str]) -> str:
+    """The same in Markdown, and `more` paragraphs.
+
+    It follows from the study alone, so written once more while nothing has happened it is the same.
+    """
+    parts = sentences(found)
+    if found.top:
+        names = list(found.space)
+        rows = [
+            [str(row.number), f"{row.val_accuracy:.4f}"]
+            + [short(row.hyperparameters.get(name)) for name in names]
+            for row in found.top
+        ]
+        head = ["trial", "val_accuracy", *names]
+        table = [head, ["---:"] * len(head), *rows]
+        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in table))
+    if found.saved.epochs:
+        parts.append(f"Pruning saved {found.saved.epochs} epochs.")
+    return "\n\n".join([*parts, *more])
+
+
+def _listed(values: Mapping[str, Value]) -> str:
+    return ", ".join(f"{name} {short(value)}" for name, value in values.items())
+
+
+_BAR = 24  # characters
+
+
+# ---- the end of a run ------------------------------------------------------------------------
+
+
+def summary(result: "Result") -> str:
+    """The end of a run in a dozen lines."""
+    from search.report import overview
+    from search.report.text import gain
+
+    config, best, winner = result.config, result.best, result.winner
+    took = timedelta(seconds=round(result.seconds))
+    lines = [
+        "",
+        f"{result.complete + result.pruned + result.given_up} finished trials: "
+        f"{result.complete} complete, {result.pruned} pruned"
+        + (f", {result.given_up} given up (failed twice)" if result.given_up else "")
+        + f"; {result.failed} failed. {result.ran} run now, in {took}.",
+    ]
+    if result.stopped:
+        lines.append(f"Stopped early: {result.stopped}.")
+    if best is not None:
+        shown = overview.row(best)
+        lines += ["", _row(f"best: trial {best.number}", best)]
+        if result.reference is not None:
+            lines.append(_row(f"reference: trial {result.reference.number}", result.reference))
+            first = overview.row(result.reference)
+            lines.append(gain(shown, first, result.complete))
+    if result.finalists:
+        repeats = len(result.finalists[0].val_accuracies)
+        lines += ["", f"finalists, the mean of {repeats} fresh seeds; the first is the winner:"]
+        lines += [f"  {finalist}" for finalist in result.finalists]
+    if winner is None:
+        return "\n".join([*lines, "", "Run the same command again to go on."])
+    now = winner.in_production
+    where = f"not in production, where version {now} is" if now else "not in production"
+    if now == winner.version:
+        where = "alias production, stage Production"
+    verb = "Registered as" if winner.new else "Already registered as"
+    lines += [
+        "",
+        _chosen(result, winner),
+        f"Trained anew on all training data: test accuracy {winner.test_accuracy:.4f}, "
+        f"test loss {winner.test_loss:.4f} (the test images were used this once, and by the gate).",
+        f"{verb} {config.model_name} version {winner.version}: {where}.",
+        f"Gate: {winner.verdict}.",
+        "",
+        "Look further:",
+        *([] if result.report is None else [f"  {result.report}"]),
+        f"  mlflow ui{_mlflow_option(config.tracking_uri)}",
+        f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
+    ]
+    return "\n".join(lines)
+
+
+def _chosen(result: "Result", winner: "Winner") -> str:
+    """The winner and the validation accuracy that chose it, which is the more flattering figure."""
+    if result.finalists:
+        return f"winner: {result.finalists[0]}, by which it was chosen"
+    return (
+        f"winner: trial {winner.trial}, val_accuracy {winner.val_accuracy:.4f}, by which it was "
+        "chosen, so it flatters"
+    )
+
+
+def _row(title: str, trial: "FrozenTrial") -> str:
+    return f"{title:22s} val_accuracy {trial.value:.4f}  {describe(trial.params)}"
+
+
+def _mlflow_option(uri: str) -> str:
+    if uri == "sqlite:///mlflow.db":
+        return ""
+    if uri.startswith("http"):
+        return f"  (already served at {redact(uri)})"
+    return f" --backend-store-uri {shlex.quote(redact(uri))}"
+
+
+# ---- python study.py show ----------------------------------------------------------------------
+
+
+def show(console: Console, found: "Overview") -> None:
+    """Print a study at a glance."""
+
+    def line(text: str = "", style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    from search.report.text import in_production, sentences
+
+    for sentence in sentences(found):
+        line(sentence)
+    if found.top:
+        line()
+        for text in _top(found):
+            line(text)
+    bar = "█" if console.encoding.startswith("utf") else "#"
+    if found.importances is not None:
+        line(
+            f"\nImportance for val_accuracy after epoch {found.importances.epoch}, "
+            f"{found.importances.trials} trials:"
+        )
+        for name, share in found.importances.shares.items():
+            line(f"  {name:15s} {share:4.0%} {bar * round(share * _BAR)}")
+    if found.saved.epochs:
+        line(
+            f"\nPruning saved {found.saved.epochs} epochs, about "
+            f"{timedelta(seconds=round(found.saved.seconds))} of one worker."
+        )
+    if found.failures:
+        line("\nFailed:")
+        for failed in found.failures:
+            line(f"  trial {failed.number}: {failed.failure or 'unknown'}", "red")
+    line()
+    if found.registered is not None:
+        line(f"Its winner is registered as {found.registered}.")
+    line(in_production(found))
+    if found.unfinished and found.running is None:
+        line("Its run was interrupted; run the same command again to go on.")
+
+
+def _top(found: "Overview") -> Iterator[str]:
+    """A table as plain lines, whatever the width: scripts and eyes want whole run ids."""
+    names = list(found.space)
+    widths = [max(len(name), 8) for name in names]
+    yield "  ".join(
+        ["trial", "val_accuracy", *map(str.rjust, names, widths), "epochs", "seconds", "run"]
+    )
+    first = found.reference
+    for row in [*found.top, *([] if first is None or first in found.top else [first])]:
+        tried = (short(row.hyperparameters.get(name)) for name in names)
+        cells = [f"{row.number:5d}", f"{row.val_accuracy:12.4f}", *map(str.rjust, tried, widths)]
+        note = " (reference)" if row == first else ""
+        yield "  ".join([*cells, f"{row.epochs:6d}", f"{row.seconds:7.1f}", f"{row.run_id}{note}"])

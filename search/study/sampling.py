@@ -1,0 +1,248 @@
+"""What a trial tries, and when it is ended: samplers and pruners that depend on places.
+
+Optuna's own samplers carry their random state from trial to trial, so a resumed study would
+propose the same again. Here every trial gets a sampler of its own, seeded by the study's seed and
+the trial's place, so a study proposes the same in one go, resumed, or with lost trials replaced.
+"""
+
+import binascii
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.pruners import BasePruner, HyperbandPruner, PercentilePruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config.parameter import Choice, Parameter, Value
+from search.config.settings import StudyConfig
+from search.config.space import Space
+from search.study import tpe
+from search.study.outline import OutlineStorage
+
+
+def seeds(seed: int, place: int) -> tuple[int, int]:
+    """The seeds of the trial at `place`: one for its proposal, one for its training."""
+    first, second = np.random.SeedSequence([seed, place]).generate_state(2)
+    return int(first) % 2**31, int(second) % 2**31
+
+
+def repeat_seed(seed: int, place: int, repeat: int) -> int:
+    """The seed on which the trial at `place` is trained again for the time `repeat`, from 0."""
+    (state,) = np.random.SeedSequence([seed, place, repeat + 1]).generate_state(1)
+    return int(state) % 2**31
+
+
+def budget(config: StudyConfig) -> int:
+    """How many slots of the study must be finished: at most the whole grid, for a grid."""
+    if config.sampler == "grid":
+        return min(config.n_trials, config.space.grid_size())
+    return config.n_trials
+
+
+def sampler(config: StudyConfig, place: int) -> BaseSampler:
+    """The sampler of the trial at `place`; the first one proposes the reference."""
+    seed, _ = seeds(config.seed, place)
+    if config.sampler == "grid":
+        return _fixed(config.space.grid_point(place), RandomSampler(seed))
+    reference = config.space.reference()
+    if place == 0 and reference is not None:
+        return _fixed(reference, RandomSampler(seed))
+    if config.sampler == "tpe":
+        return _tpe(seed, conditional=config.space.is_conditional())
+    if config.sampler == "qmc":
+        return _SlotQMC(config.space, place, config.seed)
+    return RandomSampler(seed)
+
+
+def _fixed(params: Mapping[str, Value], base: BaseSampler) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return PartialFixedSampler(dict(params), base)
+
+
+def _tpe(seed: int, *, conditional: bool) -> BaseSampler:
+    """Grouped where trials are asked for different things: each group is then one joint model."""
+    if not conditional:
+        return tpe.Sampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return tpe.Sampler(seed=seed, multivariate=True, group=True)
+
+
+class _SlotQMC(QMCSampler):
+    """A scrambled Sobol sequence whose point is the trial's place, not a stored counter."""
+
+    def __init__(self, space: Space, place: int, seed: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            super().__init__(scramble=True, seed=seed, warn_independent_sampling=False)
+        self._distributions = distributions(space)
+        self._place = place
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
+        return {name: dist for name, dist in self._distributions.items() if not dist.single()}
+
+    def _find_sample_id(self, study: Any, search_space: Any) -> int:
+        return self._place
+
+
+def distributions(space: Space) -> Mapping[str, BaseDistribution]:
+    """Optuna's distributions for all that a trial of `space` may be asked for."""
+    return {name: _distribution(parameter) for name, parameter in space.searched().items()}
+
+
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if isinstance(parameter, Choice):
+        return CategoricalDistribution(parameter.values)
+    low, high, step, log = parameter.low, parameter.high, parameter.step, parameter.log
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log, step=1 if step is None else int(step))
+    return FloatDistribution(low, high, log=log, step=step)
+
+
+_REDUCTION = 3  # of the trials that reach a rung of halving, one in so many goes on
+
+
+def pruner(config: StudyConfig) -> BasePruner:
+    """The pruner; it judges an epoch's val_accuracy by the same epoch of earlier trials."""
+    makers: dict[str, Callable[[], BasePruner]] = {
+        "percentile": lambda: _Percentile(25, n_startup_trials=5),
+        "median": lambda: _Percentile(50, n_startup_trials=5),
+        "halving": _Halving,
+        "hyperband": lambda: _SlotHyperband(config.trial_epochs),
+        "none": optuna.pruners.NopPruner,
+    }
+    return makers[config.pruner]()
+
+
+class Judged:
+    """A running trial as far as its pruner needs it, which after every epoch costs the same.
+
+    The pruners go by the value after the last epoch, or by the best one so far. Optuna would hand
+    them all of its values, and look at each.
+    """
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self._trial = trial
+        self._seen = FrozenTrial(
+            number=trial.number,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=trial.datetime_start,
+            datetime_complete=None,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=trial.user_attrs,
+            system_attrs={},  # the pruners that need them read them
+            intermediate_values={},
+            trial_id=trial._trial_id,
+        )
+
+    def report(self, value: float, step: int) -> None:
+        """Record the value after an epoch; `step` is the epoch, from 0."""
+        self._trial.report(value, step)
+        values = self._seen.intermediate_values
+        best = max(values, key=lambda epoch: values[epoch], default=step)
+        self._seen.intermediate_values = {best: values.get(best, value), step: value}
+
+    def should_prune(self) -> bool:
+        """Whether the pruner ends the trial after the epoch reported last."""
+        study = self._trial.study
+        return bool(study.pruner.prune(study, self._seen))
+
+
+class _Percentile(PercentilePruner):
+    """Optuna's percentile pruner, which compares with the arrays of a worker's study."""
+
+    def prune(self, study: Any, trial: FrozenTrial) -> bool:
+        if not isinstance(study._storage, OutlineStorage):
+            return super().prune(study, trial)
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(complete) < self._n_startup_trials:
+            return False
+        best = np.nanmax(list(trial.intermediate_values.values()))
+        if np.isnan(best):
+            return True
+        columns = study._storage.outlines(study._study_id).columns
+        others = columns.reported.get(trial.last_step or 0)
+        if others is None:
+            return False
+        return bool(best < np.nanpercentile(others, 100 - self._percentile))
+
+
+class _Halving(SuccessiveHalvingPruner):
+    """Successive halving that leaves out failed trials, whose places others have taken."""
+
+    def __init__(self) -> None:
+        super().__init__(min_resource=1, reduction_factor=_REDUCTION)
+
+    def prune(self, study: Any, trial: FrozenTrial) -> bool:
+        if not _is_at_rung(trial.last_step, 0):
+            return False
+        trial.system_attrs = study._storage.get_trial_system_attrs(trial._trial_id)
+        return super().prune(_WithoutFailures(study), trial)  # type: ignore[arg-type]
+
+
+def _is_at_rung(step: int | None, rate: int) -> bool:
+    """Whether halving compares trials after the epoch `step`: 1, 3, 9 and so on, from `3 ** rate`.
+
+    After the others it lets them go on, and would read the whole study to find that out.
+    """
+    rung: int = _REDUCTION**rate
+    while step is not None and rung < step:
+        rung *= _REDUCTION
+    return step == rung
+
+
+class _WithoutFailures:
+    """The part of a study that successive halving reads."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+        self._storage = study._storage
+        self.direction = study.direction
+
+    def get_trials(self, deepcopy: bool = True) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=deepcopy)
+        return [trial for trial in trials if trial.state is not TrialState.FAIL]
+
+
+class _SlotHyperband(HyperbandPruner):
+    """Hyperband whose brackets go by a trial's place, not its number; failed trials have none."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__(min_resource=1, max_resource=epochs, reduction_factor=_REDUCTION)
+        self._brackets: dict[int, int] = {}  # by place
+        # Made at once, so that the first proposal of a resumed study, too, knows its bracket.
+        self._try_initialization(None)  # type: ignore[arg-type]
+
+    def prune(self, study: Any, trial: FrozenTrial) -> bool:
+        if not _is_at_rung(trial.last_step, self._get_bracket_id(study, trial)):
+            return False
+        trial.system_attrs = study._storage.get_trial_system_attrs(trial._trial_id)
+        return super().prune(study, trial)
+
+    def _get_bracket_id(self, study: Any, trial: FrozenTrial) -> int:
+        place = trial.user_attrs.get("place")
+        if place is None or trial.state is TrialState.FAIL:
+            return -1
+        if place not in self._brackets:  # all trials are asked for theirs at each rung
+            self._brackets[place] = self._bracket(place)
+        return self._brackets[place]
+
+    def _bracket(self, place: int) -> int:
+        share = binascii.crc32(f"place {place}".encode()) % self._total_trial_allocation_budget
+        for bracket, size in enumerate(self._trial_allocation_budgets):
+            share -= size
+            if share < 0:
+                return bracket
+        raise AssertionError("the brackets' budgets add up to the total")

@@ -1,0 +1,257 @@
+"""The Optuna side: check, create and open a study, own its trials, count what is missing."""
+
+import contextlib
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from alembic.script import ScriptDirectory
+from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from sqlalchemy.exc import SQLAlchemyError
+
+from search.config.settings import StudyConfig, differences
+from search.config.urls import sqlite_path, sqlite_url
+from search.errors import InputError, RunError, one_line, redact
+from search.study.postgres import check_server, escape_braces, open_server_storage
+from search.study.sqlite import (
+    check_sqlite,
+    create_sqlite,
+    other_schema,
+    read_only_url,
+    tune_sqlite,
+)
+
+ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
+_BEFORE = {"split": "last", "normalize": "none"}  # of a study whose settings do not name them
+_OPTUNA_TABLES = {"studies", "trials", "version_info"}
+
+
+# ---- checks that change nothing -------------------------------------------------------------
+
+
+def check(config: StudyConfig) -> None:
+    """Raise InputError where `config.storage` is no database of Optuna's, existing or to be made.
+
+    A SQLite file is only read.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = sqlite_path(config.storage)
+    if path is None:
+        check_server("--storage", config.storage, "sqlite:///study.db")
+        return
+    check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
+    if path.exists():
+        _check_schema(config.storage, path)
+
+
+def _check_schema(url: str, path: Path) -> None:
+    found = other_schema(path, _alembic_head())
+    if found is not None:
+        raise InputError(
+            f"--storage must be a database of Optuna {optuna.__version__}, but {str(path)!r} has "
+            f"the schema {found or 'of an Optuna before 1.3'}; copy the file and run "
+            f"optuna storage upgrade --storage {redact(url)}, or give another file"
+        )
+
+
+def _alembic_head() -> str:
+    """As RDBStorage.get_head_version, for which a database would have to be made."""
+    scripts = ScriptDirectory(str(Path(models.__file__).with_name("alembic")))
+    return str(scripts.get_current_head())
+
+
+def _has_tables(url: str) -> bool:
+    """Whether Optuna has been there; changes nothing."""
+    path = sqlite_path(url)
+    if path is not None:
+        return path.exists()  # it is made complete or not at all
+    engine = sqlalchemy.create_engine(url)
+    try:
+        return sqlalchemy.inspect(engine).has_table("studies")
+    finally:
+        engine.dispose()
+
+
+def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
+    """The settings that the study was started with, None where it does not exist yet.
+
+    A file is only read. Raises InputError where the study is another program's.
+    """
+    with _read_only(config) as study:
+        if study is None:
+            return None
+        _refuse_foreign(study, config)
+        settings: dict[str, Any] | None = study.user_attrs.get("settings")
+        return settings
+
+
+def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
+    """Raise InputError where the study exists with other settings; a file is only read."""
+    with _read_only(config) as study:
+        if study is not None:
+            _refuse_other(study, config, settings)
+
+
+@contextlib.contextmanager
+def _read_only(config: StudyConfig) -> Iterator[optuna.Study | None]:
+    """The study, None where it does not exist; a file is only read."""
+    if not _has_tables(config.storage):
+        yield None
+        return
+    path = sqlite_path(config.storage)
+    if path is None:
+        storage: RDBStorage = open_server_storage(config.storage)
+    else:
+        url = escape_braces(read_only_url(path))
+        storage = RDBStorage(url, skip_table_creation=True)
+    study = None
+    try:
+        with contextlib.suppress(KeyError):  # no such study yet
+            study = optuna.load_study(study_name=config.study_name, storage=storage)
+        yield study
+    finally:
+        close(storage)
+
+
+def _remedy(config: StudyConfig) -> str:
+    return f"give another --study-name, for example --study-name {config.study_name}-2"
+
+
+def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
+    """Raise InputError where `study` was not made by this tool."""
+    directions = [direction.name.lower() for direction in study.directions]
+    if directions != ["maximize"]:
+        raise InputError(
+            f"--study-name {config.study_name} must be a study that maximizes val_accuracy, but "
+            f"direction: {', '.join(directions)} -> maximize; {_remedy(config)}"
+        )
+    stored = study.user_attrs.get("settings")
+    foreign = stored is not None or study.get_trials(deepcopy=False)
+    if not isinstance(stored, dict) and foreign:
+        raise InputError(
+            f"--study-name {config.study_name} must be a study of this tool, but the one in "
+            f"{redact(config.storage)} was made by another program; {_remedy(config)}"
+        )
+
+
+def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
+    """Raise InputError where `study` is another program's or has other settings."""
+    _refuse_foreign(study, config)
+    stored = study.user_attrs.get("settings", settings)
+    if _digest(stored) == _digest(settings):  # its file may have another name by now
+        settings = {**settings, "dataset": stored.get("dataset")}
+    changed = differences({**_BEFORE, **stored}, {**_BEFORE, **settings})
+    if changed:
+        raise InputError(
+            f"--study-name {config.study_name} exists with other settings (stored -> given): "
+            f"{'; '.join(changed)}; {_remedy(config)}"
+        )
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    """Of the dataset, which settings name as `NAME (DIGEST)`."""
+    return str(settings.get("dataset")).rpartition(" ")[2]
+
+
+# ---- creating and opening --------------------------------------------------------------------
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Optuna's storage behind `url`, its schema created first where there is none."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = sqlite_path(url)
+    if path is None:
+        return open_server_storage(url)
+
+    def fill(unfinished: str) -> None:
+        storage = RDBStorage(escape_braces(unfinished))
+        close(storage)
+
+    create_sqlite(path, fill)
+    tune_sqlite(path)
+    return RDBStorage(  # it is complete, and `check` has seen its schema
+        escape_braces(sqlite_url(path)), skip_compatibility_check=True, skip_table_creation=True
+    )
+
+
+def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
+    """The study of `config`, created where it does not exist.
+
+    Raises InputError where it exists with other settings.
+    """
+    storage = open_storage(config.storage)
+    study = optuna.create_study(
+        study_name=config.study_name, storage=storage, direction="maximize", load_if_exists=True
+    )
+    try:
+        _refuse_other(study, config, settings)
+    except InputError:
+        close(storage)
+        raise
+    if study.metric_names is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["val_accuracy"])  # for optuna-dashboard
+    if "study_uid" not in study.user_attrs:
+        study.set_user_attr("study_uid", uuid.uuid4().hex)
+    if "settings" not in study.user_attrs:
+        study.set_user_attr("settings", settings)
+    return study
+
+
+def load_study(config: StudyConfig) -> optuna.Study:
+    """The study of `config`, as it is. Raises InputError where this tool made none there."""
+    if _has_tables(config.storage):
+        storage = open_storage(config.storage)
+        with contextlib.suppress(KeyError):
+            study = optuna.load_study(study_name=config.study_name, storage=storage)
+            if "facts" in study.user_attrs:
+                return study
+        close(storage)
+    raise InputError(
+        f"--study-name must be a study of this tool, but {redact(config.storage)} has none named "
+        f"{config.study_name}; look with optuna studies --storage {redact(config.storage)}"
+    )
+
+
+def write_note(study: optuna.Study, text: str) -> None:
+    """Make `text` the study's note in optuna-dashboard, unless the user has written another."""
+    from optuna_dashboard import get_note, save_note
+
+    shown, own = get_note(study), study.user_attrs.get("notes", [])
+    if shown in ("", *own):
+        study.set_user_attr("notes", [shown, text])  # first: both are known as ours if it is killed
+        save_note(study, text)
+
+
+def failure(error: BaseException) -> RunError:
+    """What to tell the user of a database, a disk or a server that failed in the middle of a run.
+
+    The first cause is named: later errors are often only about handling it.
+    """
+    first = error
+    while first.__cause__ is not None or first.__context__ is not None:
+        first = first.__cause__ or first.__context__ or first
+    return RunError(
+        f"the study's records could not be written ({type(first).__name__}: {one_line(first)}); "
+        "look at the disk, the databases and the server, and run the same command again"
+    )
+
+
+def close_study(study: optuna.Study) -> None:
+    """Close every connection of the storage behind `study`."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    if isinstance(backend, RDBStorage):
+        close(backend)
+
+
+def close(storage: RDBStorage) -> None:
+    """Close every connection of `storage`."""
+    storage.remove_session()
+    storage.engine.dispose()

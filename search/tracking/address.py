@@ -1,0 +1,148 @@
+"""The tracking server or database of MLflow: checks, time-outs, log levels.
+
+MLflow takes a second to import, so only functions that need it do.
+"""
+
+import logging
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import sqlalchemy
+from sqlalchemy import text
+
+from search.config.settings import StudyConfig
+from search.config.urls import sqlite_path
+from search.errors import InputError, one_line, redact
+from search.study.postgres import check_server
+from search.study.sqlite import check_sqlite, other_schema, read_only_url
+
+
+def check_tracking(uri: str) -> None:
+    """Raise InputError where `uri` is no MLflow database or server of today; a file is only read.
+
+    A server has to answer.
+    """
+    check_uri(uri)
+    path = sqlite_path(uri)
+    if path is not None and path.exists():
+        _check_schema(uri, path)
+    elif uri.startswith("http"):
+        _check_server(uri)
+
+
+def _check_schema(uri: str, path: Path) -> None:
+    import mlflow
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    head: str = _get_latest_schema_revision()  # type: ignore[no-untyped-call]
+    found = other_schema(path, head)
+    if found is not None:
+        raise InputError(
+            f"--tracking-uri must be a database of MLflow {mlflow.__version__}, but {str(path)!r} "
+            f"has the schema {found or 'of no version'}; copy the file and run "
+            f"mlflow db upgrade {redact(uri)}, or give another file"
+        )
+
+
+def _check_server(uri: str) -> None:
+    import requests
+
+    try:
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=10)
+        answer.raise_for_status()
+        if answer.text.strip() != "OK":
+            raise requests.RequestException("/health does not answer OK")
+    except Exception as error:  # urllib3's errors are not all requests' own
+        raise InputError(
+            f"--tracking-uri must be a running MLflow server, but {redact(uri)} is not: "
+            f"{one_line(error)}; start it, or give sqlite:///mlflow.db"
+        ) from None
+
+
+_SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
+
+
+def check_uri(uri: str) -> None:
+    """Raise InputError where `uri` names no MLflow database or server; a file is only read."""
+    path = sqlite_path(uri)
+    if path is not None:
+        check_sqlite("--tracking-uri", uri, path, {"experiments", "runs"}, "MLflow")
+    elif uri.split(":")[0].split("+")[0] not in _SCHEMES or "://" not in uri:
+        raise InputError(
+            "--tracking-uri must be sqlite:///FILE, a database URL or http(s)://SERVER, but got "
+            f"{redact(uri)!r}; for example --tracking-uri sqlite:///mlflow.db"
+        )
+    elif not uri.startswith("http"):
+        check_server("--tracking-uri", uri, "sqlite:///mlflow.db")
+
+
+def check_experiment(config: StudyConfig) -> None:
+    """Raise InputError where the experiment takes no runs or no models; creates nothing."""
+    path = sqlite_path(config.tracking_uri)
+    stage, location = _stored(config) or ("active", None)
+    if stage == "deleted":
+        raise in_trash(config.tracking_uri, config.experiment)
+    if location is None and path is not None:
+        location = (path.parent / "mlruns" / config.experiment).as_uri()
+    if location is None or not location.startswith("file:"):
+        return
+    folder = Path(url2pathname(urlsplit(location).path))
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--experiment {config.experiment} must have a folder that can be written to, but "
+            f"{str(folder)!r} cannot; change its permissions, or give another --experiment"
+        )
+
+
+def in_trash(uri: str, experiment: str) -> InputError:
+    """What to tell the user of an experiment that was deleted."""
+    return InputError(
+        f"--experiment {experiment} must not be deleted, but it is in the trash of "
+        f"{redact(uri)}; restore it with mlflow experiments restore, or give another"
+    )
+
+
+def _stored(config: StudyConfig) -> tuple[str, str] | None:
+    """The experiment's lifecycle stage and its artifacts' address; None where there is none."""
+    uri, path = config.tracking_uri, sqlite_path(config.tracking_uri)
+    if uri.startswith("http"):
+        from mlflow.tracking import MlflowClient
+
+        configure_client()
+        found = MlflowClient(uri, registry_uri=uri).get_experiment_by_name(config.experiment)
+        return None if found is None else (found.lifecycle_stage, found.artifact_location)
+    if path is not None and not path.exists():
+        return None
+    engine = sqlalchemy.create_engine(uri if path is None else read_only_url(path))
+    try:
+        with engine.connect() as connection:
+            if not sqlalchemy.inspect(connection).has_table("experiments"):
+                return None
+            row = connection.execute(_EXPERIMENT, {"name": config.experiment}).first()
+        return None if row is None else (row.lifecycle_stage, row.artifact_location)
+    except sqlalchemy.exc.OperationalError as error:
+        if path is not None and "locked" in str(error):
+            return None  # in use; opening it waits
+        raise
+    finally:
+        engine.dispose()
+
+
+_EXPERIMENT = text("SELECT lifecycle_stage, artifact_location FROM experiments WHERE name = :name")
+
+
+def configure_client() -> None:
+    """Limit how long MLflow's client waits for a server, and keep it from printing."""
+    # MLflow's own 7 retries of 120 s would cost a hung server's trial 20 minutes, and a
+    # creation that a slow server carried out would be done again.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # It prints where to look at every run that ends, a password in the address included.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well
+    logging.getLogger("alembic").setLevel(logging.ERROR)

@@ -1,0 +1,101 @@
+"""What the MLflow runs of a study shall hold, as it follows from the study's trials alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION, shared
+from search.config.settings import StudyConfig
+from search.data.dataset import Dataset
+from search.errors import printable
+from search.study.trials import repeats_of
+
+PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
+NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
+ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_version"
+BEST_EPOCH = "optuna.best_epoch"  # from 0; of a trial with early stopping
+MODEL_URI = "model_uri"  # of a retraining's run: it was carried through
+NOT_MADE = "evaluation.failure"  # of a retraining's run: what of its evaluation, and why
+COMMIT = "mlflow.source.git.commit"
+DATASET = "lineage.dataset"  # the digest of the data
+LINEAGE = (  # whence a model is: tags of its run and its version, and metadata of the model itself
+    *(STUDY, STUDY_UID, NUMBER),
+    *("lineage.hyperparameters", "lineage.val_accuracy", "lineage.seed", "lineage.settings"),
+    *(DATASET, "lineage.environment", COMMIT),
+)
+NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
+STATUS = {
+    TrialState.RUNNING: "RUNNING",
+    TrialState.COMPLETE: "FINISHED",
+    TrialState.PRUNED: "KILLED",
+    TrialState.FAIL: "FAILED",
+}
+Metadata = Mapping[str, Mapping[str, Any]]
+
+
+def mirrored(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """What has a run each: the trials and the repeats of finalists."""
+    return [seen for trial in trials for seen in (trial, *repeats_of(trial).values())]
+
+
+def run_name(trial: FrozenTrial) -> str:
+    """The name of the run of a trial or a repeat."""
+    repeat = trial.user_attrs.get("repeat")
+    number = f"{trial.number:04d}"
+    return f"trial-{number}" if repeat is None else f"finalist-{number}-{repeat}"
+
+
+def tags_of(trial: FrozenTrial) -> dict[str, str]:
+    """The tags that the run of a finished trial, or a repeat, shall hold."""
+    tags = {NUMBER: str(trial.number)}
+    if "repeat" in trial.user_attrs:
+        tags[FINALIST] = str(trial.user_attrs["repeat"])
+    else:
+        tags[STATE] = trial.state.name
+    if "best_epoch" in trial.user_attrs:
+        tags[BEST_EPOCH] = str(trial.user_attrs["best_epoch"])
+    if "model_version" in trial.user_attrs:
+        tags[MODEL] = trial.user_attrs["model_version"]
+    if trial.state is TrialState.FAIL:
+        # `reconcile` writes one; what an earlier version wrote may hold what databases refuse
+        tags[FAILURE] = printable(trial.user_attrs.get("failure", "unknown"))
+    return tags
+
+
+def params_of(trial: FrozenTrial, facts: Metadata) -> dict[str, Any]:
+    """The params that the run of `trial` shall hold."""
+    own = ("seed", "trainable_parameters")
+    attrs = {name: value for name, value in trial.user_attrs.items() if name in own}
+    return {**trial.params, **facts["params"], **attrs}
+
+
+def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
+    """What the runs of all trials of a study share, as the study keeps it."""
+    from mlflow.data.numpy_dataset import from_numpy  # slow: pandas
+
+    x, y = dataset.train
+    described = from_numpy(
+        features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
+    )
+    return {
+        "params": {
+            "epochs": config.trial_epochs,
+            **shared(config.space),
+            "validation_split": config.validation_split,
+            **({} if dataset.split == "last" else {"split": dataset.split}),
+            **({} if dataset.normalization is None else {"normalize": "auto"}),
+            **({} if config.model else {"output_activation": OUTPUT_ACTIVATION}),
+            **({"model": config.model} if config.model else {}),
+            "loss": LOSS,
+            "dataset": config.dataset,
+            "train_samples": dataset.train_size,
+            "validation_samples": len(dataset.x_all) - dataset.train_size,
+            "test_samples": len(dataset.x_test),
+            "num_classes": dataset.classes,
+        },
+        "dataset": described._to_mlflow_entity().to_dictionary(),
+        "space": {name: str(p) for name, p in config.space.searched().items()},
+        "reference": config.space.reference() or {},
+    }

@@ -1,0 +1,318 @@
+"""Make both ledgers agree, after anything: Optuna is the truth, MLflow follows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import optuna
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config.settings import StudyConfig
+from search.errors import printable
+from search.imports import undisturbed
+from search.study import storage
+from search.study.lock import study_lock
+from search.study.trials import (
+    LOST,
+    METRICS,
+    amend_trial,
+    fail_trial,
+    history_of,
+    is_lost,
+    repeat_attr,
+)
+from search.tracking.address import check_tracking
+from search.tracking.registered_model import follow_alias, wrong_stages
+from search.tracking.runs import TRACKING_ERRORS, Tracking
+from search.tracking.schema import (
+    FINALIST,
+    NUMBER,
+    ORPHAN,
+    PARENT,
+    STATUS,
+    mirrored,
+    params_of,
+    run_name,
+    tags_of,
+)
+
+UNKNOWN = "unknown: its process could not write why, as on a full disk"
+_PASSES = 4  # trials fail, runs follow, what can't be changed is written anew, all agrees
+Pair = tuple[FrozenTrial, Run | None]
+Key = tuple[int | None, int | None]  # a trial's number and, of a finalist, which repeat
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Something that is not as the study says, and what to do about it."""
+
+    what: str
+    mend: Callable[[], object]
+
+
+def existing(config: StudyConfig) -> tuple[optuna.Study, StudyConfig]:
+    """The study that `config` names, both databases checked, and `config` with its experiment.
+
+    Raises InputError where there is none.
+    """
+    storage.check(config)
+    check_tracking(config.tracking_uri)
+    study = storage.load_study(config)
+    return study, replace(config, experiment=study.user_attrs["settings"]["experiment"])
+
+
+class Stores:
+    """Both ledgers of a `study`: its trials, and `tracking`'s runs under the `parent` run.
+
+    Constructing makes the parent run, the experiment and the database where they are missing.
+    """
+
+    def __init__(self, study: optuna.Study, config: StudyConfig) -> None:
+        self.study = study
+        self.config = config
+        self.tracking = Tracking(config).open()
+        self.parent = self.tracking.parent_run(study, study.user_attrs["settings"])
+        self._facts = study.user_attrs["facts"]
+        self._mended: set[Key] = set()
+
+    def reconcile(self, interruption: str | None = None, *, at_rest: bool = False) -> list[str]:
+        """Mend what disagrees; says what that was.
+
+        interruption: why every trial of this run has ended, where it has.
+        at_rest: as for `disagreements`.
+        Doing it twice changes nothing, and so does being killed in the middle and done again.
+        """
+        # The truth first: it does not need MLflow, which may not answer.
+        found = list(self._lost(self.study.get_trials(deepcopy=False), interruption))
+        self._mended.clear()
+        said = []
+        for _ in range(_PASSES):
+            for disagreement in found:
+                disagreement.mend()
+                said.append(disagreement.what)
+            found = self.disagreements(at_rest=at_rest)
+            if not found:
+                break
+        return said
+
+    def disagreements(self, *, at_rest: bool = False) -> list[Disagreement]:
+        """What is not as it should be; changes nothing.
+
+        at_rest: nobody runs the study, so its parent run must have ended; and every point of the
+        curves is compared, which takes long, not their ends alone.
+        """
+        runs = self.tracking.runs_of(self.parent)  # first: of a trial begun meanwhile there is none
+        trials = self.study.get_trials(deepcopy=False)
+        pairs = list(self._pairs(mirrored(trials), runs))
+        return [
+            *self._lost(trials, None),
+            *self._strays(pairs, runs, at_rest),
+            *self._mismatches(pairs, runs, at_rest),
+            *self._stages(),
+        ]
+
+    def _pairs(self, trials: list[FrozenTrial], runs: list[Run]) -> Iterator[Pair]:
+        """Every trial with the run that it names, or else the oldest made for it, if any."""
+        by_id = {run.info.run_id: run for run in runs}
+        by_key = {_key_of(run): run for run in runs if _is_mirror(run) and not _is_orphan(run)}
+        for trial in trials:
+            named = trial.user_attrs.get("mlflow_run_id")
+            run = by_id.get(named)
+            if run is None and _key(trial) in by_key:
+                run = by_key[_key(trial)]
+            elif run is None and named is not None:
+                run = self.tracking.find(named)  # under another parent?
+            if run is not None and (
+                run.info.lifecycle_stage == "deleted"
+                or _is_orphan(run)
+                or _key_of(run) not in (_key(trial), (None, None))
+            ):
+                run = None
+            yield trial, run
+
+    def _lost(self, trials: list[FrozenTrial], interruption: str | None) -> Iterator[Disagreement]:
+        """Trials that nobody will end, or that ended without a reason."""
+        for trial in trials:
+            if trial.state is TrialState.FAIL and "failure" not in trial.user_attrs:
+                yield Disagreement(
+                    f"trial {trial.number}: failed without a reason",
+                    partial(self.amend, trial, "failure", UNKNOWN),
+                )
+            if trial.state is not TrialState.RUNNING:
+                continue
+            if interruption is not None or is_lost(self.study, trial):
+                why = interruption or "left RUNNING by a process that is gone"
+                yield Disagreement(
+                    f"trial {trial.number}: {why}",
+                    partial(fail_trial, self.study, trial, interruption or LOST),
+                )
+
+    def _strays(self, pairs: list[Pair], runs: list[Run], at_rest: bool) -> Iterator[Disagreement]:
+        """Runs that nobody will end, or that no trial knows."""
+        if at_rest and self.tracking.client.get_run(self.parent).info.status == "RUNNING":
+            yield Disagreement(
+                "the parent run: left RUNNING",
+                partial(self.tracking.close, self.parent, "KILLED"),
+            )
+        kept = {run.info.run_id for _, run in pairs if run is not None}
+        unfinished = {_key(trial) for trial, _ in pairs if not trial.state.is_finished()}
+        for run in runs:
+            label = f"run {run.info.run_name} ({run.info.run_id})"
+            if not _is_mirror(run) or _is_orphan(run):
+                if run.info.status == "RUNNING":
+                    yield Disagreement(
+                        f"{label}: left RUNNING",
+                        partial(self.tracking.close, run.info.run_id, "KILLED"),
+                    )
+            elif run.info.run_id not in kept and _key_of(run) not in unfinished:
+                yield Disagreement(
+                    f"{label}: belongs to no trial", partial(self.tracking.orphan, run)
+                )
+
+    def _mismatches(
+        self, pairs: list[Pair], runs: list[Run], at_rest: bool
+    ) -> Iterator[Disagreement]:
+        """Runs that are not as their finished trial says, or not there."""
+        nested = {run.info.run_id for run in runs}
+        for trial, run in pairs:
+            if not trial.state.is_finished():
+                continue
+            label = f"trial {trial.number}"
+            if "repeat" in trial.user_attrs:
+                label += f", repeat {trial.user_attrs['repeat']}"
+            if run is None:
+                yield Disagreement(f"{label}: no run", partial(self.write, trial))
+                continue
+            run_id = run.info.run_id
+            if run_id not in nested and run.data.tags.get(PARENT) != self.parent:
+                yield Disagreement(
+                    f"{label}: its run hangs under another parent",
+                    partial(self.tracking.adopt, run_id, self.parent),
+                )
+                continue
+            if trial.user_attrs.get("mlflow_run_id") != run_id:
+                yield Disagreement(
+                    f"{label}: does not name its run", partial(self._link, trial, run_id)
+                )
+            wrong = list(self._differences(trial, run, at_rest))
+            if wrong:
+                yield Disagreement(
+                    f"{label}: its run has {', '.join(wrong)}", partial(self._mend, trial, run)
+                )
+
+    def _stages(self) -> Iterator[Disagreement]:
+        """Versions of the model whose stage does not follow the alias."""
+        name = self.config.model_name
+        for version, stage in wrong_stages(self.tracking, name):
+            yield Disagreement(
+                f"version {version.version} of {name}: stage {version.current_stage} "
+                f"in place of {stage}",
+                partial(follow_alias, self.tracking, self.config),
+            )
+
+    def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
+        """What of `run` is not as its finished trial says."""
+        if run.info.status != STATUS[trial.state]:
+            yield f"status {run.info.status} in place of {STATUS[trial.state]}"
+        for found, expected in (
+            (run.data.tags, tags_of(trial)),
+            (run.data.params, params_of(trial, self._facts)),
+        ):
+            for name, value in expected.items():
+                if found.get(name) != str(value):
+                    yield printable(f"{name} {found.get(name)} in place of {value}")
+        history = history_of(trial)
+        for name in METRICS.values():
+            last = history[-1][name] if history else None
+            if run.data.metrics.get(name) != last:
+                yield f"{name} {run.data.metrics.get(name)} in place of {last}"
+            elif every_point:
+                points = [(entry["epoch"], entry[name]) for entry in history]
+                if self.tracking.curve(run.info.run_id, name) != points:
+                    yield f"another curve of {name}"
+
+    # ---- what mends --------------------------------------------------------------------------
+
+    def write(self, trial: FrozenTrial) -> None:
+        """Write a new run for a finished trial, or for a repeat."""
+        began = trial.datetime_start
+        run_id = self.tracking.create_run(
+            self.parent,
+            run_name(trial),
+            trial.number,
+            {key: value for key, value in tags_of(trial).items() if key == FINALIST},
+            began=None if began is None else int(began.timestamp() * 1000),
+        )
+        self._link(trial, run_id)
+        self.tracking.mend(run_id, trial, self._facts)
+
+    def _link(self, trial: FrozenTrial, run_id: str) -> None:
+        if "repeat" not in trial.user_attrs:
+            self.amend(trial, "mlflow_run_id", run_id)
+            return
+        own = self.study.get_trials(deepcopy=False)[trial.number]
+        name = repeat_attr(trial.user_attrs["repeat"])
+        self.amend(own, name, {**own.user_attrs[name], "mlflow_run_id": run_id})
+
+    def amend(self, trial: FrozenTrial, name: str, value: Any) -> None:
+        """Write a user attribute of a trial, finished or not."""
+        amend_trial(self.study, trial, name, value, self.config.storage)
+
+    def _mend(self, trial: FrozenTrial, run: Run) -> None:
+        """Write what is missing; where something wrong can't be changed, write a new run."""
+        if _key(trial) in self._mended:  # and it still disagrees
+            self.tracking.orphan(run)
+            self.write(trial)
+            return
+        try:
+            self.tracking.mend(run.info.run_id, trial, self._facts)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":  # MLflow lets no param be changed
+                raise
+        self._mended.add(_key(trial))
+
+
+def _number_of(run: Run) -> int | None:
+    text = run.data.tags.get(NUMBER, "")
+    return int(text) if text.isdigit() else None
+
+
+def _is_orphan(run: Run) -> bool:
+    return ORPHAN in run.data.tags
+
+
+def _key(trial: FrozenTrial) -> Key:
+    return trial.number, trial.user_attrs.get("repeat")
+
+
+def _key_of(run: Run) -> Key:
+    text = run.data.tags.get(FINALIST, "")
+    return _number_of(run), int(text) if text.isdigit() else None
+
+
+def _is_mirror(run: Run) -> bool:
+    """Whether a run is of a trial or a finalist's repeat, and not a retraining."""
+    return (run.info.run_name or "").startswith(("trial-", "finalist-"))
+
+
+@undisturbed()
+def doctor(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
+    """What disagreed and was mended, and what disagrees still; without `fix` nothing is changed.
+
+    Every trial, run, curve and stage is compared, which takes some milliseconds a trial. Raises
+    InputError where there is no study, RunError where it is being run or a database fails.
+    """
+    try:
+        study, config = existing(config)
+        with study_lock(config):
+            mirror = Tracking(config)
+            if not fix and not (mirror.exists() and mirror.open().has_parent(study)):
+                return [], ["the study has no parent run in MLflow"]
+            stores = Stores(study, config)
+            mended = stores.reconcile(at_rest=True) if fix else []
+            return mended, [left.what for left in stores.disagreements(at_rest=True)]
+    except (*storage.ERRORS, *TRACKING_ERRORS) as error:
+        raise storage.failure(error) from error

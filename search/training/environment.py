@@ -1,0 +1,47 @@
+"""What the digits of a training depend on beside its seed: the machine's kind and the packages."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+PACKAGES = ("tensorflow", "keras", "numpy", "optuna", "optuna-integration", "mlflow")
+
+
+@functools.cache
+def here() -> dict[str, str]:
+    """This process's: the versions of Python and the packages, and the machine's kind."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "search": importlib.metadata.version("search"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        **({} if (name := _gpu()) is None else {"gpu": name}),
+    }
+
+
+def gpu_device() -> str | None:
+    """The file of a GPU of NVIDIA's or AMD's, None where there is none: whether to look closer."""
+    return next(filter(os.path.exists, ("/dev/nvidia0", "/dev/kfd")), None)
+
+
+def _gpu() -> str | None:
+    if gpu_device() is None:
+        return None
+    from search.training.train import (
+        gpu_name,  # imports TensorFlow, so only where there is a device
+    )
+
+    return gpu_name()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())

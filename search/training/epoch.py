@@ -1,0 +1,243 @@
+"""A network whose `train_step` is a whole epoch, in one graph that networks alike share.
+
+Learning rate, dropout rate, weight decay, label smoothing, the augmentation's strength, the
+training set and the seeds are variables of the graph, so that only what changes the graph itself
+costs a new one.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from search.data.dataset import UINT8_SCALE, Images, Labels
+from search.training import augmentation
+from search.training.fused import Dropout, fused
+from search.training.network import decay_weights, image_shape, is_of_layers
+
+_OTHER_STREAM = 0x2545F491  # augmentation draws other numbers than dropout with the same seed
+
+
+def _up_and_down(start: float, up: float) -> keras.optimizers.schedules.LearningRateSchedule:
+    """From `start` times the learning rate to it over a share of the steps, and down to nothing."""
+    return keras.optimizers.schedules.CosineDecay(
+        start, decay_steps=1 - up, warmup_target=1.0, warmup_steps=up
+    )
+
+
+_SCHEDULES = {
+    "cosine": _up_and_down(0.0, up=0.05),  # Loshchilov and Hutter 2017, after a warm-up
+    "one_cycle": _up_and_down(0.04, up=0.3),  # Smith 2018, the cycle of the learning rate alone
+}
+Examples = tuple[Images, Labels]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What, beside the network, makes one graph different from another.
+
+    dtype: of the examples. decays, smooths: whether there is weight decay, label smoothing.
+    schedule: None where the learning rate does not change within an epoch. augmentation: None, or
+    which, of images of `shape`.
+    """
+
+    dtype: str
+    batch_size: int
+    optimizer: str
+    decays: bool
+    smooths: bool
+    schedule: str | None
+    augmentation: str | None
+    shape: tuple[int, ...] | None
+
+
+def plan_of(tried: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]) -> Plan:
+    """The plan for training what was `tried` on `examples` of this shape."""
+    distorted = tried["augmentation"] != "none"
+    return Plan(
+        dtype=np.dtype(examples[0].dtype).name,
+        batch_size=min(tried["batch_size"], len(examples[0])),
+        optimizer=tried["optimizer"],
+        decays=tried["weight_decay"] > 0,
+        smooths=tried["label_smoothing"] > 0,
+        schedule=tried["schedule"] if tried["schedule"] in _SCHEDULES else None,
+        augmentation=tried["augmentation"] if distorted else None,
+        shape=image_shape(shape) if distorted else None,
+    )
+
+
+class EpochInGraph(keras.Model):  # type: ignore[misc]
+    """A network like `model`, trained an epoch a step on the training set that it has taken."""
+
+    def __init__(self, model: keras.Sequential, plan: Plan) -> None:
+        super().__init__()
+        self.network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
+        self._plan = plan
+        shape = model.input_shape[1:]
+        self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
+        self._y = tf.Variable(np.zeros(0, np.int32), shape=(None,))
+        self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
+        self._rate, self._decay, self._smoothing, self._strength = (
+            tf.Variable(0.0) for _ in range(4)
+        )
+        optimizer = fused(model.optimizer)
+        if plan.decays:
+            decay_weights(optimizer, self._decay)
+        self.compile(optimizer, model.loss, metrics=["accuracy"], jit_compile=False)
+        # Variables that the first trace of an epoch made would cost a second one.
+        probabilities = self(tf.zeros((1, *shape)))
+        optimizer.build(self.trainable_variables)
+        self.compute_metrics(None, tf.zeros(1, tf.int32), probabilities)
+        # All begin with zeros but for numbers such as Nadam's product of momentums.
+        self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        """Probabilities."""
+        return self.network(x, training=training)
+
+    def take(
+        self,
+        model: keras.Sequential,
+        examples: Examples,
+        tried: Mapping[str, Any],
+        seed: int,
+        epochs: int,
+    ) -> None:
+        """Become `model`: its weights and rates, a fresh optimizer, its randomness from `seed`.
+
+        epochs: over which a schedule goes.
+        """
+        self._x.assign(examples[0])
+        self._y.assign(examples[1])
+        dropouts = 0
+        for mine, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
+            if isinstance(mine, Dropout):
+                mine.set(theirs.rate, seed, dropouts)
+                dropouts += 1
+            else:
+                _assign(theirs.variables, mine.variables)
+        for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
+            variable.assign(tf.fill(variable.shape, tf.cast(value, variable.dtype)))
+        self.optimizer.learning_rate.assign(model.optimizer.learning_rate)
+        self._rate.assign(model.optimizer.learning_rate)
+        self._decay.assign(tried["weight_decay"])
+        self._smoothing.assign(tried["label_smoothing"])
+        self._strength.assign(tried.get("augmentation_strength", 0))
+        self._seed.assign(seed)
+        self._epoch.assign(0)
+        self._steps.assign(-(-len(examples[0]) // self._plan.batch_size) * epochs)
+
+    def give(self, model: keras.Sequential) -> None:
+        """Hand what was learnt back to `model`, its optimizer's state included.
+
+        Its learning rate stays what it was, so that it can be trained on.
+        """
+        self._x.assign(self._x[:0])
+        self._y.assign(self._y[:0])
+        for mine, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
+            if not isinstance(mine, Dropout):
+                _assign(mine.variables, theirs.variables)
+        model.optimizer.build(model.trainable_variables)
+        _assign(self.optimizer.variables, model.optimizer.variables)
+        model.optimizer.learning_rate.assign(self._rate)
+
+    def train_step(self, data: Any) -> Any:
+        """One epoch; `data` only counts it."""
+        x, y = self._x.read_value(), self._y.read_value()
+        examples = tf.shape(y)[0]
+        order = epoch_order(examples, self._seed, self._epoch)
+        self._epoch.assign_add(1)
+        step, size = super().train_step, self._plan.batch_size
+
+        def train_on(first: Any) -> Any:
+            batch = order[first : first + size]  # the last one may be smaller
+            if self._plan.schedule is not None:
+                done = tf.cast(self.optimizer.iterations, tf.float32)
+                share = done / tf.cast(self._steps, tf.float32)
+                factor = _SCHEDULES[self._plan.schedule](share)
+                self.optimizer.learning_rate.assign(self._rate * factor)
+            if self._plan.augmentation is None:
+                seen = scaled(tf.gather(x, batch))
+            else:
+                whole = tf.gather(order, tf.range(first, first + size) % examples)
+                seen = self._augmented(scaled(tf.gather(x, whole)))[: tf.size(batch)]
+            step((seen, tf.gather(y, batch)))
+            return first + size
+
+        tf.while_loop(
+            lambda first: first < examples,
+            lambda first: (train_on(first),),
+            (tf.constant(0),),
+            parallel_iterations=1,
+        )
+        return self.get_metrics_result()
+
+    def test_step(self, data: Any) -> Any:
+        """One validation batch."""
+        x, y = data
+        return super().test_step((scaled(x), y))
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """The loss; in training by smoothed labels (Szegedy et al. 2016), where so tried.
+
+        Validation and test losses are by the labels as they are, so that they can be compared.
+        """
+        if not training or not self._plan.smooths:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        classes = y_pred.shape[-1]
+        labels = tf.one_hot(y, classes) * (1 - self._smoothing) + self._smoothing / classes
+        losses = keras.losses.categorical_crossentropy(labels, y_pred)
+        return tf.reduce_mean(losses) + sum(self.losses)
+
+    def _augmented(self, flat: Any) -> Any:
+        count, (height, width, channels) = self._plan.batch_size, self._plan.shape or ()
+        images = tf.reshape(flat, [count, height, width, channels])
+        seed = tf.stack([self._seed ^ _OTHER_STREAM, tf.cast(self.optimizer.iterations, tf.int32)])
+        kind = str(self._plan.augmentation)
+        distorted = augmentation.augment(kind, images, self._strength, seed)
+        return tf.reshape(distorted, tf.shape(flat))
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> Any:
+    """The order in which epoch `epoch` (from 0) visits the examples: an int32 permutation."""
+    return tf.random.experimental.stateless_shuffle(tf.range(examples), seed=[seed, epoch])
+
+
+def scaled(x: Any) -> Any:
+    """What `data.scaled` does, in the graph."""
+    return tf.cast(x, tf.float32) * UINT8_SCALE if x.dtype == tf.uint8 else x
+
+
+def _assign(sources: Any, targets: Any) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.assign(source)
+
+
+def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of a network, those of networks within it one by one."""
+    for layer in model.layers:
+        if is_of_layers(layer):
+            yield from _leaves(layer)
+        else:
+            yield layer
+
+
+def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
+    if has_variable_rate(layer):
+        return Dropout(name=layer.name)
+    return layer.__class__.from_config(layer.get_config())
+
+
+def has_variable_rate(layer: Any) -> bool:
+    """Whether a layer is a dropout layer whose rate can be a variable of the graph."""
+    return type(layer) is keras.layers.Dropout and layer.noise_shape is None

@@ -1,0 +1,239 @@
+"""The network: hyperparameters -> a compiled Keras model, which takes flat examples."""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from search.config.custom_model import CustomModel
+from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION
+from search.data.preprocessing import Normalization
+
+MOMENTUM = 0.9  # of sgd, Nesterov's
+_seeding = threading.Lock()
+
+
+def build_network(
+    tried: Mapping[str, Any],
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    own: CustomModel | None = None,
+) -> keras.Sequential:
+    """The compiled network of `tried`, which has a value for every hyperparameter that matters.
+
+    shape: of one example; the network takes them made flat, float32 of shape (n, features), and
+    gives probabilities of shape (n, classes). own: the user's own model (`--model`), if any.
+    Its initial weights depend on `seed` alone.
+    """
+    if own is None:
+        layers = list(_layers(tried, shape, classes, seed))
+        name = f"{tried['architecture']}_network"
+    else:
+        layers = [keras.layers.Reshape(shape), _custom(own, tried, shape, classes, seed)]
+        name = "own_network"
+    model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
+    if own is not None:
+        model.source = own.fingerprint
+    model.compile(
+        optimizer=_optimizer(tried),
+        loss=LOSS,
+        metrics=["accuracy"],
+        jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
+    )
+    return model
+
+
+def network_to_register(
+    network: keras.Sequential, normalization: Normalization | None
+) -> keras.Model:
+    """The trained `network` as it is registered: it takes raw values, and NaN gives NaN.
+
+    What a kernel makes of NaN depends on the processor: ReLU may give 0. So a product with zero is
+    added to the probabilities, which is 0 for every number, and NaN for NaN and infinity.
+    The layers and the optimizer are `network`'s own.
+    """
+    example = keras.Input(network.input_shape[1:], name="example")
+    outputs = example
+    if normalization is not None:
+        layer = keras.layers.Normalization(name="normalization")
+        layer.build((None, *network.input_shape[1:]))
+        layer.adapt_mean.assign(normalization.mean)
+        layer.adapt_variance.assign(normalization.variance)
+        layer.finalize_state()
+        outputs = layer(outputs)
+    for layer in network.layers:
+        outputs = layer(outputs)
+    zero = keras.layers.Dense(
+        1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
+    )
+    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(example)])
+    model = keras.Model(example, checked, name=network.name)
+    model.compile(network.optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
+    return model
+
+
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Height, width and channels of an example of this shape, grey or colour."""
+    height, width, *channels = shape
+    return height, width, channels[0] if channels else 1
+
+
+def _layers(
+    tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+) -> Iterator[keras.layers.Layer]:
+    """Convolutional blocks, for a cnn; hidden layers, each with its dropout; probabilities.
+
+    Every layer has a seed of its own. The weights begin as by Glorot and Bengio 2010, Keras'
+    default.
+    """
+    if tried["architecture"] == "cnn":
+        yield keras.layers.Reshape(image_shape(shape), name="image")
+        for block in range(tried["conv_blocks"]):
+            yield from _activated(
+                tried,
+                keras.layers.Conv2D,
+                tried["filters"] * 2**block,
+                3,
+                padding="same",
+                kernel_initializer=keras.initializers.GlorotUniform(seed + 100 + block),
+                name=f"convolution_{block + 1}",
+            )
+            yield keras.layers.MaxPooling2D(padding="same", name=f"pooling_{block + 1}")
+        yield keras.layers.Flatten(name="flat")
+    for layer in range(tried["hidden_layers"]):
+        suffix = f"_{layer + 1}" if layer else ""
+        yield from _activated(
+            tried,
+            keras.layers.Dense,
+            tried["hidden_units"],
+            kernel_initializer=keras.initializers.GlorotUniform(seed + layer + bool(layer)),
+            name=f"hidden{suffix}",
+        )
+        yield keras.layers.Dropout(
+            tried["dropout_rate"], seed=seed + layer, name=f"dropout{suffix}"
+        )
+    yield keras.layers.Dense(
+        classes,
+        activation=OUTPUT_ACTIVATION,
+        kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
+        name="probabilities",
+    )
+
+
+def _activated(
+    tried: Mapping[str, Any], kind: Any, *arguments: Any, name: str, **options: Any
+) -> Iterator[keras.layers.Layer]:
+    """A layer with its activation, and between them, if so tried, batch normalization."""
+    if not tried["batch_normalization"]:
+        yield kind(*arguments, activation=tried["activation"], name=name, **options)
+        return
+    yield kind(*arguments, use_bias=False, name=name, **options)  # the normalization has one
+    yield keras.layers.BatchNormalization(name=f"{name}_normalization")
+    yield keras.layers.Activation(tried["activation"], name=f"{name}_activation")
+
+
+def _optimizer(tried: Mapping[str, Any]) -> keras.optimizers.Optimizer:
+    """Keras' own; its learning rate is the schedule's highest."""
+    rate, decay = tried["learning_rate"], tried["weight_decay"]
+    if tried["optimizer"] == "sgd":
+        optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True)
+    elif tried["optimizer"] == "adamw":
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=decay)
+    else:
+        kind = keras.optimizers.Nadam if tried["optimizer"] == "nadam" else keras.optimizers.Adam
+        optimizer = kind(rate)
+    if decay:
+        decay_weights(optimizer, decay)
+    return optimizer
+
+
+def decay_weights(optimizer: keras.optimizers.Optimizer, decay: Any) -> None:
+    """Let weights decay, a number or a variable; biases and the normalization's scales do not."""
+    optimizer.weight_decay = decay
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+
+
+def _custom(
+    own: CustomModel, tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+) -> keras.Model:
+    """The user's own network. Raises ValueError where it is none that can be trained and saved."""
+    name = own.name
+    with _seeding:  # Keras draws the seeds of layers that have none from Python's global generator
+        keras.utils.set_random_seed(seed)
+        network = own.build({name: tried[name] for name in own.space}, shape, classes)
+    if not is_of_layers(network):
+        raise ValueError(
+            f"{name} must return a keras.Sequential or a functional keras.Model, but returned a "
+            f"{type(network).__name__}"
+        )
+    _check_loads(name, network)
+    try:
+        gives = tuple(network.compute_output_shape((None, *shape)))
+    except Exception as error:  # whatever its layers raise
+        raise ValueError(
+            f"{name} must return a model that takes examples of shape {shape}, but it raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if gives != (None, classes):
+        raise ValueError(
+            f"{name} must return a model that gives a probability for each of {classes} classes, "
+            f"shape (None, {classes}), but it gives {gives}"
+        )
+    return network
+
+
+def check_probabilities(own: CustomModel, network: keras.Sequential) -> None:
+    """Raise ValueError where what `build` made of the user's own model gives no probabilities.
+
+    A few random examples pass through it, which changes nothing: neither its variables nor the
+    state of any random generator.
+    """
+    examples = np.random.default_rng(0).random((4, *network.input_shape[1:]), np.float32)
+    try:
+        given, _ = network.stateless_call(
+            network.trainable_variables, network.non_trainable_variables, examples, training=False
+        )
+    except Exception:  # whatever its layers raise: training will say it
+        return
+    rows = np.asarray(given, np.float32)
+    sums = rows.sum(axis=1)
+    if not (np.all(rows >= 0) and np.allclose(sums, 1, rtol=0, atol=1e-3)):
+        raise ValueError(
+            f"{own.name} must return a model that gives probabilities, each row from 0 up and 1 in "
+            f"all, but it gives {rows.min():.4g} to {rows.max():.4g} and {sums[0]:.4g} in all; end "
+            f"it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
+            'activation="softmax") or keras.layers.Softmax()'
+        )
+
+
+def is_of_layers(network: Any) -> bool:
+    """Whether it is a network that is nothing but its layers, sequential or functional."""
+    return isinstance(network, keras.Sequential) or (
+        isinstance(network, keras.Model) and hasattr(network, "operations")
+    )
+
+
+def _check_loads(name: str, network: keras.Model) -> None:
+    """Raise ValueError where the saved network could not be loaded again."""
+    for layer in network._flatten_layers():
+        kind = type(layer)
+        if kind is keras.layers.Lambda:
+            raise ValueError(
+                f"{name} must return a model that can be loaded, but Keras loads no Lambda layer, "
+                "which may hold any code; write a layer class instead"
+            )
+        registered = ">" in keras.saving.get_registered_name(kind)
+        if not registered and kind.__module__.split(".")[0] != "keras":
+            raise ValueError(
+                f"{name} must return a model that can be loaded, but the class {kind.__name__} is "
+                "not registered; write @keras.saving.register_keras_serializable() above it"
+            )
+
+
+def trainable_parameters(model: keras.Model) -> int:
+    """How many numbers training adjusts."""
+    return sum(int(weight.shape.num_elements()) for weight in model.trainable_weights)

@@ -1,0 +1,320 @@
+"""The workers of a Dask cluster: who may run tasks, and what each is given once.
+
+Which worker runs a task is decided here, so that a task ends with its worker and is not run again
+behind the engine's back. `trial.Worker.run_trial` sees to it that no place of a study is run twice
+where such a worker lives on, cut off from the scheduler alone.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from dataclasses import dataclass, field
+from typing import Any
+
+from distributed import Client, Security
+from distributed.client import ClosedClientError, FutureCancelledError
+from distributed.comm.core import CommClosedError
+from distributed.core import rpc
+from distributed.scheduler import KilledWorker
+
+from search.config.settings import StudyConfig
+from search.data.dataset import Dataset
+from search.errors import InputError, RunError, one_line
+from search.workers import tasks
+
+_LOOK = 1.0  # seconds between two looks at who is there
+_TIMEOUT = 10  # seconds to find the scheduler at first
+_PATIENCE = 60  # seconds that a scheduler, or a worker that takes no tasks, gets to come back
+_SENDING = 600  # seconds to send a dataset to all workers
+_PACKAGES = ("search", "tensorflow", "keras", "optuna", "mlflow")
+_TRIM = "MALLOC_TRIM_THRESHOLD_"
+_SMALL = 2**20  # bytes
+_SETTINGS = f"{_TRIM}=1073741824 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TOP_PAD_=67108864"
+
+
+@dataclass
+class _Member:
+    """A worker that may run tasks, `threads` at once."""
+
+    threads: int
+    executor: Executor
+    closed: float | None = None  # since when it takes no new ones, by the monotonic clock
+    running: set["Future[Any]"] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a worker may not run tasks, and until when, by the monotonic clock."""
+
+    why: str
+    until: float
+
+
+class DaskBackend:
+    """The workers behind `config.scheduler`; they may come and go while it runs."""
+
+    deaths = (CancelledError, FutureCancelledError, KilledWorker, CommClosedError)
+    not_begun = (tasks.NotPrepared, tasks.Unfit, ClosedClientError)
+    most_deaths = 5  # a cluster may take its workers back
+    remedy = "(out of memory?); give the cluster's workers more memory or fewer threads"
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        parent_run: str,
+        dataset: Dataset,
+        say: Callable[[str], None],
+    ) -> None:
+        assert config.scheduler is not None
+        self._address = config.scheduler
+        self._limit = config.workers
+        self._prepare = parent_run, config, dataset
+        self._say = say
+        self._client = connect(config.scheduler)
+        self._members: dict[str, _Member] = {}
+        self._refused: dict[str, _Refusal] = {}
+        self._proved = False  # a worker has done something
+        self._warned = False
+        self._was_cut = False
+        self._next_look = 0.0
+        self._told: tuple[int, int] | None = None
+
+    def slots(self) -> int:
+        """How many tasks run at once: as many as the open workers have threads."""
+        self._look()
+        total = sum(member.threads for member in self._open())
+        if self._refused and not self._members and not self._proved:
+            address, refusal = next(iter(self._refused.items()))
+            raise RunError(f"no worker of {self._address} can be used: {address}: {refusal.why}")
+        return total if self._limit is None else min(total, self._limit)
+
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Start `task` on the worker with the most free threads."""
+        member = max(self._open(), key=lambda member: member.threads - len(member.running))
+        future = member.executor.submit(task, *arguments)
+        member.running.add(future)
+        return future
+
+    def wait(self, running: "Collection[Future[Any]]") -> "set[Future[Any]]":
+        """Those that have ended, their workers' end included; or none, after a while."""
+        if running:
+            wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
+        else:
+            time.sleep(_LOOK)  # no worker is there
+        self._look()
+        done = {future for future in running if future.done()}
+        for address, member in list(self._members.items()):
+            ended = done & member.running
+            member.running -= ended
+            for future in ended:
+                self._learn(address, future)
+        return done
+
+    def bury(self) -> None:
+        """Look at once who is left."""
+        self._next_look = 0.0
+
+    def close(self, *, now: bool) -> None:
+        """Leave the cluster; `now`: a trial that runs finds at its next write that it was ended."""
+        with contextlib.suppress(Exception):  # the next run's first step there is the same
+            self._run(tasks.forget, self._prepare[0], workers=list(self._members))
+        self._client.close(timeout=5)
+
+    # ---- who is there ------------------------------------------------------------------------
+
+    def _open(self) -> list[_Member]:
+        return [member for member in self._members.values() if member.closed is None]
+
+    def _look(self) -> None:
+        """Let go of the workers that have left, and take in those that have come."""
+        if time.monotonic() < self._next_look:
+            return
+        present = self._present()
+        now = time.monotonic()
+        for address, member in list(self._members.items()):
+            is_open = address in present and present[address]["status"] == "running"
+            member.closed = None if is_open else member.closed or now
+            waited = member.closed is not None and now - member.closed > _PATIENCE
+            if self._was_cut or waited or address not in present:
+                self._leave(address)
+        self._was_cut = False
+        self._refused = {
+            address: refusal
+            for address, refusal in self._refused.items()
+            if address in present and now < refusal.until
+        }
+        new = {
+            address: int(worker["nthreads"])
+            for address, worker in present.items()
+            if worker["status"] == "running"
+            and address not in self._members
+            and address not in self._refused
+        }
+        if new:
+            with contextlib.suppress(OSError, TimeoutError):  # try at the next look
+                self._take_in(new)
+        self._tell()
+        self._next_look = time.monotonic() + _LOOK
+
+    def _present(self) -> Mapping[str, Any]:
+        """What the scheduler says of every worker; it gets a while to come back."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                scheduler = self._client.scheduler
+                if self._client.status != "running" or scheduler is None:
+                    raise ConnectionError("no connection")
+                found = self._client.sync(
+                    scheduler.identity, n_workers=-1, callback_timeout=_TIMEOUT
+                )
+                workers: Mapping[str, Any] = found["workers"]
+                return workers
+            except (OSError, TimeoutError) as error:
+                self._was_cut = True  # Dask's client cancels all that runs
+                if time.monotonic() > deadline or self._client.status == "closed":
+                    raise RunError(
+                        f"the Dask scheduler {self._address} went away and did not come back "
+                        f"({one_line(error)}); start it and run the same command again"
+                    ) from None
+                time.sleep(_LOOK)
+
+    def _leave(self, address: str) -> None:
+        """Let go of a worker; `trial.Worker` finds what it finishes nevertheless."""
+        member = self._members.pop(address, None)
+        for future in () if member is None else member.running:
+            future.cancel()
+
+    def _take_in(self, new: Mapping[str, int]) -> None:
+        """Check new workers, and give the fit ones the configuration and the dataset."""
+        for address, why, seconds in self._unfit(list(new)):
+            if address not in self._refused:
+                self._refuse(address, why, seconds)
+        for threads in set(new.values()):
+            alike = [at for at in new if at not in self._refused and new[at] == threads]
+            if not alike:
+                continue
+            prepared = self._run(
+                tasks.prepare, *self._prepare, threads, workers=alike, timeout=_SENDING
+            )
+            for address, error in prepared.items():
+                if error is None:
+                    executor = self._client.get_executor(workers=[address], pure=False)
+                    self._members[address] = _Member(threads, executor)
+
+    def _unfit(self, addresses: list[str]) -> Iterator[tuple[str, str, float]]:
+        """Which of these workers can't be used, why, and for how long (s).
+
+        They are asked by the standard library's functions, which are everywhere.
+        """
+        for package in _PACKAGES:
+            wanted = importlib.metadata.version(package)
+            found = self._run(importlib.metadata.version, package, workers=addresses)
+            for address, version in found.items():
+                if isinstance(version, importlib.metadata.PackageNotFoundError):
+                    has = f"it has no {package}"
+                elif isinstance(version, Exception):
+                    yield address, f"it does not answer ({one_line(version)})", _PATIENCE
+                    continue
+                elif version != wanted:
+                    has = f"it has {package} {version}"
+                else:
+                    continue
+                yield (
+                    address,
+                    f"{has}, and this process has {package} {wanted}; install the same there, and "
+                    "start it again",
+                    math.inf,
+                )
+        trims = self._run(os.getenv, _TRIM, workers=addresses)
+        slow = [trim for trim in trims.values() if str(trim).isdigit() and int(trim) < _SMALL]
+        if slow and not self._warned:
+            self._warned = True
+            self._say(
+                f"{len(slow)} of {len(trims)} workers have {_TRIM}={slow[0]}, which Dask sets, and "
+                f"train about 1.5 times as slowly as with {_SETTINGS} in their environment"
+            )
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        workers: list[str],
+        timeout: float = _TIMEOUT,
+    ) -> dict[str, Any]:
+        """What `function` returns, or raises, in each of the workers."""
+        found: dict[str, Any] = self._client.sync(
+            self._client._run,
+            function,
+            *arguments,
+            workers=workers,
+            on_error="return",
+            callback_timeout=timeout,
+        )
+        return found
+
+    def _refuse(self, address: str, why: str, seconds: float) -> None:
+        self._refused[address] = _Refusal(why, time.monotonic() + seconds)
+        self._say(f"worker {address} is refused: {why}")
+
+    def _learn(self, address: str, future: "Future[Any]") -> None:
+        """Take note of what a task's end says of its worker."""
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, tasks.NotPrepared | tasks.Unfit):
+            self._leave(address)
+            if isinstance(error, tasks.Unfit) and address not in self._refused:
+                self._refuse(address, str(error), _PATIENCE)
+        elif not future.cancelled():
+            self._proved = True
+
+    def _tell(self) -> None:
+        """Say how many workers there are, where that has changed."""
+        now = len(self._open()), sum(member.threads for member in self._open())
+        if now != self._told:
+            self._told = now
+            workers, threads = now
+            self._say(
+                f"{self._address}: {workers} worker{'s' * (workers != 1)}, "
+                f"{threads} trial{'s' * (threads != 1)} at once"
+                + ("" if workers else "; waiting for some, Ctrl-C ends that")
+            )
+
+
+def connect(address: str) -> Client:
+    """A client of the scheduler at `address`, which comes back to a scheduler that does."""
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are raised as well
+    return Client(address, timeout=_PATIENCE, set_as_default=False)
+
+
+def check_scheduler(address: str) -> None:
+    """Raise InputError where no scheduler answers at `address`."""
+
+    async def ask() -> str:
+        arguments = Security().get_connection_args("client")
+        async with rpc(address, timeout=_TIMEOUT, connection_args=arguments) as there:
+            return str((await there.identity())["type"])
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    try:
+        with ThreadPoolExecutor(1) as thread:  # in this one an event loop may run, as in a notebook
+            found = thread.submit(asyncio.run, ask()).result()
+        problem = "" if found == "Scheduler" else f"a {found.lower()} is there"
+    except Exception as error:  # a bad address, a refused connection, TLS
+        problem = one_line(error)
+    if problem:
+        raise InputError(
+            f"--scheduler must be the address of a running Dask scheduler, but {address!r} is not: "
+            f"{problem}; start one with dask scheduler, or leave the option out"
+        )

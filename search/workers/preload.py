@@ -1,0 +1,39 @@
+"""Imported once, by the process that workers are forked from: TensorFlow takes seconds."""
+
+import os
+import sys
+
+from search.imports import hidden, quickly
+from search.workers.tasks import load_trial
+
+
+class _EndWithParent:
+    """A finder that finds no module, but ends this process where its parent has gone.
+
+    A command that is refused or killed meanwhile would leave it at work, and who reads the
+    command's output would wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+
+    def find_spec(self, *_: object) -> None:
+        """Called for every module that is imported."""
+        if os.getppid() != self._parent:
+            os._exit(1)
+
+
+sys.meta_path.insert(0, finder := _EndWithParent())
+
+
+with quickly(), hidden("sklearn", "matplotlib"):  # a second, for parts of Keras not used
+    load_trial()
+    # What MLflow imports and SQLAlchemy prepares when the first of its databases is opened.
+    import mlflow.store.model_registry.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    from sqlalchemy.orm import configure_mappers
+
+    configure_mappers()
+
+
+sys.meta_path.remove(finder)

@@ -1,0 +1,245 @@
+"""One trial: suggest, train, report, prune, mirror.
+
+A worker process builds a `Worker` once and runs one trial a task. The Optuna trial is written
+first and is the truth; the MLflow run follows as well as it can, and `reconcile` writes later
+what a failing tracking server did not take.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import optuna
+from optuna.trial import FrozenTrial
+from optuna_integration import KerasPruningCallback
+
+from search.config.hyperparameters import complete
+from search.config.settings import StudyConfig
+from search.data.dataset import Dataset
+from search.errors import one_line, printable
+from search.study import outline, sampling, storage
+from search.study.trials import (
+    HISTORY_BLOCK,
+    METRICS,
+    SlottedStudy,
+    best_epoch,
+    history_attr,
+    read_trial,
+)
+from search.tracking.runs import Tracking
+from search.tracking.schema import STATE, Metadata
+from search.training.network import build_network, check_probabilities, trainable_parameters
+from search.training.train import train
+
+_PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `reconcile`
+_REST = 20  # times as long as a failure of MLflow took, it is left alone
+
+
+def train_again(
+    config: StudyConfig,
+    dataset: Dataset,
+    trial: FrozenTrial,
+    facts: Metadata,
+    seed: int,
+    history: list[dict[str, float]],
+    only: int | None = None,
+) -> float:
+    """Train what `trial` tried as a trial is trained; `history` gets an entry an epoch.
+
+    facts: what all trials of the study have in common. only: end after so many epochs.
+    Returns its value.
+    """
+    tried = complete(trial.params, facts["params"])
+    network = build_network(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
+
+    def record(epoch: int, logs: dict[str, float]) -> None:
+        history.append(_entry(epoch, logs))
+
+    _train(config, dataset, tried, network, seed, record, only=only)
+    return _value(tried, history)
+
+
+def _train(
+    config: StudyConfig,
+    dataset: Dataset,
+    tried: Mapping[str, Any],
+    network: keras.Sequential,
+    seed: int,
+    record: Callable[[int, dict[str, float]], None],
+    *more: keras.callbacks.Callback,
+    only: int | None = None,
+) -> None:
+    train(
+        network,
+        dataset.train,
+        tried,
+        epochs=config.trial_epochs,
+        seed=seed,
+        shape=dataset.sample_shape,
+        validation=dataset.validation,
+        only=only,
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *more],
+    )
+
+
+def _value(tried: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> float:
+    """val_accuracy of the weights that a training ends with."""
+    return history[best_epoch(history, stopping=bool(tried["early_stopping"]))]["val_accuracy"]
+
+
+def _entry(epoch: int, logs: dict[str, float]) -> dict[str, float]:
+    """An epoch of a trial's history."""
+    measured = {ours: float(logs[keras_name]) for keras_name, ours in METRICS.items()}
+    if "learning_rate" in logs:  # of a schedule that goes by the validation set
+        measured["learning_rate"] = float(logs["learning_rate"])
+    return {"epoch": epoch, "time_ms": now_ms(), **measured}
+
+
+def now_ms() -> int:
+    """The time in milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a trial failed, in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption that `error` was raised in the handling of, if it was."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class _Pruning(KerasPruningCallback):  # type: ignore[misc]
+    """Prunes on val_accuracy after every epoch but the last one, where it would save nothing."""
+
+    def __init__(self, trial: optuna.Trial, epochs: int) -> None:
+        super().__init__(sampling.Judged(trial), "val_accuracy")
+        self._last = epochs - 1
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if epoch == self._last or self.model.stop_training:
+            self._trial.report(float((logs or {})["val_accuracy"]), step=epoch)
+        else:
+            super().on_epoch_end(epoch, logs)
+
+
+@dataclass
+class Context:
+    """What the trials of a worker have in common.
+
+    rest_until: by the monotonic clock; until then MLflow, which has failed, is left alone.
+    """
+
+    config: StudyConfig
+    dataset: Dataset
+    study: SlottedStudy
+    tracking: Tracking
+    parent_run: str
+    facts: Metadata
+    rest_until: float = 0.0
+
+
+class Attempt:
+    """A trial in progress, and its run."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._number: int | None = None
+        self._history: list[dict[str, float]] = []
+        self._run_id: str | None = None
+        self._mirrored = time.monotonic() >= context.rest_until
+        self._spent = 0.0
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """Train what `trial` proposes; returns val_accuracy of the weights that it ends with."""
+        try:
+            return self._train(trial)
+        except optuna.TrialPruned:
+            raise
+        except KeyboardInterrupt as interruption:
+            trial.set_user_attr("failure", printable(str(interruption)) or "interrupted")
+            raise
+        except Exception as error:
+            trial.set_user_attr("failure", reason_of(error))
+            if not isinstance(error, storage.ERRORS):  # those say nothing of the configuration
+                trial.set_user_attr(outline.BY_ITSELF, True)
+            raise
+
+    def _train(self, trial: optuna.Trial) -> float:
+        context, config = self._context, self._context.config
+        seed = context.study.marks["seed"]
+        self._number = trial.number
+        tried, dataset = config.space.suggest(trial), context.dataset
+        own = config.custom_model
+        network = build_network(tried, dataset.sample_shape, dataset.classes, seed, own)
+        if own is not None:
+            check_probabilities(own, network)
+        trial.set_user_attr("trainable_parameters", trainable_parameters(network))
+        self._mirror(self._open_run, trial)
+
+        def record(epoch: int, logs: dict[str, float]) -> None:
+            self._record(trial, epoch, logs)
+
+        pruning = _Pruning(trial, config.trial_epochs)
+        _train(config, dataset, tried, network, seed, record, pruning)
+        if tried["early_stopping"]:
+            trial.set_user_attr("best_epoch", best_epoch(self._history, stopping=True))
+        return _value(tried, self._history)
+
+    def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
+        entry = _entry(epoch, logs)
+        self._history.append(entry)
+        block = self._history[epoch // HISTORY_BLOCK * HISTORY_BLOCK :]
+        trial.set_user_attr(history_attr(epoch), block)
+        self._mirror(lambda: self._context.tracking.log_epoch(str(self._run_id), entry))
+
+    def _open_run(self, trial: optuna.Trial) -> None:
+        context = self._context
+        self._run_id = context.tracking.create_run(
+            context.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
+        )
+        trial.set_user_attr("mlflow_run_id", self._run_id)
+        frozen = context.study._storage.get_trial(trial._trial_id)
+        context.tracking.log_start(self._run_id, frozen, context.facts)
+
+    def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
+        """Write to MLflow unless this trial's run has already missed something.
+
+        A server that fails or is slow costs a trial half a minute at most, `_PATIENCE` and two
+        requests, and all trials together about a share of 1 / `_REST`.
+        """
+        if not self._mirrored:
+            return
+        began = time.monotonic()
+        try:
+            write(*arguments)
+        except Exception:  # whatever the server does, the trial goes on; reconcile repairs the run
+            self._mirrored = False
+        spent = time.monotonic() - began
+        self._spent += spent
+        if self._spent > _PATIENCE:
+            self._mirrored = False
+        if not self._mirrored:
+            self._context.rest_until = time.monotonic() + _REST * self._spent
+
+    def end(self) -> None:
+        """End the run as the trial ended."""
+        if self._number is not None and self._run_id is not None:
+            self._mirror(lambda: self._context.tracking.finish(str(self._run_id), self.frozen()))
+
+    def frozen(self) -> FrozenTrial:
+        """The trial, as it is recorded."""
+        assert self._number is not None
+        return read_trial(self._context.study, self._number)
+
+    def was_ended(self) -> bool:
+        """Whether the trial has an end, from here or from where it was taken for lost."""
+        with contextlib.suppress(Exception):  # the database may be what failed
+            return self._number is not None and self.frozen().state.is_finished()
+        return False

@@ -1,0 +1,178 @@
+"""What a process opens once to run trials: the study, the dataset and the tracking."""
+
+import threading
+import time
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config import custom_model
+from search.config.settings import StudyConfig
+from search.data.dataset import Dataset
+from search.errors import RunError
+from search.promotion.comparison import Comparison, compare_versions
+from search.promotion.retrain import retrain
+from search.study import outline, sampling, storage
+from search.study.trials import (
+    LOST,
+    SlotTaken,
+    SlottedStudy,
+    TrialSummary,
+    fail_trial,
+    given_up,
+    is_lost,
+    owner_of_this_process,
+    read_trial,
+    summarize,
+    trials_in_slot,
+)
+from search.tracking.runs import Tracking
+from search.training import environment
+from search.training.train import TrainingDiverged, use_one_thread_each
+from search.workers.trial import (
+    Attempt,
+    Context,
+    interruption_behind,
+    now_ms,
+    reason_of,
+    train_again,
+)
+
+_LOOK = 1.0  # seconds
+
+
+class Worker:
+    """What a process needs to run trials: the study, the dataset and the tracking, opened once."""
+
+    def __init__(
+        self, config: StudyConfig, parent_run: str, dataset: Dataset, threads: int = 1
+    ) -> None:
+        """threads: how many workers this process has, each a thread of its own."""
+        use_one_thread_each(threads)
+        self.config = config
+        self.dataset = dataset
+        self.study = SlottedStudy(
+            study_name=config.study_name,
+            storage=outline.OutlineStorage(storage.open_storage(config.storage)),
+            pruner=sampling.pruner(config),
+        )
+        if config.model is not None:
+            custom_model.check(config.model, self.study.user_attrs["settings"]["model"])
+        self.tracking = Tracking(config).open()
+        self.owner = {**owner_of_this_process(), "thread": threading.get_ident()}
+        self.environment = environment.here()
+        self.closed = False
+        facts = self.study.user_attrs["facts"]
+        self.context = Context(config, dataset, self.study, self.tracking, parent_run, facts)
+
+    def close(self) -> None:
+        """Close the connections, and begin nothing more."""
+        self.closed = True
+        storage.close_study(self.study)
+
+    def run_trial(self, place: int) -> TrialSummary:
+        """Run the trial at `place` to its end, whatever that is, unless one has finished there.
+
+        Raises RunError where Optuna's database fails: then nothing can be recorded.
+        """
+        if place > 0:
+            self._let_the_first_begin()
+        found = self._find(place)
+        if found is not None:
+            return self._outcome_of(read_trial(self.study, found.number))
+        try:
+            return self._run_trial(place)
+        except SlotTaken:
+            return self.run_trial(place)
+
+    def _outcome_of(self, trial: FrozenTrial) -> TrialSummary:
+        """How a finished trial went."""
+        if trial.state is not TrialState.FAIL:
+            return summarize(trial)
+        last = given_up(self.study).get(trial.user_attrs["place"])
+        return summarize(trial, given_up=last is not None and last.number == trial.number)
+
+    def _find(self, place: int) -> FrozenTrial | None:
+        """The trial that finished the slot `place`, or with which the slot was given up.
+
+        One that runs is waited for, unless it is lost.
+        """
+        while not self.closed:
+            begun = trials_in_slot(self.study, place)
+            if not begun:
+                return given_up(self.study).get(place)
+            alive = False
+            for trial in begun:
+                if trial.state.is_finished():
+                    return trial
+                if trial.user_attrs["owner"] == self.owner or is_lost(self.study, trial):
+                    fail_trial(self.study, trial, LOST)  # unless it has finished meanwhile
+                else:
+                    alive = True
+            if alive:
+                time.sleep(_LOOK)  # at what another process writes
+        raise RunError("the run has ended")
+
+    def _run_trial(self, place: int) -> TrialSummary:
+        _, seed = sampling.seeds(self.config.seed, place)
+        self.study.marks = {
+            "place": place,
+            "seed": seed,
+            "owner": self.owner,
+            "environment": self.environment,
+        }
+        self.study.sampler = sampling.sampler(self.config, place)
+        attempt = Attempt(self.context)
+        try:
+            self.study.optimize(attempt.objective, n_trials=1, catch=(Exception,))
+        except SlotTaken:
+            raise
+        except Exception as error:
+            # Optuna 5 answers an interruption or a failing database, where it ends the trial, with
+            # errors of its own on top.
+            interruption = interruption_behind(error)
+            if interruption is not None:
+                raise interruption from None
+            if not attempt.was_ended():
+                raise storage.failure(error) from error
+        finally:
+            attempt.end()
+        return self._outcome_of(attempt.frozen())
+
+    def _let_the_first_begin(self) -> None:
+        """A study's first trial is the one at place 0, whichever worker is ready first."""
+        deadline = time.monotonic() + 60
+        while not self.study.get_trials(deepcopy=False) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def repeat(self, number: int, repeat: int) -> dict[str, Any]:
+        """Train the configuration of trial `number` on a fresh seed; writes to neither ledger.
+
+        Returns what the trial keeps of it: seed, history, when it began and ended (ms), and the
+        failure, where the training diverged.
+        """
+        trial = read_trial(self.study, number)
+        seed = sampling.repeat_seed(self.config.seed, trial.user_attrs["place"], repeat)
+        kept: dict[str, Any] = {"seed": seed, "history": [], "began": now_ms()}
+        try:
+            kept["value"] = train_again(
+                self.config, self.dataset, trial, self.context.facts, seed, kept["history"]
+            )
+        except TrainingDiverged as error:
+            kept["failure"] = reason_of(error)
+        except Exception as error:
+            raise RunError(
+                f"trial {number} could not be trained again ({reason_of(error)}); mend the cause "
+                "and run the same command again"
+            ) from error
+        return {**kept, "ended": now_ms()}
+
+    def retrain(self, number: int) -> str:
+        """Train the configuration of trial `number` anew, log it and return its run."""
+        return retrain(
+            self.config, self.dataset, self.tracking, self.context.parent_run, self.study, number
+        )
+
+    def compare(self, challenger: int, champion: int) -> Comparison | str:
+        """Compare two versions of the registered model on the test examples."""
+        return compare_versions(self.config, self.dataset, self.tracking, challenger, champion)
