@@ -112,7 +112,7 @@ def _frozen() -> None:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 2,000 real training digits and 400 test digits."""
     path = tmp_path_factory.mktemp("data") / "digits.npz"
-    with np.load(ROOT / "search" / "datasets" / "mnist.npz") as mnist:
+    with np.load(ROOT / "search" / "data" / "datasets" / "mnist.npz") as mnist:
         np.savez(
             path,
             x_train=mnist["x_train"][:2000],

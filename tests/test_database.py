@@ -49,7 +49,7 @@ def dump(path: Path) -> list[str]:
 FILL = """
 import signal, sqlite3
 from pathlib import Path
-from search.storage import create_sqlite
+from search.study.sqlite import create_sqlite
 
 def fill(url):
     database = sqlite3.connect(url.removeprefix("sqlite:///"))
@@ -95,7 +95,7 @@ def test_an_existing_database_is_not_made_again(in_folder: Path) -> None:
 def test_two_processes_at_once_end_with_one_database(in_folder: Path) -> None:
     code = """
 import os, optuna
-from search import database, storage
+from search.study import storage
 print("ready", flush=True)
 name = input()
 opened = storage.open_storage("sqlite:///study.db")

@@ -358,15 +358,15 @@ WARNING = """
 import os, sys, time, warnings
 import optuna
 from rich.console import Console
-from search import panel
-from search.outcome import Outcome
+from search.report.live import choose_progress
+from search.study.trials import TrialSummary
 
 study = optuna.create_study(direction="maximize")
 study.set_user_attr("settings", {"epochs": 3})
-shown = panel.listener(Console(), quiet=False)
+shown = choose_progress(Console(), quiet=False)
 shown.start(study, "a dataset", 20)
 for number in range(20):
-    shown.trial(Outcome(number, number, "PRUNED", None, 0.5, None, 1, 0.1, None), None)
+    shown.trial(TrialSummary(number, number, "PRUNED", None, 0.5, None, 1, 0.1, None), None)
     warnings.warn(f"warning {number} of Python")
     os.write(2, b"warning %d of native code\\n" % number)
     print("warning", number, "of a worker", file=sys.stderr)

@@ -223,12 +223,13 @@ def test_tensorflow_is_imported_ahead_where_trials_are_missing(
 
 UNGUARDED = """
 import multiprocessing, os
-from search import StudyConfig, pool
+from search import StudyConfig
+from search.workers import processes
 
 print("imported", flush=True)
 for method in ("spawn", "forkserver"):
-    pool._processes = lambda: multiprocessing.get_context(method)
-    workers = pool.Pool(StudyConfig(workers=2), "run", None, lambda line: None)
+    processes._start_method = lambda: multiprocessing.get_context(method)
+    workers = processes.ProcessBackend(StudyConfig(workers=2), "run", None, lambda line: None)
     print(workers.submit(os.getpid).result() != os.getpid())
     workers.close(now=False)
 """

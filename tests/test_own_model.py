@@ -248,16 +248,17 @@ def build(hyperparameters, shape, classes):
 """
 TRAIN = """
 import sys
-from search import StudyConfig, data
-from search.trial import train_again
-from search.training import one_thread_each
+from search import StudyConfig
+from search.data.dataset import load_dataset
+from search.training.train import use_one_thread_each
+from search.workers.trial import train_again
 from types import SimpleNamespace
 
 config = StudyConfig(dataset="digits.npz", model=sys.argv[1], epochs=3)  # imports the module
-one_thread_each(1)
+use_one_thread_each(1)
 history = []
 params = {"filters": 16, "learning_rate": 0.01}  # so large a rate shows the last digits
-dataset = data.load("digits.npz", config.validation_split)
+dataset = load_dataset("digits.npz", config.validation_split)
 train_again(config, dataset, SimpleNamespace(params=params), {"params": {}}, 1, history)
 print([epoch["train_loss"] for epoch in history])
 """

@@ -106,7 +106,8 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise error
         return build(what, *arguments)
 
-    monkeypatch.setattr("search.workers.trial.build_network", fails)
+    for module in ("workers.trial", "training.network"):  # the retraining asks the latter
+        monkeypatch.setattr(f"search.{module}.build_network", fails)
     return tried
 
 

@@ -55,7 +55,7 @@ VALUES: dict[str, dict[str, Any]] = {
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 real digits, every second row and column of them."""
     path = tmp_path_factory.mktemp("data") / "small.npz"
-    with np.load(ROOT / "search" / "datasets" / "mnist.npz") as mnist:
+    with np.load(ROOT / "search" / "data" / "datasets" / "mnist.npz") as mnist:
         np.savez(
             path,
             x_train=mnist["x_train"][:600, ::2, ::2],

@@ -54,7 +54,7 @@ def url(postgres: Postgres, request: pytest.FixtureRequest) -> str:
 
 CREATE = """
 import sys
-from search import storage
+from search.study import storage
 print("ready", flush=True)
 input()
 storage.close(storage.open_storage(sys.argv[1]))
@@ -80,7 +80,7 @@ def test_a_first_start_in_parallel_makes_one_database(url: str) -> None:
 KILL = """
 import os, sys
 from optuna.storages._rdb import storage as rdb
-from search import storage
+from search.study import storage
 manager, after = rdb._VersionManager, sys.argv[2]
 def stop(*arguments):
     print("there", flush=True)
@@ -106,10 +106,10 @@ def test_a_first_start_that_is_killed_is_finished_by_the_next(url: str, point: s
 
 HOLD = """
 import signal, sys
-from search.config import StudyConfig
-from search.runner import sole_runner
+from search.config.settings import StudyConfig
+from search.study.lock import study_lock
 
-with sole_runner(StudyConfig(storage="URL")):
+with study_lock(StudyConfig(storage="URL")):
     print("held", flush=True)
     signal.pause()
 """

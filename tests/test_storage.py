@@ -88,10 +88,10 @@ def test_a_study_of_another_program_is_not_adopted(in_folder: Path) -> None:
 
 HOLD = """
 import signal
-from search.config import StudyConfig
-from search.runner import sole_runner
+from search.config.settings import StudyConfig
+from search.study.lock import study_lock
 
-with sole_runner(StudyConfig()):
+with study_lock(StudyConfig()):
     print("held", flush=True)
     signal.pause()
 """

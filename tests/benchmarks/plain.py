@@ -15,7 +15,7 @@ import numpy as np
 import optuna
 from optuna_integration import KerasPruningCallback
 
-MNIST = Path(__file__).parents[2] / "search" / "datasets" / "mnist.npz"
+MNIST = Path(__file__).parents[2] / "search" / "data" / "datasets" / "mnist.npz"
 
 
 def create_model(units: int, dropout: float, learning_rate: float) -> keras.Model:
