@@ -23,7 +23,7 @@ from search.study import postgres as server
 from search.study import storage
 from search.study.lock import find_holder, holds_study, promotion_lock, study_lock
 from search.study.outline import OutlineStorage
-from search.study.postgres import GRACE, ServerLock
+from search.study.postgres import GRACE, ServerLock, retry_if_cut
 from search.study.trials import (
     SlotTaken,
     SlottedStudy,
@@ -311,6 +311,28 @@ def test_an_end_that_was_written_unheard_is_no_error(
 
 
 # ---- cut connections -----------------------------------------------------------------------------
+
+
+def test_a_connection_that_is_cut_while_it_is_being_made_is_made_again(url: str) -> None:
+    engine = sqlalchemy.create_engine(url)
+    tries: list[int] = []
+
+    def cut_the_first(connection: Any, _: Any) -> None:
+        tries.append(connection.info.backend_pid)
+        if len(tries) == 1:
+            ask(url, f"SELECT pg_terminate_backend({tries[0]})")
+        connection.execute("SELECT 1")
+
+    sqlalchemy.event.listen(engine, "connect", cut_the_first)
+
+    @retry_if_cut
+    def look() -> Any:
+        with engine.connect() as connection:
+            return connection.execute(sqlalchemy.text("SELECT 1")).scalar()
+
+    assert look() == 1
+    assert len(tries) == 2
+    engine.dispose()
 
 
 @pytest.mark.slow

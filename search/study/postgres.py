@@ -80,12 +80,19 @@ def wait_for_server(engine: Engine) -> None:
     sqlalchemy.event.listen(engine, "do_connect", connect)
 
 
+# What PostgreSQL answers while it stops or starts. SQLAlchemy takes that for a cut connection in a
+# statement, but not in what its dialect asks of a new connection.
+_SHUTDOWN = ("57P01", "57P02", "57P03")
+
+
 def is_cut(error: BaseException | None) -> bool:
     """Whether the server went away in the middle of a statement.
 
     Optuna tries some statements again itself, on a session that is beyond that by then.
     """
-    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
+    if isinstance(error, sqlalchemy.exc.DBAPIError) and (
+        error.connection_invalidated or getattr(error.orig, "sqlstate", None) in _SHUTDOWN
+    ):
         return True
     return error is not None and is_cut(error.__cause__ or error.__context__)
 
