@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import forks
 import invariants
@@ -36,6 +36,7 @@ TRIALS, EPOCHS = 12, 3
 FINISHED = (*("--dataset", "digits.npz", "--epochs", str(EPOCHS), "--n-trials", str(TRIALS)),)
 ROOT = Path(__file__).parents[1]
 Process = forks.Python | subprocess.Popen[str]
+Found = TypeVar("Found")
 
 
 def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
@@ -304,3 +305,26 @@ def browser() -> Iterator[Any]:
         )
         yield chromium
         chromium.close()
+
+
+def wait_for(condition: Callable[[], Found], process: Process) -> Found:
+    """What `condition` finds, as soon as it finds something, while `process` runs."""
+    deadline = time.monotonic() + 90
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def running_owners(folder: Path) -> set[int]:
+    """The processes that have a trial in progress, some epochs into it."""
+    query = (
+        "SELECT value_json FROM trial_user_attributes JOIN trials USING (trial_id) "
+        "WHERE key = 'owner' AND state = 'RUNNING' AND trial_id IN "
+        "(SELECT trial_id FROM trial_intermediate_values)"
+    )
+    if not (folder / "study.db").exists():
+        return set()
+    with closing(sqlite3.connect(folder / "study.db", timeout=60)) as database:
+        return {json.loads(row[0])["pid"] for row in database.execute(query)}

@@ -10,10 +10,8 @@ from pathlib import Path
 import forks
 import invariants
 import pytest
-from conftest import ROOT, start
+from conftest import ROOT, running_owners, start, wait_for
 from optuna.trial import TrialState
-from test_engine import running_owners, wait_for
-from test_space import points
 
 from search import cli, signals
 from search.config import files
@@ -81,7 +79,8 @@ def test_the_default_preset_is_what_the_command_does_without_one() -> None:
 
 
 def test_the_grid_preset_is_the_classic_table() -> None:
-    grid = points(cli.build_config({"preset": "grid"}).space)
+    space = cli.build_config({"preset": "grid"}).space
+    grid = [space.grid_point(index) for index in range(space.grid_size())]
     assert {(p["hidden_units"], p["dropout_rate"]) for p in grid} == {
         (units, dropout) for units in (128, 256, 512, 1024) for dropout in (0.1, 0.2, 0.3, 0.5)
     }

@@ -15,7 +15,7 @@ from conftest import ROOT
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from servers import BINARIES, Postgres, ask
-from test_database import SETTINGS, killed_after, python
+from test_sqlite import SETTINGS, killed_after, python
 
 from search import RunError, StudyConfig, pipeline
 from search.report.progress import Progress

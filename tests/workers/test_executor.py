@@ -1,27 +1,24 @@
 """Trials as tasks: exact budgets whatever dies, and early stops that still leave a model."""
 
-import json
 import multiprocessing
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import crash
 import invariants
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Process, command, start, start_anew
+from conftest import ROOT, Process, command, running_owners, start, start_anew, wait_for
 from optuna.trial import TrialState
 
 from search import pipeline
@@ -34,9 +31,6 @@ from search.workers import executor as engine
 from search.workers import processes as pool
 from search.workers.executor import Patience
 from search.workers.processes import InProcess
-
-Found = TypeVar("Found")
-
 
 # ---- the small parts -----------------------------------------------------------------------------
 
@@ -459,16 +453,6 @@ def test_a_timeout_stops_early_and_goes_on_to_the_retraining(in_folder: Path, cl
 # ---- deaths --------------------------------------------------------------------------------------
 
 
-def wait_for(condition: Callable[[], Found], process: Process) -> Found:
-    """What `condition` finds, as soon as it finds something, while `process` runs."""
-    deadline = time.monotonic() + 90
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
-
-
 def workers(process: Process) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -478,19 +462,6 @@ def workers(process: Process) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
-
-
-def running_owners(folder: Path) -> set[int]:
-    """The processes that have a trial in progress, some epochs into it."""
-    query = (
-        "SELECT value_json FROM trial_user_attributes JOIN trials USING (trial_id) "
-        "WHERE key = 'owner' AND state = 'RUNNING' AND trial_id IN "
-        "(SELECT trial_id FROM trial_intermediate_values)"
-    )
-    if not (folder / "study.db").exists():
-        return set()
-    with closing(sqlite3.connect(folder / "study.db", timeout=60)) as database:
-        return {json.loads(row[0])["pid"] for row in database.execute(query)}
 
 
 def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:

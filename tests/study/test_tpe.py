@@ -20,7 +20,7 @@ from optuna.samplers import TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY
 from optuna.trial import TrialState, create_trial
-from test_database import SETTINGS
+from test_sqlite import SETTINGS
 
 from search import StudyConfig
 from search.study import sampling, storage, tpe

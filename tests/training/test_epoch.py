@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import plain
-from test_training import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
+from test_train import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
 
 from search.config import custom_model
 from search.config.parameter import Choice

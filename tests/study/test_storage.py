@@ -13,7 +13,7 @@ import pytest
 from conftest import as_nobody, of_root
 from filelock import FileLock
 from optuna.trial import TrialState, create_trial
-from test_database import SETTINGS, dump, killed_after
+from test_sqlite import SETTINGS, dump, killed_after
 
 from search.config.settings import StudyConfig
 from search.errors import InputError, RunError

@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import Engine
-from test_database import SETTINGS
+from test_sqlite import SETTINGS
 
 from search import StudyConfig
 from search.study import storage
