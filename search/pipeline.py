@@ -279,13 +279,18 @@ class _Job:
         if run is None:
             self.tracking.reopen(self.parent)
             self.listener.retraining(best)
-            run_id = self.workers.retrain(best.number, self._after_death, self._draw)
+            run_id = self.workers.call(
+                "retrain", best.number, on_death=self._after_death, meanwhile=self._draw
+            )
             run = self.tracking.client.get_run(run_id)
             if NOT_MADE in run.data.tags:
                 self.listener.warning(f"the winner's {run.data.tags[NOT_MADE]}")
 
         def compare(challenger: int, champion: int) -> Comparison | str:
-            return self.workers.compare(challenger, champion, self._after_death)
+            found: Comparison | str = self.workers.call(
+                "compare", challenger, champion, on_death=self._after_death
+            )
+            return found
 
         version, verdict = promote(self.stores, run, compare)
         champion = aliased_version(self.tracking.client, self.config.model_name)

@@ -45,6 +45,10 @@ _SMALL = 2**20  # bytes
 _SETTINGS = f"{_TRIM}=1073741824 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TOP_PAD_=67108864"
 
 
+_DEATHS = (CancelledError, FutureCancelledError, KilledWorker, CommClosedError)
+_NOT_STARTED = (tasks.NotPrepared, tasks.Unfit, ClosedClientError)
+
+
 @dataclass
 class _Member:
     """A worker that may run tasks, `threads` at once."""
@@ -66,8 +70,6 @@ class _Refusal:
 class DaskBackend:
     """The workers behind `config.scheduler`; they may come and go while it runs."""
 
-    deaths = (CancelledError, FutureCancelledError, KilledWorker, CommClosedError)
-    not_begun = (tasks.NotPrepared, tasks.Unfit, ClosedClientError)
     most_deaths = 5  # a cluster may take its workers back
     remedy = "(out of memory?); give the cluster's workers more memory or fewer threads"
 
@@ -104,12 +106,16 @@ class DaskBackend:
     def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Start `task` on the worker with the most free threads."""
         member = max(self._open(), key=lambda member: member.threads - len(member.running))
-        future = member.executor.submit(task, *arguments)
+        try:
+            future: Future[Any] = member.executor.submit(task, *arguments)
+        except _DEATHS as error:
+            future = Future()
+            future.set_exception(error)
         member.running.add(future)
         return future
 
-    def wait(self, running: "Collection[Future[Any]]") -> "set[Future[Any]]":
-        """Those that have ended, their workers' end included; or none, after a while."""
+    def wait(self, running: "Collection[Future[Any]]") -> "Iterator[tuple[Future[Any], tasks.End]]":
+        """Those of the `running` tasks that have ended, and how; or none, after a second."""
         if running:
             wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
         else:
@@ -121,11 +127,11 @@ class DaskBackend:
             member.running -= ended
             for future in ended:
                 self._learn(address, future)
-        return done
-
-    def bury(self) -> None:
-        """Look at once who is left."""
-        self._next_look = 0.0
+        for future in done:
+            end = tasks.end_of(future, _DEATHS, _NOT_STARTED)
+            if isinstance(end, tasks.Died):
+                self._next_look = 0.0  # see at once who is left
+            yield future, end
 
     def close(self, *, now: bool) -> None:
         """Leave the cluster; `now`: a trial that runs finds at its next write that it was ended."""

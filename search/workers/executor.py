@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from search.config.settings import StudyConfig
@@ -17,9 +18,9 @@ from search.signals import EXIT_INTERRUPTED
 from search.study.trials import TrialSummary
 from search.workers import tasks
 from search.workers.processes import ProcessBackend
+from search.workers.tasks import Died, Done, NotStarted
 
 if TYPE_CHECKING:
-    from search.promotion.comparison import Comparison
     from search.workers.dask import DaskBackend
 
 INTERRUPTED = "interrupted"
@@ -27,10 +28,11 @@ Arguments = tuple[int, ...]
 
 
 class Executor:
-    """Workers, here or on the cluster `config.scheduler`. Leave its context to end them.
+    """Runs tasks on the workers of this machine, or of the cluster `config.scheduler`.
 
-    stopping: whether no more tasks may start. report: gets a line about the workers.
-    renew_lock: is called again and again; raises where another process has taken over the study.
+    stopping: whether no more tasks may start. report: gets a line about the workers. renew_lock: is
+    called between tasks; raises where another process has taken over the study. Leave the context
+    to end the workers.
     """
 
     def __init__(
@@ -53,29 +55,18 @@ class Executor:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._backend.close(now=kind is not None)
 
-    def retrain(
-        self, number: int, on_death: Callable[[], object], meanwhile: Callable[[], object]
-    ) -> str:
-        """Train the configuration of trial `number` anew on a worker; returns its MLflow run.
-
-        meanwhile: is called here while the worker trains.
-        """
-        return str(self._call(tasks.retrain, number, on_death=on_death, meanwhile=meanwhile))
-
-    def compare(
-        self, challenger: int, champion: int, on_death: Callable[[], object]
-    ) -> "Comparison | str":
-        """Compare two versions of the model on a worker, as `promotion.compare` does."""
-        found: Comparison | str = self._call(tasks.compare, challenger, champion, on_death=on_death)
-        return found
-
-    def _call(
+    def call(
         self,
-        task: Callable[..., Any],
+        method: str,
         *arguments: int,
         on_death: Callable[[], object],
         meanwhile: Callable[[], object] = list,
     ) -> Any:
+        """What `Worker.<method>(*arguments)` returns on one of the workers.
+
+        on_death: is called when a worker has died, before the call is repeated. meanwhile: is
+        called in this process while the worker is busy. Raises Interrupted to stop the run.
+        """
         results: list[Any] = []
 
         def missing() -> list[Arguments]:
@@ -85,33 +76,31 @@ class Executor:
         def on_result(_: Arguments, result: Any) -> None:
             results.append(result)
 
-        stopped = self._run(task, [arguments], on_result, missing, self._why_stop, meanwhile)
-        if stopped is not None:
+        task = partial(tasks.call, method)
+        if self._run(task, [arguments], on_result, missing, self._why_stop, meanwhile) is not None:
             raise Interrupted("interrupted by Ctrl-C", EXIT_INTERRUPTED)
         return results[0]
-
-    def _why_stop(self) -> str | None:
-        return INTERRUPTED if self._stopping() else None
 
     def run_repeats(
         self,
         missing: Callable[[], list[tuple[int, int]]],
         on_repeat: Callable[[int, int, dict[str, Any]], None],
     ) -> bool:
-        """Train finalists again until none is `missing` (trial, repeat); False where it stopped.
+        """Train finalists again until no (trial, repeat) is `missing`; False where it stopped.
 
-        on_repeat: gets every result, and keeps it, so that it is not missing any more.
+        on_repeat: gets each result and stores it, so that it is no longer missing.
         """
 
-        def on_result(arguments: Arguments, kept: dict[str, Any]) -> None:
+        def on_result(arguments: Arguments, result: dict[str, Any]) -> None:
             number, repeat = arguments
-            on_repeat(number, repeat, kept)
+            on_repeat(number, repeat, result)
 
-        return self._run(tasks.repeat, missing(), on_result, missing, self._why_stop) is None
+        task = partial(tasks.call, "repeat")
+        return self._run(task, missing(), on_result, missing, self._why_stop) is None
 
     def run_trials(
         self,
-        places: Iterable[int],
+        slots: Iterable[int],
         on_trial: Callable[[TrialSummary], None],
         on_death: Callable[[], Iterable[int]],
         *,
@@ -119,53 +108,55 @@ class Executor:
         patience: "Patience",
         max_failures: int,
     ) -> str | None:
-        """Run a trial for every place; returns why it stopped early, if so.
+        """Run a trial for every slot; returns why it stopped early, if it did.
 
-        A trial that failed is tried again, unless its slot is given up.
+        A trial that failed is repeated once, unless its slot is given up.
 
-        on_trial: gets every trial's outcome, in the order in which they end.
-        on_death: is called when a worker has died; says which places are missing now, because a
-        trial may have ended whose outcome did not arrive.
+        on_trial: gets every trial's summary, in the order in which they end.
+        on_death: is called when a worker has died; returns the slots that are missing now, because
+        a trial may have ended whose summary did not arrive.
         Raises RunError after `max_failures` configurations in a row have failed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         failures = 0
-        failed: set[int] = set()  # slots, since a trial last ended well
+        failed: set[int] = set()  # slots, since the last trial that ended well
 
         def why_stop() -> str | None:
-            if self._stopping():
-                return INTERRUPTED
             if deadline is not None and time.monotonic() >= deadline:
-                return f"--timeout: {timeout:g} s are over"
+                return f"--timeout: {timeout:g} s have passed"
             if patience.exhausted:
                 return f"--patience: {patience.limit} trials without a better one"
             return None
 
-        def on_result(_: Arguments, outcome: TrialSummary) -> bool:
+        def on_result(_: Arguments, trial: TrialSummary) -> bool:
             nonlocal failures
-            on_trial(outcome)
-            if outcome.state != "FAIL":
+            on_trial(trial)
+            if trial.state != "FAIL":
                 failures = 0
                 failed.clear()
-                patience.see(outcome.value)
+                patience.see(trial.value)
                 return False
-            if not (outcome.given_up and outcome.place in failed):  # the same configuration
+            if not (trial.given_up and trial.place in failed):  # the same configuration
                 failures += 1
-            failed.add(outcome.place)
+            failed.add(trial.place)
             if failures == max_failures:
                 raise RunError(
-                    f"{failures} configurations in a row failed, the last with {outcome.failure}; "
-                    "mend the cause, or allow more with --max-failures, and run again"
+                    f"{failures} configurations in a row failed, the last with {trial.failure}; "
+                    "fix the cause, or allow more with --max-failures, and run again"
                 )
-            if outcome.given_up:
+            if trial.given_up:
                 patience.see(None)
-            return not outcome.given_up
+            return not trial.given_up
 
         def missing() -> list[Arguments]:
-            return [(place,) for place in on_death()]
+            return [(slot,) for slot in on_death()]
 
-        first = [(place,) for place in places]
-        return self._run(tasks.run_trial, first, on_result, missing, why_stop)
+        first = [(slot,) for slot in slots]
+        task = partial(tasks.call, "run_trial")
+        return self._run(task, first, on_result, missing, lambda: self._why_stop() or why_stop())
+
+    def _why_stop(self) -> str | None:
+        return INTERRUPTED if self._stopping() else None
 
     def _run(
         self,
@@ -178,71 +169,63 @@ class Executor:
     ) -> str | None:
         """Run `task` with each of the arguments in `first`; returns why it stopped early, if so.
 
-        on_result: gets arguments and result, and tells whether to run that again.
-        missing: after a worker has died, says what is to do now.
-        meanwhile: is called each time that tasks were started and before they are waited for.
-        Raises RunError where workers die at one task again and again.
+        on_result: gets arguments and result, and returns whether to run that again.
+        missing: is called after a worker has died; returns what is left to run.
+        meanwhile: is called after tasks were started and before they are waited for.
+        Raises RunError where workers die repeatedly at one task.
         """
-        queue = deque(first)
+        backend, queue = self._backend, deque(first)
         running: dict[Future[Any], Arguments] = {}
         deaths: Counter[Arguments] = Counter()
-        backend = self._backend
         while True:
             self._renew_lock()
             stopped = why_stop()
-            died = False
-            while queue and not stopped and not died and len(running) < backend.slots():
+            while queue and not stopped and len(running) < backend.slots():
                 arguments = queue.popleft()
-                try:
-                    running[backend.submit(task, self._parent_run, *arguments)] = arguments
-                except backend.deaths:
-                    backend.bury()
-                    deaths[arguments] += 1
-                    died = True
-            if not running and not died and (stopped or not queue):
+                running[backend.submit(task, self._parent_run, *arguments)] = arguments
+            if not running and (stopped or not queue):
                 return stopped if queue else None
 
             meanwhile()
-            done = backend.wait(running)
-            while done:
-                future = done.pop()
+            died = False
+            for future, end in backend.wait(running):
                 arguments = running.pop(future)
-                try:
-                    again = on_result(arguments, future.result(0))
-                except backend.not_begun:
-                    again = True
-                except backend.deaths:
-                    if not died:
+                match end:
+                    case Done(result):
+                        if on_result(arguments, result):
+                            queue.appendleft(arguments)
+                    case NotStarted():
+                        queue.appendleft(arguments)
+                    case Died():
                         died = True
-                        backend.bury()
-                        done |= {future for future in running if future.done()}
-                    deaths[arguments] += 1
-                    continue
-                if again:
-                    queue.appendleft(arguments)
+                        deaths[arguments] += 1
             if died:
-                if any(count >= backend.most_deaths for count in deaths.values()):
-                    raise RunError(
-                        f"workers died {backend.most_deaths} times at one task {backend.remedy}, "
-                        "and run the same command again"
-                    )
-                at_it = set(running.values())
-                queue = deque(left for left in missing() if left not in at_it)
+                _check_deaths(deaths, backend)
+                busy = set(running.values())
+                queue = deque(left for left in missing() if left not in busy)
+
+
+def _check_deaths(deaths: "Counter[Arguments]", backend: "ProcessBackend | DaskBackend") -> None:
+    if any(count >= backend.most_deaths for count in deaths.values()):
+        raise RunError(
+            f"workers died {backend.most_deaths} times at one task {backend.remedy}, "
+            "and run the same command again"
+        )
 
 
 def _backend(
-    config: StudyConfig, parent_run: str, dataset: Dataset, say: Callable[[str], None]
+    config: StudyConfig, parent_run: str, dataset: Dataset, report: Callable[[str], None]
 ) -> "ProcessBackend | DaskBackend":
-    """Where the tasks go."""
+    """Where the tasks run."""
     if config.scheduler is None:
-        return ProcessBackend(config, parent_run, dataset, say)
+        return ProcessBackend(config, parent_run, dataset, report)
     from search.workers.dask import DaskBackend
 
-    return DaskBackend(config, parent_run, dataset, say)
+    return DaskBackend(config, parent_run, dataset, report)
 
 
 class Patience:
-    """Counts the finished slots since the best trial; one pruned or given up is not better."""
+    """Counts the slots finished since the best trial; a pruned or given-up one is not better."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit

@@ -158,8 +158,6 @@ class ProcessBackend:
     nobody can tell which was the first.
     """
 
-    deaths = (BrokenProcessPool,)
-    not_begun = ()  # ends of a task that say nothing of it
     most_deaths = 3
     remedy = (
         "(out of memory?); use fewer --workers, a smaller --batch-size or a smaller --hidden-units"
@@ -213,13 +211,13 @@ class ProcessBackend:
         )
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """Start `task`; its future raises one of `deaths` where its process dies."""
+        """Start `task`; `wait` tells how it ends."""
         if self.slots() == 1:
             if self._in_process is None:
                 tasks.prepare(*self._prepare)
                 self._in_process = InProcess()
             return self._in_process.submit(task, *arguments)
-        self.bury()
+        self._drop_dead()
         for executor in [executor for executor, last in self._last.items() if last.done()]:
             try:
                 self._last[executor] = _submit(executor, task, *arguments)
@@ -228,17 +226,23 @@ class ProcessBackend:
                 executor.shutdown()
                 del self._last[executor]
         executor = self._executor()
-        self._last[executor] = _submit(executor, task, *arguments)
+        try:
+            self._last[executor] = _submit(executor, task, *arguments)
+        except BrokenProcessPool as error:  # it died at once
+            self._last[executor] = Future()
+            self._last[executor].set_exception(error)
         return self._last[executor]
 
-    def wait(self, running: "Collection[Future[Any]]") -> "set[Future[Any]]":
-        """Those that have ended, as soon as there are some."""
-        return wait(running, return_when=FIRST_COMPLETED).done
+    def wait(self, running: "Collection[Future[Any]]") -> "Iterator[tuple[Future[Any], tasks.End]]":
+        """Those of the `running` tasks that have ended, as soon as there are some, and how."""
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield future, tasks.end_of(future, deaths=(BrokenProcessPool,))
 
-    def bury(self) -> None:
-        """Let go of the processes that have died."""
+    def _drop_dead(self) -> None:
+        """Shut down the executors whose process has died."""
         for executor, last in list(self._last.items()):
-            if last.done() and not last.cancelled() and isinstance(last.exception(), self.deaths):
+            dead = last.done() and not last.cancelled()
+            if dead and isinstance(last.exception(), BrokenProcessPool):
                 executor.shutdown()
                 del self._last[executor]
 

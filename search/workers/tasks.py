@@ -4,18 +4,50 @@ import logging
 import os
 import threading
 import time
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from search.config.custom_model import ModelError
 from search.config.settings import StudyConfig
 from search.errors import RunError, one_line
 from search.imports import silent_stderr
-from search.study.trials import TrialSummary
 
 if TYPE_CHECKING:
     from search.data.dataset import Dataset
-    from search.promotion.comparison import Comparison
     from search.workers.worker import Worker
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task ended by itself and returned `result`."""
+
+    result: Any
+
+
+class Died:
+    """The worker died while it ran the task."""
+
+
+class NotStarted:
+    """The task was not started, so its end says nothing about it."""
+
+
+End = Done | Died | NotStarted
+Errors = tuple[type[BaseException], ...]
+
+
+def end_of(future: "Future[Any]", deaths: Errors, not_started: Errors = ()) -> End:
+    """How a task ended, whose `future` is done. Raises what the task raised, if it did.
+
+    deaths, not_started: the exceptions of the future that stand for these ends.
+    """
+    try:
+        return Done(future.result(0))
+    except not_started:
+        return NotStarted()
+    except deaths:
+        return Died()
 
 
 class NotPrepared(Exception):
@@ -97,21 +129,6 @@ def gpu() -> str | None:
         return gpu_name()
 
 
-def run_trial(parent_run: str, place: int) -> TrialSummary:
-    """As `trial.Worker.run_trial`."""
-    return _worker(parent_run).run_trial(place)
-
-
-def repeat(parent_run: str, number: int, which: int) -> dict[str, Any]:
-    """As `trial.Worker.repeat`."""
-    return _worker(parent_run).repeat(number, which)
-
-
-def retrain(parent_run: str, number: int) -> str:
-    """As `trial.Worker.retrain`."""
-    return _worker(parent_run).retrain(number)
-
-
-def compare(parent_run: str, challenger: int, champion: int) -> "Comparison | str":
-    """As `trial.Worker.compare`."""
-    return _worker(parent_run).compare(challenger, champion)
+def call(method: str, parent_run: str, *arguments: int) -> Any:
+    """What `Worker.<method>(*arguments)` returns, on this process's worker of that run."""
+    return getattr(_worker(parent_run), method)(*arguments)

@@ -384,7 +384,7 @@ def outcomes(
     left = dict(failing)
     failed: set[int] = set()
 
-    def run_trial(_: str, place: int) -> TrialSummary:
+    def call(_: str, __: str, place: int) -> TrialSummary:
         fails = left.get(place, 0) > 0
         left[place] = left.get(place, 0) - 1
         given_up = fails and place in failed
@@ -392,7 +392,7 @@ def outcomes(
         state, value = ("FAIL", None) if fails else ("COMPLETE", 0.5)
         return TrialSummary(place, place, state, value, None, None, 0, 0.1, "why", given_up)
 
-    monkeypatch.setattr(engine.tasks, "run_trial", run_trial)
+    monkeypatch.setattr(engine.tasks, "call", call)
     seen: list[tuple[int, str]] = []
     with engine.Executor(StudyConfig(workers=1), "run", nothing) as workers:
         workers.run_trials(
