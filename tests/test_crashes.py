@@ -24,7 +24,7 @@ from conftest import ROOT, command, start, start_anew, wait_until
 from optuna_dashboard import get_note
 from servers import MlflowServer, Proxy
 
-from search import RunError, StudyConfig, pipeline
+from search import RunError, StudyConfig, pipeline, session
 from search.report.progress import Progress, Result
 from search.study import sqlite
 from search.study.trials import TrialSummary
@@ -418,7 +418,7 @@ def test_what_a_slow_server_did_after_all_is_not_done_twice(
 def test_a_server_gone_to_the_end_leaves_a_study_that_the_next_start_completes(
     in_folder: Path, clouds: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_PATIENCE", 1)
+    monkeypatch.setattr(session, "_PATIENCE", 1)
     config = settings(clouds, tracking_uri=server.uri)
     with pytest.raises(RunError, match="run the same command again"):
         pipeline.run(config, During({3: server.stop}))

@@ -13,7 +13,7 @@ from conftest import copy_databases
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search import pipeline
+from search import pipeline, session
 from search.config.settings import StudyConfig
 from search.errors import RunError
 
@@ -130,7 +130,7 @@ def test_an_error_while_registering_is_one_line_and_the_next_run_completes_it(
         raise MlflowException("the server is down")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_PATIENCE", 1)
+        patch.setattr(session, "_PATIENCE", 1)
         patch.setattr(MlflowClient, "set_registered_model_alias", refuse)
         with pytest.raises(RunError, match="the server is down") as caught:
             pipeline.run(config)
