@@ -465,7 +465,8 @@ def test_a_trial_of_a_living_process_is_waited_for(
             living.wait()
         return looked[-1]
 
-    monkeypatch.setattr("search.tracking.sync.is_lost", look)
+    for module in ("tracking.sync", "workers.worker"):
+        monkeypatch.setattr(f"search.{module}.is_lost", look)
     result = pipeline.run(study.config)
     assert looked[:5] == [False] * 5
     assert looked[5]

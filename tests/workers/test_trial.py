@@ -136,6 +136,7 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
     load_trial()
     outcomes = Outcomes()
     monkeypatch.setattr("search.workers.trial.train", train)
+    monkeypatch.setattr("search.workers.trial._PATIENCE", float("inf"))  # a busy machine is slow
     monkeypatch.setattr("search.workers.worker.retrain", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(replace(config(clouds), epochs=epochs, n_trials=trials, pruner=pruner), outcomes)
