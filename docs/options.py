@@ -1,6 +1,7 @@
 """Write options.md, beside this file, from the settings in the code: python docs/options.py"""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import typer
@@ -8,9 +9,10 @@ import typer
 from search.cli import app
 from search.config.hyperparameters import HYPERPARAMETERS
 from search.config.options import Option, flag
-from search.config.settings import defaults, options
+from search.config.settings import StudyConfig, options
 
 PAGE = Path(__file__).with_suffix(".md")
+DEFAULTS = {setting.name: setting.default for setting in fields(StudyConfig)}
 HEAD = """\
 <!-- Written by `python docs/options.py`; change the code, not this page. -->
 # Options
@@ -36,9 +38,10 @@ A value that cannot be used is refused in one line, with exit code 2, before any
 VERBS = """
 ## Verbs
 
-Each takes the options that say which study is meant, after the verb: `python study.py show
---study-name mine`. Without a verb the study is run; that alone takes `--quiet`, which prints only
-the summary.
+Without a verb, the study is run; only then `--quiet` may be given, which prints nothing but the
+summary. The other verbs take the options that say which study is meant, after the verb:
+
+    python study.py show --study-name mine
 
 | verb | own options | what it does |
 |---|---|---|
@@ -61,15 +64,14 @@ def tables() -> Iterator[tuple[str, str]]:
 
 def row(name: str, option: Option) -> str:
     """One line of a table."""
-    default = defaults()[name]
-    shown = option.none if default is None else default
+    shown = option.none if DEFAULTS[name] is None else DEFAULTS[name]
     help_text = option.help + (f" Environment: `{option.env}`." if option.env else "")
     return f"| `{flag(name)}` | {shown} | {allowed(name, option)} | {help_text} |"
 
 
 def allowed(name: str, option: Option) -> str:
     """What the setting `name` may be, in words."""
-    words = [] if defaults()[name] is not None else [option.none]
+    words = [] if DEFAULTS[name] is not None else [option.none]
     if name in HYPERPARAMETERS:
         known = HYPERPARAMETERS[name]
         only = f"; only with {known.condition}" if known.condition else ""
