@@ -1,4 +1,4 @@
-"""The README's commands serve the model in production, and what they answer is what it predicts."""
+"""The commands of docs/results.md serve the model in production, and answer what it predicts."""
 
 import json
 import math
@@ -19,15 +19,15 @@ import requests
 from conftest import ROOT
 from servers import free_port, wait_for
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "results.md").read_text()
 # As in a shell in which the virtual environment is active.
 SHELL = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-SERVE, ASK = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+SERVE, ASK = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
 def served(finished: dict[str, Any], tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """The first block of the README, on a copy of the finished study and a free port."""
+    """The first block of the page, on a copy of the finished study and a free port."""
     folder = tmp_path / "study"
     shutil.copytree(finished["folder"], folder)
     port = str(free_port())
@@ -59,7 +59,7 @@ def ask(address: str, inputs: Any) -> tuple[int, Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_readmes_commands_get_what_the_model_predicts(
+def test_the_pages_commands_get_what_the_model_predicts(
     served: tuple[Path, str], finished: dict[str, Any]
 ) -> None:
     folder, address = served
@@ -84,7 +84,7 @@ def test_the_readmes_commands_get_what_the_model_predicts(
         ([["seven"] * 784], "could not convert string to float"),
     ):
         code, answer = ask(address, inputs)
-        assert (code, message in answer["message"], message in README) == (400, True, True)
+        assert (code, message in answer["message"], message in PAGE) == (400, True, True)
     for value in (math.nan, None):
         code, answer = ask(address, [[value] + [0.5] * 783, [0.5] * 784])
         assert code == 200

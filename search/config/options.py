@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line, the settings file and the README say of a setting.
+    """What the command line, the settings file and docs/options.md say of a setting.
 
     low, high: the ends of the allowed range; below: with low, an open interval instead.
     choices, pattern: what a text may be; rule: the pattern in words. env: the environment's

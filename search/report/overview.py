@@ -94,7 +94,7 @@ class Overview:
     production: Production | None
 
     def as_json(self) -> dict[str, Any]:
-        """The schema in the README; a new key keeps its number, a changed one raises it."""
+        """The schema in docs/results.md; a new key keeps its number, a changed one raises it."""
         return {"schema": SCHEMA, **asdict(self)}
 
 

@@ -1,4 +1,4 @@
-"""A network of the user's own, as the README writes it, through the real command."""
+"""A network of the user's own, as docs/your-model.md writes it, through the real command."""
 
 import hashlib
 import importlib
@@ -23,9 +23,9 @@ from search.errors import InputError, RunError
 from search.tracking.schema import study_metadata
 from search.workers.worker import Worker
 
-README = (ROOT / "README.md").read_text()
-SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", README, re.DOTALL)
-COMMAND = re.search(r"    python study.py (--model mine:build .*)", README)
+PAGE = (ROOT / "docs" / "your-model.md").read_text()
+SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", PAGE, re.DOTALL)
+COMMAND = re.search(r"    python study.py (--model mine:build .*)", PAGE)
 DENSE = """
 import keras
 
@@ -42,20 +42,20 @@ SMALL = ("--dataset", "digits.npz", "--n-trials", "4", "--epochs", "2", "--repor
 
 @pytest.fixture
 def folder(tmp_path: Path, digits: Path) -> Path:
-    """The README's mine.py beside some digits."""
+    """The page's mine.py beside some digits."""
     assert SOURCE is not None
     (tmp_path / "mine.py").write_text(SOURCE[1])
     shutil.copy(digits, tmp_path / "digits.npz")
     return tmp_path
 
 
-def test_the_readmes_example_has_twenty_lines_or_so() -> None:
+def test_the_pages_example_has_twenty_lines_or_so() -> None:
     assert SOURCE is not None
     assert len(SOURCE[1].strip().splitlines()) <= 21
 
 
 @pytest.mark.slow
-def test_the_readmes_own_network_is_searched_registered_and_reproduced(folder: Path) -> None:
+def test_the_pages_own_network_is_searched_registered_and_reproduced(folder: Path) -> None:
     assert COMMAND is not None
     options = COMMAND[1].split()
     name = options[options.index("--study-name") + 1]

@@ -57,10 +57,10 @@ def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_schema_in_the_readme_is_the_one_printed(finished: dict[str, Any]) -> None:
+def test_the_schema_in_the_docs_is_the_one_printed(finished: dict[str, Any]) -> None:
     shown = json.loads(command(finished["folder"], "show", "--json")[1])
-    readme = (ROOT / "README.md").read_text()
-    listed = readme.split("### The JSON of `show --json`")[1].split("\n## ")[0]
+    page = (ROOT / "docs" / "results.md").read_text()
+    listed = page.split("### The JSON of `show --json`")[1].split("\n## ")[0]
     for key in (*shown, *shown["best"], *shown["production"], *shown["importances"]):
         assert f"`{key}`" in listed
 
