@@ -89,7 +89,7 @@ def test_the_summary_of_a_whole_run(in_folder: Path) -> None:
         "images were used this once, and by the gate).",
         "Registered as MNIST_DNN_Model version 3: alias production, stage Production.",
         "Gate: promoted: test accuracy 0.9812 against 0.9801 of version 2, exact McNemar p = 0.043 "
-        "(more than chance).",
+        "(significant at 5 %).",
         "",
         "Look further:",
         "  report.html",
@@ -139,7 +139,7 @@ def test_a_winner_that_is_kept_out_is_said_to_be() -> None:
     text = summary(winner=replace(RESULT.winner, verdict=kept_out, in_production=2))
     assert "version 3: not in production, where version 2 is.\n" in text
     assert "Gate: not promoted: test accuracy 0.9701 against 0.9801 of version 2" in text
-    assert "(may be chance)" in text
+    assert "(not significant at 5 %)" in text
 
 
 def test_an_early_stop_says_why() -> None:
