@@ -24,7 +24,7 @@ from search.promotion.evaluation import MANY, Confusion, Evaluation
 from search.report import overview
 from search.report.overview import Overview
 from search.report.text import in_production, sentences
-from search.study.trials import FINISHED
+from search.study.trials import FINISHED, summarize
 
 _STATES = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
 _ACCURACY = "val_accuracy"
@@ -112,7 +112,7 @@ def build_html(
         mistakes=_mistakes(tested),
         names=list(found.space),
         short=short,
-        trials=[overview.row(trial) for trial in study.get_trials(deepcopy=False)],
+        trials=[summarize(trial) for trial in study.get_trials(deepcopy=False)],
         templates=json.dumps(
             {
                 scheme: plotly.io.templates[f"plotly_{name}"].to_plotly_json()
@@ -147,11 +147,9 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
 
 def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     epoch, copy = overview.comparable(study)
-    searched = [name for name, allowed in found.space.items() if {*allowed} & {",", ":"}]
-    varied = [name for name in searched if any(name in trial.params for trial in copy.trials)]
+    varied, common = ([n for n in found.space if n in names] for names in overview.varied(copy))
     if not varied:
         return
-    common = [name for name in varied if all(name in trial.params for trial in copy.trials)]
     every = f"val_accuracy after epoch {epoch}, which all {len(copy.trials)} finished trials have"
     if found.importances is not None:
         name, share = next(iter(found.importances.shares.items()))

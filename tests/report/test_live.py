@@ -84,14 +84,14 @@ def test_the_summary_of_a_whole_run(in_folder: Path) -> None:
         "The search gained +0.0027 val_accuracy over the reference. It is the best of 30 noisy "
         "results, so part of that is luck.",
         "",
-        "winner: trial 17, val_accuracy 0.9812, by which it was chosen, so it flatters",
-        "Trained anew on all training data: test accuracy 0.9812, test loss 0.0612 (the test "
-        "images were used this once, and by the gate).",
+        "winner: trial 17, val_accuracy 0.9812, used for the selection, so optimistically biased",
+        "Retrained on training and validation data: test accuracy 0.9812, test loss 0.0612 (the "
+        "test examples are used only here and by the gate).",
         "Registered as MNIST_DNN_Model version 3: alias production, stage Production.",
         "Gate: promoted: test accuracy 0.9812 against 0.9801 of version 2, exact McNemar p = 0.043 "
         "(significant at 5 %).",
         "",
-        "Look further:",
+        "See also:",
         "  report.html",
         "  mlflow ui",
         "  optuna-dashboard sqlite:///study.db",
@@ -124,13 +124,13 @@ def test_finalists_are_listed_and_chose_the_winner() -> None:
         Finalist(3, [None, 0.99], None, None),
     ]
     lines = summary(finalists=stood).splitlines()
-    first = lines.index("finalists, the mean of 2 fresh seeds; the first is the winner:")
+    first = lines.index("finalists, mean of 2 fresh seeds, winner first:")
     assert lines[first + 1 : first + 4] == [
         "  trial 17, mean val_accuracy 0.9810 ± 0.0014",
         "  trial 0, mean val_accuracy 0.9800",
         "  trial 3, failed on a fresh seed",
     ]
-    assert "winner: trial 17, mean val_accuracy 0.9810 ± 0.0014, by which it was chosen" in lines
+    assert "winner: trial 17, mean val_accuracy 0.9810 ± 0.0014, used for the selection" in lines
 
 
 def test_a_winner_that_is_kept_out_is_said_to_be() -> None:
@@ -193,11 +193,11 @@ OUTCOME = TrialSummary(
     number=7,
     place=7,
     state="COMPLETE",
-    value=0.97654,
-    last=0.97654,
+    val_accuracy=0.97654,
     hyperparameters=TRIED,
     epochs=5,
     seconds=12.34,
+    run_id=None,
     failure=None,
 )
 
@@ -214,8 +214,8 @@ def test_a_trial_is_one_line_however_narrow_the_terminal() -> None:
 def test_a_failed_trial_says_why_and_markup_in_it_is_only_text() -> None:
     to, text = lines()
     failure = "ValueError: [red]bad[/blue]"
-    failed = replace(OUTCOME, state="FAIL", value=None, last=None, epochs=0, failure=failure)
-    to.trial(replace(failed, hyperparameters=None), None)
+    failed = replace(OUTCOME, state="FAIL", val_accuracy=None, epochs=0, failure=failure)
+    to.trial(replace(failed, hyperparameters={}), None)
     assert text.getvalue() == (
         f"trial    7  FAIL      val_accuracy     --    0 ep  12.3 s  best --  ({failure})\n"
     )
@@ -233,7 +233,7 @@ def test_stopping_is_told_once_asked_for() -> None:
     ("done", "missing", "expected"),
     [
         (0, 5, "s: 5 trials of 7 epochs to run"),
-        (2, 3, "s: 3 trials of 7 epochs to go on with"),
+        (2, 3, "s: 3 more trials of 7 epochs to run"),
         (2, 0, "nothing to search"),
     ],
 )
@@ -249,11 +249,11 @@ def test_the_start_says_what_will_be_done(done: int, missing: int, expected: str
     assert second.endswith(expected)
 
 
-def test_every_mend_is_a_line() -> None:
+def test_every_repair_is_a_line() -> None:
     to, text = lines()
-    to.mended(["run [1] mended", "trial 2 had no run"])
+    to.mended(["run [1] repaired", "trial 2 had no run"])
     to.mended([])
-    assert text.getvalue() == "mended: run [1] mended\nmended: trial 2 had no run\n"
+    assert text.getvalue() == "repaired: run [1] repaired\nrepaired: trial 2 had no run\n"
 
 
 # ---- the panel, in a pseudo-terminal -------------------------------------------------------------
@@ -366,7 +366,7 @@ study.set_user_attr("settings", {"epochs": 3})
 shown = choose_progress(Console(), quiet=False)
 shown.start(study, "a dataset", 20)
 for number in range(20):
-    shown.trial(TrialSummary(number, number, "PRUNED", None, 0.5, None, 1, 0.1, None), None)
+    shown.trial(TrialSummary(number, number, "PRUNED", 0.5, {}, 1, 0.1, None, None), None)
     warnings.warn(f"warning {number} of Python")
     os.write(2, b"warning %d of native code\\n" % number)
     print("warning", number, "of a worker", file=sys.stderr)
