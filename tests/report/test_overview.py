@@ -216,4 +216,4 @@ def test_trials_of_one_value_have_no_importances_in_any_view(
     assert "Importance" not in capsys.readouterr().out
     page = build_html(study, found, draw_charts(study, found), None)
     assert "All hyperparameters together" in page
-    assert "most of all" not in page
+    assert "the most important is" not in page
