@@ -61,11 +61,8 @@ class Evaluation:
     def as_json(self) -> str:
         """The content of DATA: the matrix, from which the counts follow, or the counts."""
         kept = asdict(self)
-        if self.confusion is None:
-            del kept["confusion"]
-        else:
-            kept = {"confusion": kept["confusion"], "mistakes": kept["mistakes"]}
-        return json.dumps(kept)
+        counts = ("right", "total", "confusions") if self.confusion is None else ("confusion",)
+        return json.dumps({name: kept[name] for name in (*counts, "mistakes")})
 
 
 def predict(model: Any, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -52,9 +52,9 @@ class Panel(Lines):
         self._started = 0.0
         self._epochs = self._total = self._before = self._done = 0
         self._counts = dict.fromkeys(COLOURS, 0)
-        self._results: dict[str, str] = {}  # of the best trial and the reference
-        self._reference: Mapping[str, Value] = {}
-        self._best: float | None = None
+        self._wanted: Mapping[str, Value] = {}  # the hyperparameters of the reference
+        self._best: TrialSummary | None = None
+        self._reference: TrialSummary | None = None
         self._running: list[FrozenTrial] = []
         self._activity = "the workers are starting"
         self._waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
@@ -74,18 +74,13 @@ class Panel(Lines):
         super().start(study, dataset, missing)
         if not missing:
             return
-        from search.study import ranking
-        from search.study.trials import given_up
+        from search.study.ranking import reference_params
+        from search.study.trials import given_up, summarize
 
-        trials = study.get_trials(deepcopy=False)
-        best, self._reference = ranking.best(trials), ranking.reference_params(study)
-        for title, trial in (("best", best), ("reference", ranking.reference(study))):
-            if trial is not None and trial.value is not None:
-                self._results[title] = _result(trial.value, trial.number, trial.params)
-        self._best = None if best is None else best.value
-        for trial in trials:
-            if trial.state.name in self._counts:
-                self._counts[trial.state.name] += 1
+        self._wanted = reference_params(study)
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.is_finished():
+                self._count(summarize(trial))
         self._before = self._counts["COMPLETE"] + self._counts["PRUNED"]
         self._before += len(given_up(study))
         self._total = self._before + missing
@@ -96,6 +91,14 @@ class Panel(Lines):
         self._writer = threading.Thread(target=self._write, args=(screen,), daemon=True)
         self._writer.start()
         threading.Thread(target=self._watch, args=(study,), daemon=True).start()
+
+    def _count(self, trial: "TrialSummary") -> None:
+        self._counts[trial.state] += 1
+        if trial.value is not None:
+            if self._best is None or trial.value > (self._best.value or 0):
+                self._best = trial
+            if self._reference is None and trial.hyperparameters == self._wanted:
+                self._reference = trial
 
     def _loaded(self) -> None:
         if self._loading:
@@ -145,14 +148,8 @@ class Panel(Lines):
         """A line, and the counts."""
         super().trial(outcome, best)
         self._activity = ""
-        self._counts[outcome.state] += 1
+        self._count(outcome)
         self._done += outcome.state != "FAIL" or outcome.given_up
-        if outcome.value is not None:
-            result = _result(outcome.value, outcome.number, outcome.hyperparameters)
-            if self._best is None or outcome.value > self._best:
-                self._best, self._results["best"] = outcome.value, result
-            if outcome.hyperparameters == self._reference:
-                self._results.setdefault("reference", result)
 
     def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
         """A line, and how many trainings are to go in the panel."""
@@ -197,24 +194,21 @@ class Panel(Lines):
     def _below(self) -> Iterator[str]:
         from search.study.trials import history_of
 
-        for title in ("best", "reference"):
-            if title in self._results:
-                yield f"{title:9s}  {self._results[title]}"
+        for title, trial in (("best", self._best), ("reference", self._reference)):
+            if trial is not None:
+                hyperparameters = describe(trial.hyperparameters)
+                yield f"{title:9s}  {trial.value:.4f}  trial {trial.number}  {hyperparameters}"
         running = sorted(self._running, key=lambda trial: trial.number)
-        for trial in running[:_SHOWN]:
-            history = history_of(trial)
-            worker = trial.user_attrs.get("owner", {}).get("pid", "")
+        for current in running[:_SHOWN]:
+            history = history_of(current)
+            worker = current.user_attrs.get("owner", {}).get("pid", "")
             last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
             epoch = min(len(history) + 1, self._epochs)
-            yield f"worker {worker}  trial {trial.number}  epoch {epoch}/{self._epochs}  {last}"
+            yield f"worker {worker}  trial {current.number}  epoch {epoch}/{self._epochs}  {last}"
         if len(running) > _SHOWN:
             yield f"and {len(running) - _SHOWN} more"
         if self._activity and not running:
             yield self._activity
-
-
-def _result(value: float, number: int, params: Mapping[str, Value]) -> str:
-    return f"{value:.4f}  trial {number}  {describe(params)}"
 
 
 def _short(line: str) -> Text:

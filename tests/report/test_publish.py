@@ -31,7 +31,7 @@ def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says
     def told(name: str) -> str:
         result = pipeline.run(StudyConfig(dataset=str(clouds), study_name=name, **small))
         lines = summary(result).splitlines()
-        return lines[lines.index("Look further:") + 1].strip()
+        return lines[lines.index("See also:") + 1].strip()
 
     expected = {"first": "report.html", "second": "report-second.html"}
     for name in ("first", "second", "first", "second"):  # from the third on there is nothing to do
