@@ -53,7 +53,7 @@ REGISTRATION = {
     "model marked": Point(CLIENT, "set_tag", word="model_uri"),
     "registered model created": Point(CLIENT, "create_registered_model"),
     "version created": Point(CLIENT, "create_model_version"),
-    "version linked": Point("search.promotion.gate", "_link"),
+    "version linked": Point("search.promotion.gate", "link_trial"),
     "verdict half kept": Point(CLIENT, "set_model_version_tag", nth=2),
     "alias set": Point(CLIENT, "set_registered_model_alias"),
     "stage set": Point(CLIENT, "transition_model_version_stage"),

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -17,6 +18,10 @@ import forks
 import pyte
 
 ROWS, COLUMNS = 40, 110
+LINE = re.compile(
+    r"trial +\d+  (COMPLETE|PRUNED  )  val_accuracy (0\.\d{4}|1\.0000)  units +\d+  "
+    r"dropout 0\.\d{3}  lr \d\.\d\de-\d\d  \d+ ep +\d+\.\d s  best (0\.\d{4}|1\.0000|--)"
+)  # what a run prints of a trial that has ended well
 
 
 class Terminal:

@@ -282,12 +282,12 @@ def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusio
         (
             "search.promotion.evaluation",
             "evaluate_predictions",
-            "the winner's evaluation.json could not be made",
+            "the winner's evaluation.json could not be written",
         ),
         (
             "search.promotion.evaluation",
             "_draw_matrix",
-            "the winner's confusion_matrix.png could not be made",
+            "the winner's confusion_matrix.png could not be written",
         ),
         ("search.report.html", "build_html", "the report and the notes could not be written"),
         ("search.study.storage", "write_note", "the report and the notes could not be written"),

@@ -1,4 +1,4 @@
-"""Compare two versions of the registered model on the same test examples."""
+"""Compare two versions of the registered model on the same test examples, in a worker."""
 
 import tempfile
 from dataclasses import dataclass
@@ -16,18 +16,15 @@ from search.promotion.evaluation import predict
 from search.tracking.runs import Tracking
 
 SIGNIFICANT = 0.05
-SMALLEST_P = 1e-300  # stored and shown in place of smaller ones, which floats round to 0
-
-
-# ---- the comparison, in a worker -----------------------------------------------------------------
+SMALLEST_P = 1e-300  # stored and shown instead of smaller ones, which floats round to 0
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two models on the same test examples.
 
-    challenger, champion: their accuracies. only_challenger, only_champion: how many examples one
-    of them alone gets right.
+    challenger, champion: their accuracies. only_challenger, only_champion: how many examples only
+    that model classifies correctly.
     """
 
     challenger: float
@@ -37,34 +34,33 @@ class Comparison:
 
     @property
     def p_value(self) -> float:
-        """Two-sided exact McNemar test (McNemar 1947): whether the difference may be chance.
+        """Of the two-sided exact McNemar test (McNemar 1947), at least 1e-300.
 
-        Under chance each of the examples that one of them alone gets right is a fair coin's throw.
-        1e-300 stands for all that is smaller.
+        Null hypothesis: an example that only one model classifies correctly is equally likely to be
+        the challenger's or the champion's.
         """
         from scipy.stats import binomtest
 
-        throws = self.only_challenger + self.only_champion
-        p_value = float(binomtest(self.only_challenger, throws).pvalue) if throws else 1.0
-        return max(p_value, SMALLEST_P)
+        discordant = self.only_challenger + self.only_champion
+        p_value = binomtest(self.only_challenger, discordant).pvalue if discordant else 1.0
+        return max(float(p_value), SMALLEST_P)
 
 
 def compare_versions(
     config: StudyConfig, dataset: Dataset, tracking: Tracking, challenger: int, champion: int
 ) -> Comparison | str:
-    """Compare two versions on the test examples; or say why the champion can't be compared."""
-    right = []
-    for version in (challenger, champion):
-        found = _right(f"models:/{config.model_name}/{version}", dataset, tracking)
-        if isinstance(found, str) and version == champion:
-            return found
-        if isinstance(found, str):
-            raise RunError(
-                f"version {version} of {config.model_name} was just registered, but {found}; look "
-                "at its artifacts, and run the same command again"
-            )
-        right.append(found)
-    mine, theirs = right
+    """Compare two versions on the test examples; or return why the champion can't be compared."""
+    mine, theirs = (
+        _correct(f"models:/{config.model_name}/{version}", dataset, tracking)
+        for version in (challenger, champion)
+    )
+    if isinstance(mine, str):
+        raise RunError(
+            f"version {challenger} of {config.model_name} was just registered, but {mine}; check "
+            "its artifacts, and run the same command again"
+        )
+    if isinstance(theirs, str):
+        return theirs
     return Comparison(
         challenger=float(mine.mean()),
         champion=float(theirs.mean()),
@@ -73,9 +69,9 @@ def compare_versions(
     )
 
 
-def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] | str:
-    """Which test examples a model gets right, or why it can't be asked."""
-    with tempfile.TemporaryDirectory() as folder:  # else MLflow writes where the model is
+def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] | str:
+    """Which test examples a model classifies correctly, or why it can't be evaluated."""
+    with tempfile.TemporaryDirectory() as folder:  # else MLflow writes into the model's folder
         try:
             with tracking.addressed():
                 import mlflow.keras
@@ -84,25 +80,25 @@ def _right(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] 
             shapes = model.input_shape, model.output_shape
             if shapes != ((None, dataset.features), (None, dataset.classes)):
                 return (
-                    f"it takes {shapes[0]} and gives {shapes[1]}, where this study's data have "
+                    f"it takes {shapes[0]} and returns {shapes[1]}, but this study's data have "
                     f"{dataset.features} features and {dataset.classes} classes"
                 )
             predicted, _ = predict(model, scaled(dataset.x_test))
         except MemoryError:
             raise
-        except Exception as error:  # a damaged file makes Keras, zipfile and json raise anything
-            if _is_of_server(error, tracking):
+        except Exception as error:  # with a damaged file, Keras, zipfile and json raise anything
+            if _is_server_error(error, tracking):
                 raise
             if isinstance(error, KeyError) and error.args == ("keras",):
                 return "it is not a Keras model"
             why = one_line(error).replace(f"{folder}/", "")
             return f"it can't be loaded ({type(error).__name__}: {why})"
-    right: NDArray[np.bool_] = predicted == dataset.y_test
-    return right
+    correct: NDArray[np.bool_] = predicted == dataset.y_test
+    return correct
 
 
-def _is_of_server(error: Exception, tracking: Tracking) -> bool:
-    """Whether a server failed, which may answer later, and not the model."""
+def _is_server_error(error: Exception, tracking: Tracking) -> bool:
+    """Whether the tracking server failed, which may recover, rather than the model."""
     if not tracking.uri.startswith("http"):
         return False
     if isinstance(error, MlflowException):

@@ -1,4 +1,4 @@
-"""How the winner does on the test images: its confusion matrix and its worst mistakes."""
+"""The winner on the test examples: its confusion matrix and its worst mistakes."""
 
 import json
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from search.errors import one_line
 DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
 CONFUSIONS = "confusions.png"
 _SHOWN = 12  # mistakes
-_FREQUENT = 20  # confusions that are kept
-MANY = 20  # classes, from which the cells of the matrix are too small for numbers
-MOST = 200  # classes that have a matrix
-_AT_ONCE = 25_000_000  # probabilities, 100 MB
+_FREQUENT = 20  # most frequent confusions kept
+MANY = 20  # classes from which on the cells of the matrix are too small for numbers
+MOST = 200  # classes up to which there is a matrix
+_AT_ONCE = 25_000_000  # probabilities in memory, 100 MB
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on the test examples: it gets `right` of `total` right.
+    """A model on the test examples: it classifies `right` of `total` correctly.
 
-    confusion: row: the true class, column: the predicted one; counts of test examples. None above
-    `MOST` classes. confusions: the most frequent ones, the most frequent first. mistakes: the worst
-    first, that is, the most confident.
+    confusion: counts of test examples by true class (row) and predicted class (column), None above
+    `MOST` classes. confusions: the most frequent ones first. mistakes: the most confident first.
     """
 
     right: int
@@ -60,19 +59,16 @@ class Evaluation:
     mistakes: list[Mistake]
 
     def as_json(self) -> str:
-        """What DATA holds: the matrix, from which the counts follow, or they themselves."""
+        """The content of DATA: the matrix, from which the counts follow, or the counts."""
         kept = asdict(self)
-        if self.confusion is None:
-            del kept["confusion"]
-        else:
-            kept = {"confusion": kept["confusion"], "mistakes": kept["mistakes"]}
-        return json.dumps(kept)
+        counts = ("right", "total", "confusions") if self.confusion is None else ("confusion",)
+        return json.dumps({name: kept[name] for name in (*counts, "mistakes")})
 
 
 def predict(model: Any, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """The class that `model` predicts for each example in `x`, and its probability.
 
-    Only so many examples at a time that the probabilities of all classes stay small.
+    In parts, so that the probabilities of all classes fit in memory.
     """
     rows = max(1, _AT_ONCE // model.output_shape[-1])
     predicted, confidence = [], []
@@ -87,7 +83,7 @@ def predict(model: Any, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
 def evaluate_predictions(
     predicted: NDArray[Any], confidence: NDArray[Any], labels: NDArray[Any], classes: int
 ) -> Evaluation:
-    """Compare what `predict` found with the true classes; all are of shape (n,)."""
+    """Compare the result of `predict` with the true classes; all are of shape (n,)."""
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_SHOWN]
     mistakes = [
@@ -104,7 +100,7 @@ def _of_cells(
     classes: int,
     mistakes: list[Mistake],
 ) -> Evaluation:
-    """From the cells of the confusion matrix that are not 0."""
+    """The evaluation whose confusion matrix has these nonzero cells."""
     confusion = None
     if classes <= MOST:
         matrix = np.zeros((classes, classes), dtype=int)
@@ -122,10 +118,10 @@ def _of_cells(
 
 
 def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
-    """Evaluate `model` on the test examples and write that into `folder`, as data and as pictures.
+    """Evaluate `model` on the test examples and write data and pictures into `folder`.
 
-    The mistakes are drawn where an example is a grey or a colour image. All of it is only to be
-    looked at, so what fails is not raised: returns which file could not be made, and why.
+    Mistakes are drawn if the examples are images. Nothing depends on these files, so an error is
+    not raised: returns which file could not be written, and why.
     """
     path = folder / DATA
     try:
@@ -137,8 +133,8 @@ def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
             path = folder / name
             _figure(path, draw)
     except Exception as error:
-        path.unlink(missing_ok=True)  # it may be half written
-        return f"{path.name} could not be made ({type(error).__name__}: {one_line(error)})"
+        path.unlink(missing_ok=True)  # it may be incomplete
+        return f"{path.name} could not be written ({type(error).__name__}: {one_line(error)})"
     return None
 
 
@@ -152,7 +148,7 @@ def _pictures(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, A
 
 
 def load_evaluation(text: str) -> Evaluation:
-    """What `save` wrote into DATA, this version's or an earlier one's."""
+    """Read what this or an earlier version's `save_evaluation` wrote into DATA."""
     read = json.loads(text)
     mistakes = [Mistake(**mistake) for mistake in read.pop("mistakes")]
     if "confusion" not in read:
@@ -164,7 +160,7 @@ def load_evaluation(text: str) -> Evaluation:
 
 
 def _figure(path: Path, draw: Any) -> None:
-    from matplotlib.figure import Figure  # not pyplot, whose figures are global and stay
+    from matplotlib.figure import Figure  # not pyplot, which keeps its figures
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     draw(figure)
@@ -190,17 +186,19 @@ def _draw_confusions(confusions: list[Confusion], figure: Any) -> None:
     axes = figure.add_subplot()
     axes.barh([str(confusion) for confusion in confusions], [c.count for c in confusions])
     axes.invert_yaxis()
-    axes.set(xlabel="test examples", title="The most frequent confusions, true and predicted class")
+    axes.set(
+        xlabel="test examples", title="Most frequent confusions: true class called predicted class"
+    )
 
 
 def _draw_mistakes(mistakes: list[Mistake], dataset: Dataset, figure: Any) -> None:
-    figure.suptitle("The most confident mistakes on the test images")
+    figure.suptitle("Most confident mistakes on the test images")
     grid = figure.subplots(3, _SHOWN // 3).ravel()
     for axes in grid:
         axes.axis("off")
     for axes, mistake in zip(grid, mistakes, strict=False):
         image = dataset.x_test[mistake.index].reshape(dataset.sample_shape)
-        if image.dtype != np.uint8:  # any range: each from its darkest to its brightest
+        if image.dtype != np.uint8:  # any range: scaled from its minimum to its maximum
             image = (image - image.min()) / max(float(np.ptp(image)), 1e-9)
         axes.imshow(image, cmap="gray")
         axes.set_title(

@@ -1,7 +1,7 @@
-"""The registry's side of the winner: register it, and let it into production if it is better.
+"""Register the winner, and promote it to production if it is better than the model there.
 
-The gate compares challenger and champion on the same test images. Every step leaves a mark that the
-next start finds, so a run killed between any two of them is continued there.
+Both are compared on the same test examples. Every step leaves a trace that the next run finds, so
+a run killed between any two of them is continued there.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
-from search.config.settings import StudyConfig
 from search.promotion.comparison import SIGNIFICANT, SMALLEST_P, Comparison
 from search.study.lock import promotion_lock
 from search.tracking.registered_model import (
@@ -28,32 +27,16 @@ if TYPE_CHECKING:
     from search.tracking.sync import Stores
 
 _PROMOTED, _GATE = "promoted", "gate."
-
-
-def _other_data(tracking: Tracking, run: Run, champion: ModelVersion) -> str | None:
-    """Why the champion can't be compared with the model of `run`, if other data is the reason.
-
-    None where nothing tells on which data it was trained, as of a version registered by hand.
-    """
-    origin = tracking.find(champion.run_id) if champion.run_id else None
-    digest = champion.tags.get(DATASET) or (origin and origin.data.tags.get(DATASET))
-    if not digest or digest == run.data.tags.get(DATASET, digest):
-        return None
-    path = origin.data.params.get("dataset", "") if origin else ""
-    name = path.rsplit("/", 1)[-1]
-    return f"it was trained on other data ({name}{name and ', '}{digest[:12]})"
-
-
-# ---- the verdict ---------------------------------------------------------------------------------
+Compare = Callable[[int, int], Comparison | str]  # challenger and champion, by version
 
 
 @dataclass(frozen=True)
 class Decision:
     """Whether a version went to production, and why.
 
-    policy: the `--promote` that decided. champion: the version that was in production before, None
-    where nothing was. accuracy, champion_accuracy: on the test examples. p_value: of the exact
-    McNemar test. problem: why the champion could not be compared.
+    policy: the value of `--promote`. champion: the version in production before, None if there was
+    none. accuracy, champion_accuracy: on the test examples. p_value: of the exact McNemar test.
+    problem: why the champion could not be compared.
     """
 
     promoted: bool
@@ -66,11 +49,11 @@ class Decision:
 
     @property
     def is_final(self) -> bool:
-        """Whether the next start leaves it as it is: a problem may be gone by then."""
+        """Whether the next run keeps it; a problem may be solved by then."""
         return self.promoted or self.problem is None
 
     def as_tags(self, version: int) -> dict[str, str]:
-        """What `version` keeps of it; `read` reads it."""
+        """The tags of `version` that record it; `read` reads them."""
         loser = None
         if self.champion_accuracy is not None:
             loser = self.champion if self.accuracy > self.champion_accuracy else version
@@ -88,7 +71,7 @@ class Decision:
 
     @staticmethod
     def read(tags: Mapping[str, str], accuracy: float) -> "Decision":
-        """The verdict in a version's tags; `accuracy` where they hold none."""
+        """The decision in a version's tags; `accuracy` where they hold none."""
 
         def number(name: str) -> float | None:
             text = tags.get(_GATE + name)
@@ -108,9 +91,8 @@ class Decision:
     def __str__(self) -> str:
         decision = "promoted" if self.promoted else "not promoted"
         if self.champion is None:
-            return f"{decision}: nothing was in production" + (
-                "" if self.promoted else f", --promote {self.policy}"
-            )
+            policy = "" if self.promoted else f", --promote {self.policy}"
+            return f"{decision}: nothing was in production{policy}"
         if self.problem is not None:
             remedy = "" if self.promoted else "; to replace it run again with --promote always"
             return (
@@ -119,106 +101,133 @@ class Decision:
             )
         assert self.champion_accuracy is not None
         assert self.p_value is not None
-        chance = "more than chance" if self.p_value < SIGNIFICANT else "may be chance"
+        significant = "significant" if self.p_value < SIGNIFICANT else "not significant"
         p_value = f"= {self.p_value:.2g}" if self.p_value > SMALLEST_P else f"< {SMALLEST_P}"
         policy = "" if self.policy == "if-better" else f", --promote {self.policy}"
         return (
             f"{decision}: test accuracy {self.accuracy:.4f} against {self.champion_accuracy:.4f} "
-            f"of version {self.champion}, exact McNemar p {p_value} ({chance}){policy}"
+            f"of version {self.champion}, exact McNemar p {p_value} ({significant} at 5 %)"
+            f"{policy}"
         )
 
 
-Compare = Callable[[int, int], Comparison | str]
+def decide(policy: str, accuracy: float, found: Comparison | str, champion: int) -> Decision:
+    """The decision on a challenger with this test accuracy, compared with version `champion`.
 
-
-def decide(policy: str, accuracy: float, found: Comparison | str | None, champion: int) -> Decision:
-    """The verdict over a challenger with this test accuracy, against version `champion`.
-
-    By `if-better` the champion stays unless the challenger's accuracy is higher.
+    found: the comparison, or why there is none. With `if-better`, the challenger is promoted only
+    if its accuracy is higher.
     """
-    if isinstance(found, Comparison):
-        better = found.challenger > found.champion
-        return Decision(
-            promoted=policy == "always" or (policy == "if-better" and better),
-            policy=policy,
-            accuracy=found.challenger,
-            champion=champion,
-            champion_accuracy=found.champion,
-            p_value=found.p_value,
-        )
-    return Decision(policy == "always", policy, accuracy, champion, problem=found)
-
-
-# ---- the registry --------------------------------------------------------------------------------
+    if isinstance(found, str):
+        return Decision(policy == "always", policy, accuracy, champion, problem=found)
+    better = found.challenger > found.champion
+    return Decision(
+        promoted=policy == "always" or (policy == "if-better" and better),
+        policy=policy,
+        accuracy=found.challenger,
+        champion=champion,
+        champion_accuracy=found.champion,
+        p_value=found.p_value,
+    )
 
 
 def promote(stores: "Stores", run: Run, compare: Compare) -> tuple[int, Decision]:
-    """Register the model of the retraining `run`, and let it into production if the gate says so.
+    """Register the model of the retraining `run`, and promote it to production if it is better.
 
-    Returns its version and the verdict. What was promoted once is not promoted again; another
-    verdict stands while the version that it names, or none, is in production.
+    Returns its version and the decision. A version that was promoted once is not promoted again;
+    any other decision stands as long as the champion that it names, or none, is in production.
     """
-    tracking, config = stores.tracking, stores.config
-    client, name = tracking.client, config.model_name
-    accuracy = run.data.metrics["test_accuracy"]
-    version = find_version(tracking, config, run.info.run_id)
-    if version is None or not _is_decided(version, config, aliased_version(client, name)):
-        with promotion_lock(config):
-            if version is None:
-                version = register(tracking, config, run)
-            number = int(version.version)
-            _link(stores, int(run.data.tags[NUMBER]), f"{name}/{number}")
-            champion = aliased_version(client, name)
-            if champion is not None and int(champion.version) == number:  # killed after the alias
-                verdict = Decision.read({**version.tags, _PROMOTED: "true"}, accuracy)
-            elif champion is None:
-                verdict = Decision(config.promote != "never", config.promote, accuracy)
-            else:
-                against = int(champion.version)
-                found = _other_data(tracking, run, champion) or compare(number, against)
-                verdict = decide(config.promote, accuracy, found, against)
-            tags = verdict.as_tags(number)
-            if _PROMOTED in version.tags:  # of an earlier verdict: from here on it is open again
-                client.delete_model_version_tag(name, version.version, _PROMOTED)
-            for gone in [key for key in version.tags if key.startswith(_GATE) and key not in tags]:
-                client.delete_model_version_tag(name, version.version, gone)
-            for key, value in tags.items():
-                if version.tags.get(key) != value:
-                    client.set_model_version_tag(name, version.version, key, value)
-            if verdict.promoted:
-                client.set_registered_model_alias(name, ALIAS, version.version)
-                _follow_alias(tracking, name)
-            if verdict.is_final:  # last: it says that the rest is done
-                mark = str(verdict.promoted).lower()
-                client.set_model_version_tag(name, version.version, _PROMOTED, mark)
-        return number, verdict
-    return int(version.version), Decision.read(version.tags, accuracy)
+    config, client = stores.config, stores.tracking.client
+    version = find_version(stores.tracking, config, run.info.run_id)
+    if version is not None:
+        champion = aliased_version(client, config.model_name)
+        decision = Decision.read(version.tags, run.data.metrics["test_accuracy"])
+        if _is_decided(version, decision, config.promote, champion):
+            return int(version.version), decision
+    with promotion_lock(config):
+        version = version or register(stores.tracking, config, run)
+        link_trial(stores, run, version)
+        decision = _decide(stores, run, version, compare)
+        _write_tags(stores.tracking, version, decision)
+        if decision.promoted:
+            _point_production_at(stores.tracking, version)
+        if decision.is_final:
+            _mark_decided(stores.tracking, version, decision)  # last: the rest is done
+    return int(version.version), decision
 
 
-def _is_decided(version: ModelVersion, config: StudyConfig, champion: ModelVersion | None) -> bool:
-    """Whether the gate's verdict was carried out, by this policy and against this champion."""
-    verdict = Decision.read(version.tags, accuracy=0.0)
-    if verdict.promoted or _PROMOTED not in version.tags:
-        return verdict.promoted
-    # Where the alias was moved to the version itself by hand, the gate has nothing to add.
+def _is_decided(
+    version: ModelVersion, decision: Decision, policy: str, champion: ModelVersion | None
+) -> bool:
+    """Whether `decision` was carried out, and was made by this policy against this champion."""
+    if decision.promoted or _PROMOTED not in version.tags:
+        return decision.promoted
+    # Where the alias was moved to the version itself by hand, there is nothing left to decide.
     against = None if champion is None else int(champion.version)
-    return verdict.policy == config.promote and against in (verdict.champion, int(version.version))
+    return decision.policy == policy and against in (decision.champion, int(version.version))
 
 
-def _link(stores: "Stores", number: int, version: str) -> None:
-    """Let the trial, and its run, name the version that was made of it."""
-    trial = stores.study.get_trials(deepcopy=False)[number]
-    if trial.user_attrs.get("model_version") != version:
-        stores.amend(trial, "model_version", version)
-        stores.tracking.client.set_tag(trial.user_attrs["mlflow_run_id"], MODEL, version)
+def link_trial(stores: "Stores", run: Run, version: ModelVersion) -> None:
+    """Record in the retrained trial, and in its run, which version it became."""
+    trial = stores.study.get_trials(deepcopy=False)[int(run.data.tags[NUMBER])]
+    name = f"{version.name}/{version.version}"
+    if trial.user_attrs.get("model_version") != name:
+        stores.amend(trial, "model_version", name)
+        stores.tracking.client.set_tag(trial.user_attrs["mlflow_run_id"], MODEL, name)
+
+
+def _decide(stores: "Stores", run: Run, version: ModelVersion, compare: Compare) -> Decision:
+    policy, accuracy = stores.config.promote, run.data.metrics["test_accuracy"]
+    champion = aliased_version(stores.tracking.client, version.name)
+    if champion is None:
+        return Decision(policy != "never", policy, accuracy)
+    number, against = int(version.version), int(champion.version)
+    if number == against:  # an earlier run was killed after it had set the alias
+        return Decision.read({**version.tags, _PROMOTED: "true"}, accuracy)
+    found = _other_data(stores.tracking, run, champion) or compare(number, against)
+    return decide(policy, accuracy, found, against)
+
+
+def _other_data(tracking: Tracking, run: Run, champion: ModelVersion) -> str | None:
+    """Why the champion can't be compared with the model of `run`, if their data differ.
+
+    None where the champion's data are unknown, as those of a version registered by hand.
+    """
+    origin = tracking.find(champion.run_id) if champion.run_id else None
+    digest = champion.tags.get(DATASET) or (origin and origin.data.tags.get(DATASET))
+    if not digest or digest == run.data.tags.get(DATASET, digest):
+        return None
+    path = origin.data.params.get("dataset", "") if origin else ""
+    name = path.rsplit("/", 1)[-1]
+    return f"it was trained on other data ({name}{name and ', '}{digest[:12]})"
+
+
+def _write_tags(tracking: Tracking, version: ModelVersion, decision: Decision) -> None:
+    """Replace the tags of an earlier decision; until `_mark_decided`, the version is undecided."""
+    tags = decision.as_tags(int(version.version))
+    outdated = [key for key in version.tags if key.startswith(_GATE) and key not in tags]
+    for key in ([_PROMOTED] if _PROMOTED in version.tags else []) + outdated:
+        tracking.client.delete_model_version_tag(version.name, version.version, key)
+    for key, value in tags.items():
+        if version.tags.get(key) != value:
+            tracking.client.set_model_version_tag(version.name, version.version, key, value)
+
+
+def _point_production_at(tracking: Tracking, version: ModelVersion) -> None:
+    tracking.client.set_registered_model_alias(version.name, ALIAS, version.version)
+    _follow_alias(tracking, version.name)
+
+
+def _mark_decided(tracking: Tracking, version: ModelVersion, decision: Decision) -> None:
+    mark = str(decision.promoted).lower()
+    tracking.client.set_model_version_tag(version.name, version.version, _PROMOTED, mark)
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The trial that won, trained anew, and its version of the registered model.
+    """The winning trial, retrained, and its version of the registered model.
 
-    val_accuracy: of the trial. verdict: whether it went to production. in_production: the version
-    that is there now, which may be a later study's. new: whether it was trained anew in this run.
+    val_accuracy: of the trial. verdict: whether the version was promoted. in_production: the
+    version that is there now, perhaps a later study's. new: whether this run retrained it.
     """
 
     trial: int

@@ -1,4 +1,4 @@
-"""The winner: train it anew on all training data, test it once, log its model with its lineage."""
+"""Retrain the winner on training and validation data, test it once, log it with its lineage."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +28,17 @@ from search.tracking.schema import COMMIT, DATASET, MODEL_URI, NOT_MADE, NUMBER,
 from search.training import environment
 
 if TYPE_CHECKING:
+    import keras
     import optuna
+    from mlflow.tracking import MlflowClient
     from optuna.trial import FrozenTrial
 
 _PINNED = ("tensorflow", "keras", "numpy")
+_TESTED = ("loss", "accuracy")
 
 
 def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> dict[str, str]:
-    """Whence a model of `trial` is: `contract.LINEAGE`, the commit only where there is one.
+    """The origin of a model of `trial`: `schema.LINEAGE`, the commit only if there is one.
 
     lineage.settings is the fingerprint of the study's settings, a SHA-256 of their JSON.
     """
@@ -64,75 +67,96 @@ def retrain(
     study: "optuna.Study",
     number: int,
 ) -> str:
-    """Train trial `number` anew on training and validation data and log it; returns the run.
+    """Retrain trial `number` on training and validation data, test it and log it; returns the run.
 
-    The test images are evaluated here, and by the gate. The run ends FINISHED, and names the
-    logged model in its tag `model_uri`, or it does not count.
+    The test examples are used here and by the gate only. The retraining counts if its run is
+    FINISHED and names the logged model in its tag `model_uri`.
     """
-    from mlflow.models import Model, infer_signature
-
-    from search.training.network import build_network, network_to_register
-    from search.training.train import (
-        evaluate,
-        train,  # not at the top: the main process does without Keras
-    )
+    from search.training.network import network_to_register
+    from search.training.train import evaluate  # not at the top: the main process needs no Keras
 
     loading = threading.Thread(target=_load, daemon=True)  # while TensorFlow trains
     loading.start()
-    trial = read_trial(study, number)
-    whence = lineage(study, trial, dataset)
-    run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
-    tracking.log_start(run_id, trial, study.user_attrs["facts"])
-    tried = complete(trial.params, study.user_attrs["facts"]["params"])
-    then, seed = history_of(trial), trial.user_attrs["seed"]
-    epochs = best_epoch(then, stopping=bool(tried["early_stopping"])) + 1
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
-    losses = train(
+    trial, metadata = read_trial(study, number), study.user_attrs["facts"]
+    origin = lineage(study, trial, dataset)
+    run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, origin)
+    tracking.log_start(run_id, trial, metadata)
+    network, history = _train(config, dataset, trial, complete(trial.params, metadata["params"]))
+    model = network_to_register(network, dataset.normalization)
+    test = evaluate(model, (dataset.x_test, dataset.y_test))
+    tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
+    loading.join()
+    with tracking.active(run_id), _silence():
+        model_uri = _log_model(model, dataset, origin)
+        _log_files(model, dataset, tracking.client, run_id)
+        tracking.client.set_tag(run_id, MODEL_URI, model_uri)
+    return run_id
+
+
+def _train(
+    config: StudyConfig, dataset: Dataset, trial: "FrozenTrial", hyperparameters: Mapping[str, Any]
+) -> tuple["keras.Sequential", list[dict[str, float]]]:
+    """Train as the trial was trained, to its best epoch and with its learning rates.
+
+    Returns the network and its history.
+    """
+    from search.training.network import build_network
+    from search.training.train import train
+
+    earlier, seed = history_of(trial), trial.user_attrs["seed"]
+    epochs = best_epoch(earlier, stopping=bool(hyperparameters["early_stopping"])) + 1
+    network = build_network(
+        hyperparameters, dataset.sample_shape, dataset.classes, seed, config.custom_model
+    )
+    curves = train(
         network,
         (dataset.x_all, dataset.y_all),
-        tried,
+        hyperparameters,
         epochs=config.trial_epochs,
         seed=seed,
         shape=dataset.sample_shape,
         only=epochs,
-        rates=[entry["learning_rate"] for entry in then if "learning_rate" in entry],
+        rates=[entry["learning_rate"] for entry in earlier if "learning_rate" in entry],
     )
     now = int(time.time() * 1000)
-    curves = {METRICS[name]: values for name, values in losses.items() if name in METRICS}
-    history = [
-        {"epoch": epoch, "time_ms": now, **{name: curves[name][epoch] for name in curves}}
+    names = [name for name in METRICS if name in curves]
+    return network, [
+        {"epoch": epoch, "time_ms": now, **{METRICS[name]: curves[name][epoch] for name in names}}
         for epoch in range(epochs)
     ]
-    model = network_to_register(network, dataset.normalization)
-    test = evaluate(model, (dataset.x_test, dataset.y_test))
-    tracking.log_result(
-        run_id, history, {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
+
+
+def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -> str:
+    """Log `model` to the active run; returns its URI."""
+    from mlflow.models import Model, infer_signature
+
+    example = scaled(dataset.x_test[:2])
+    info = Model.log(
+        artifact_path=None,
+        name="model",
+        flavor=_KerasFlavor,
+        metadata=origin,
+        validate_serving_input=False,  # by loading the model once more, which takes a second
+        model=model,
+        signature=infer_signature(example, np.asarray(model(example))),
+        input_example=example,
+        pip_requirements=_requirements(),
     )
-    loading.join()
-    with tracking.active(run_id), _silence():
-        example = scaled(dataset.x_test[:2])
-        info = Model.log(
-            artifact_path=None,
-            name="model",
-            flavor=_KerasFlavor,
-            metadata=whence,
-            validate_serving_input=False,  # by loading the model once more, which takes a second
-            model=model,
-            signature=infer_signature(example, np.asarray(model(example))),
-            input_example=example,
-            pip_requirements=_requirements(),
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            # Last, because writing HDF5 (Keras 3.15) drops the optimizer from the model's own
-            # compile configuration, and a .keras file written afterwards would lack it.
-            legacy = Path(folder) / "mnist_model.h5"
-            model.save(legacy)
-            failure = save_evaluation(model, dataset, Path(folder))
-            tracking.client.log_artifacts(run_id, folder)
-        if failure is not None:
-            tracking.client.set_tag(run_id, NOT_MADE, failure)
-        tracking.client.set_tag(run_id, MODEL_URI, info.model_uri)
-    return run_id
+    return str(info.model_uri)
+
+
+def _log_files(model: "keras.Model", dataset: Dataset, client: "MlflowClient", run_id: str) -> None:
+    """Log the model as HDF5 and its evaluation, once `_log_model` is done.
+
+    Writing HDF5 (Keras 3.15) drops the optimizer from the model's own compile configuration, and a
+    .keras file written afterwards would lack it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder) / "mnist_model.h5")
+        failure = save_evaluation(model, dataset, Path(folder))
+        client.log_artifacts(run_id, folder)
+    if failure is not None:
+        client.set_tag(run_id, NOT_MADE, failure)
 
 
 def _requirements() -> list[str]:
@@ -140,7 +164,7 @@ def _requirements() -> list[str]:
 
 
 def _load() -> None:
-    """Load what saving a model takes; what fails here is told when it is saved."""
+    """Import what saving a model needs; an error is reported when it is saved."""
     with contextlib.suppress(Exception):
         importlib.import_module("mlflow.keras")
         importlib.import_module("matplotlib.backends.backend_agg")
@@ -149,20 +173,20 @@ def _load() -> None:
 
 
 class _KerasFlavor:
-    """`mlflow.keras`, whose save_model (3.17) fails on an input example without its folder."""
+    """`mlflow.keras`, whose save_model (3.17) needs the folder to exist for an input example."""
 
     __name__ = "mlflow.keras"
 
     @staticmethod
     def save_model(path: str, **arguments: Any) -> None:
         os.makedirs(path)
-        del arguments["validate_serving_input"]  # meant for `log`, which hands on all it gets
+        del arguments["validate_serving_input"]  # meant for `log`, which passes on all it gets
         mlflow.keras.save_model(path=path, **arguments)
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Saving makes Keras warn that HDF5 is a legacy format, and draw progress bars."""
+    """Suppress Keras' warning that HDF5 is a legacy format, and its progress bars."""
     import keras
     from absl import logging
 
@@ -184,24 +208,22 @@ def find_retrained(tracking: Tracking, runs: list[Run], number: int) -> Run | No
     for run in runs:
         tags = run.data.tags
         named = (run.info.run_name or "").startswith("retrain-")
-        complete = run.info.status == "FINISHED" and MODEL_URI in tags
-        if named and complete and tags.get(NUMBER) == str(number):
+        whole = run.info.status == "FINISHED" and MODEL_URI in tags
+        if named and whole and tags.get(NUMBER) == str(number):
             return run
     return None
 
 
 def test_pictures(tracking: Tracking, run: Run) -> tuple[str | None, bytes | None]:
-    """What `evaluation.save` wrote of the retraining `run`: the data and the mistakes' picture."""
-    present = {entry.path for entry in tracking.client.list_artifacts(run.info.run_id)}
-
-    def read(name: str, folder: str) -> bytes | None:
-        if name not in present:
-            return None
-        return Path(tracking.client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
-
+    """What `save_evaluation` wrote of the retraining `run`: the data and the mistakes' picture."""
+    client, run_id = tracking.client, run.info.run_id
+    present = {entry.path for entry in client.list_artifacts(run_id)} & {DATA, MISTAKES}
     with tempfile.TemporaryDirectory() as folder:
-        data, mistakes = read(DATA, folder), read(MISTAKES, folder)
-    return None if data is None else data.decode(), mistakes
+        found = {
+            name: Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+            for name in present
+        }
+    return found[DATA].decode() if DATA in found else None, found.get(MISTAKES)
 
 
 def find_commit() -> str | None:

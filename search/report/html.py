@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, which opens without a network."""
+"""The report: one self-contained HTML file, which opens without a network."""
 
 import base64
 import json
@@ -24,15 +24,15 @@ from search.promotion.evaluation import MANY, Confusion, Evaluation
 from search.report import overview
 from search.report.overview import Overview
 from search.report.text import in_production, sentences
-from search.study.trials import FINISHED
+from search.study.trials import FINISHED, summarize
 
-_STATES = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
+_COLOURS = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
 _ACCURACY = "val_accuracy"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A Plotly figure; `caption` says in words what it shows, for everyone and screen readers.
+    """A Plotly figure; `caption` describes what it shows, also for screen readers.
 
     wide: it needs more than a phone's width, so it scrolls there.
     """
@@ -46,14 +46,14 @@ class Chart:
     def json(self) -> str:
         """The figure as the page's script reads it."""
         bare = self.figure.to_dict()
-        bare["layout"].pop("template", None)  # the page gives one, for light and for dark
+        bare["layout"].pop("template", None)  # the page sets one, light or dark
         bare["layout"].pop("title", None)
         return str(plotly.io.to_json(go.Figure(bare, skip_invalid=True), validate=False))
 
 
 @dataclass(frozen=True)
 class Tested:
-    """The retrained winner on the test set; mistakes: a picture (PNG), where those are images."""
+    """The retrained winner on the test set; mistakes: a picture (PNG), if examples are images."""
 
     run_id: str
     trial: int
@@ -71,8 +71,8 @@ def write_html(
 ) -> None:
     """Write the report of `study` into `path`, whole or not at all."""
     html = build_html(study, found, charts, tested)
-    path = path.resolve()  # a link stays one
-    unfinished = path.with_name(f".report.{os.getpid()}")  # fits where the report's name is long
+    path = path.resolve()  # a symbolic link is kept
+    unfinished = path.with_name(f".report.{os.getpid()}")  # valid however long the report's name
     try:
         unfinished.write_text(html, encoding="utf-8", errors="backslashreplace")
         unfinished.replace(path)
@@ -81,23 +81,23 @@ def write_html(
 
 
 def draw_charts(study: optuna.Study, found: Overview) -> list[Chart]:
-    """The charts of the search, which is all that takes long; that of the winner comes later."""
+    """The charts of the search, which take the time; `build_html` adds that of the winner."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna's own functions warn of trials that they leave out
+        warnings.simplefilter("ignore")  # Optuna's functions warn of trials that they leave out
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         charts = list(_charts(study, found))
     for chart in charts:
-        chart.json  # noqa: B018 - it is kept
+        chart.json  # noqa: B018 - it is cached
     return charts
 
 
 def build_html(
     study: optuna.Study, found: Overview, charts: list[Chart], tested: Tested | None
 ) -> str:
-    """The report as HTML, with the `charts` that `draw` made."""
-    drawn = None if tested is None else tested.evaluation
-    if tested is not None and drawn is not None and (drawn.confusion or drawn.confusions):
-        charts = [*charts, _confusion(tested, drawn)]
+    """The report as HTML, with the `charts` of `draw_charts`."""
+    evaluation = None if tested is None else tested.evaluation
+    if tested and evaluation and (evaluation.confusion or evaluation.confusions):
+        charts = [*charts, _confusion(tested.trial, evaluation)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
     )
@@ -112,7 +112,7 @@ def build_html(
         mistakes=_mistakes(tested),
         names=list(found.space),
         short=short,
-        trials=[overview.row(trial) for trial in study.get_trials(deepcopy=False)],
+        trials=[summarize(trial) for trial in study.get_trials(deepcopy=False)],
         templates=json.dumps(
             {
                 scheme: plotly.io.templates[f"plotly_{name}"].to_plotly_json()
@@ -128,7 +128,7 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
         yield Chart(
             "History of the search",
             f"val_accuracy of the {found.complete} complete trials in order, and the best so far, "
-            f"which ends at {found.best.val_accuracy:.4f}.",
+            f"at the end {found.best.val_accuracy:.4f}.",
             visualization.plot_optimization_history(study, target_name=_ACCURACY),
         )
     finished = study.get_trials(deepcopy=False, states=FINISHED)
@@ -147,29 +147,27 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
 
 def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     epoch, copy = overview.comparable(study)
-    searched = [name for name, allowed in found.space.items() if {*allowed} & {",", ":"}]
-    varied = [name for name in searched if any(name in trial.params for trial in copy.trials)]
+    varied, common = ([n for n in found.space if n in names] for names in overview.varied(copy))
     if not varied:
         return
-    common = [name for name in varied if all(name in trial.params for trial in copy.trials)]
     every = f"val_accuracy after epoch {epoch}, which all {len(copy.trials)} finished trials have"
     if found.importances is not None:
         name, share = next(iter(found.importances.shares.items()))
         yield Chart(
             "Which hyperparameters matter",
-            f"Importance for {every}: most of all {name} ({share:.0%}).",
+            f"Importance for {every}; the most important is {name} ({share:.0%}).",
             visualization.plot_param_importances(copy, params=common),
         )
     yield Chart(
         "Each hyperparameter alone",
-        f"One point a trial: {every}.",
+        f"One point per trial: {every}.",
         visualization.plot_slice(copy, params=varied, target_name=_ACCURACY),
         wide=True,
     )
     if common:
         yield Chart(
             "All hyperparameters together",
-            f"One line a trial, from its {', '.join(common)} to {every}.",
+            f"One line per trial, from its {', '.join(common)} to {every}.",
             visualization.plot_parallel_coordinate(copy, params=common, target_name=_ACCURACY),
             wide=True,
         )
@@ -196,50 +194,52 @@ def _curves(study: optuna.Study, found: Overview) -> go.Figure:
 
 
 def _timeline(trials: list[FrozenTrial]) -> Chart:
-    """Who did what when; Optuna's own timeline has a row a trial, not a row a worker."""
-    begun = [trial for trial in trials if trial.datetime_start is not None]
+    """When each process ran which trial; Optuna's own timeline has a row per trial instead."""
     workers: dict[Any, str] = {}
-    for trial in begun:
-        mark = trial.user_attrs.get("owner", {})
-        key = (mark.get("host"), mark.get("pid"), mark.get("started"))
-        workers.setdefault(key, f"worker {len(workers) + 1}")
+    bars: dict[str, list[tuple[str, str, float, int]]] = {state: [] for state in _COLOURS}
+    for trial in trials:
+        if trial.datetime_start is not None:
+            owner = trial.user_attrs.get("owner", {})
+            process = owner.get("host"), owner.get("pid"), owner.get("started")
+            worker = workers.setdefault(process, f"worker {len(workers) + 1}")
+            seconds = trial.duration.total_seconds() if trial.duration else 0
+            start = trial.datetime_start.isoformat()
+            bars[trial.state.name].append((worker, start, seconds * 1000, trial.number))
     figure = go.Figure()
-    for state, colour in _STATES.items():
-        rows = []
-        for trial in begun:
-            if trial.state.name == state:
-                mark = trial.user_attrs.get("owner", {})
-                worker = workers[mark.get("host"), mark.get("pid"), mark.get("started")]
-                rows.append((worker, trial.datetime_start, trial.duration, trial.number))
+    for state, rows in bars.items():
         if rows:
             figure.add_bar(
                 orientation="h",
                 name=state,
                 y=[row[0] for row in rows],
-                base=[row[1].isoformat() for row in rows if row[1]],
-                x=[(row[2].total_seconds() if row[2] else 0) * 1000 for row in rows],
+                base=[row[1] for row in rows],
+                x=[row[2] for row in rows],
                 text=[f"trial {row[3]}" for row in rows],
                 hovertemplate="%{text}: %{base} to %{x}<extra>%{y}</extra>",
                 textposition="none",
-                marker={"color": colour, "line": {"width": 1, "color": "rgba(255,255,255,0.6)"}},
+                marker={
+                    "color": _COLOURS[state],
+                    "line": {"width": 1, "color": "rgba(255,255,255,0.6)"},
+                },
             )
     figure.update_layout(barmode="overlay")
     figure.update_xaxes(type="date", title="time")
     figure.update_yaxes(autorange="reversed")
+    started = sum(map(len, bars.values()))
     counted = f"{len(workers)} process{'es' * (len(workers) != 1)}"
-    return Chart("Timeline", f"When each of {len(begun)} trials ran, by {counted}.", figure)
+    return Chart("Timeline", f"When each of {started} trials ran, by {counted}.", figure)
 
 
-def _confusion(tested: Tested, evaluation: Evaluation) -> Chart:
+def _confusion(trial: int, evaluation: Evaluation) -> Chart:
     counts = evaluation.confusion
     caption = (
-        f"Trial {tested.trial}'s configuration, trained anew, gets {evaluation.right:,} of "
-        f"{evaluation.total:,} test examples right. "
+        f"Trial {trial}, retrained, classifies {evaluation.right:,} of {evaluation.total:,} test "
+        "examples correctly. "
     )
     if counts is None:
         return Chart(
             "Most frequent confusions of the winner",
-            caption + "Each bar: the true class, the predicted one, and how many examples.",
+            caption + "Each bar: true class, predicted class and number of examples.",
             _most_frequent(evaluation.confusions),
         )
     names = [str(index) for index in range(len(counts))]
@@ -262,13 +262,13 @@ def _confusion(tested: Tested, evaluation: Evaluation) -> Chart:
     figure.update_yaxes(title="true class", type="category", autorange="reversed")
     return Chart(
         "Confusion matrix of the winner",
-        caption + "Row: the true class; column: the predicted one.",
+        caption + "Row: true class; column: predicted class.",
         figure,
     )
 
 
 def _most_frequent(confusions: list[Confusion]) -> go.Figure:
-    """For classes that are too many for a matrix."""
+    """In place of a matrix, for too many classes."""
     figure = go.Figure(
         go.Bar(
             orientation="h",

@@ -1,4 +1,4 @@
-"""How a search stands, live, below the lines that it prints on a terminal."""
+"""The live panel: the state of the search, below the lines that it prints on a terminal."""
 
 import contextlib
 import os
@@ -21,41 +21,42 @@ from rich.text import Text
 
 from search.config.hyperparameters import describe
 from search.config.parameter import Value
-from search.report.terminal import COLOURS, Lines, Quiet
-from search.study.trials import TrialSummary
+from search.report.progress import Progress
+from search.report.terminal import COLOURS, Lines
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
     from search.data.dataset import Dataset
+    from search.study.trials import TrialSummary
 
 _REFRESH = 0.25  # seconds
-_POLL = 1.0  # seconds between two looks at the running trials
-_REST = 20  # times as long as a look took, which after thousands of epochs takes a while
+_POLL = 1.0  # least number of seconds between two readings of the running trials
+_REST = 20  # times the duration of a reading, which takes long after thousands of epochs
 _SHOWN = 8  # running trials; a cluster may have hundreds
 _BAR = 24  # characters
 _END = "\0the end of the panel\n"
 
 
 class Panel(Lines):
-    """The lines, and below them, on a terminal, how the search stands at this moment.
+    """The lines, and below them the current state of the search.
 
-    One thread alone writes to the terminal. What this process, its workers and their libraries
-    write to stdout and stderr comes to it by a pipe, so that no line tears another. The running
-    trials are read from the study, so it does not matter who runs them.
+    Only one thread writes to the terminal. It gets what this process, its workers and their
+    libraries write to stdout and stderr through a pipe, so that lines are not mixed. The running
+    trials are read from the study, whichever process runs them.
     """
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._began = 0.0
+        self._started = 0.0
         self._epochs = self._total = self._before = self._done = 0
         self._counts = dict.fromkeys(COLOURS, 0)
-        self._standing: dict[str, str] = {}
-        self._reference: Mapping[str, Value] = {}
-        self._best: float | None = None
+        self._wanted: Mapping[str, Value] = {}  # the hyperparameters of the reference
+        self._best: TrialSummary | None = None
+        self._reference: TrialSummary | None = None
         self._running: list[FrozenTrial] = []
-        self._doing = "the workers are starting"
+        self._activity = "the workers are starting"
         self._waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._writer: threading.Thread | None = None
@@ -63,38 +64,41 @@ class Panel(Lines):
         self._loading = False
 
     def loading(self, study_name: str) -> None:
-        """Say what takes the first seconds, in a line that the first one printed replaces."""
+        """A line for the first seconds, which the first line printed replaces."""
         text = f"study {study_name}: loading the libraries, the data and both databases"
         self._console.print(_short(text), end="", soft_wrap=False)
         self._loading = True
 
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
-        """Show the panel, where there is something to search."""
+        """Show the panel, if there is something to search."""
         super().start(study, dataset, missing)
         if not missing:
             return
-        from search.study import ranking
-        from search.study.trials import given_up
+        from search.study.ranking import reference_params
+        from search.study.trials import given_up, summarize
 
-        trials = study.get_trials(deepcopy=False)
-        best, self._reference = ranking.best(trials), ranking.reference_params(study)
-        for title, trial in (("best", best), ("reference", ranking.reference(study))):
-            if trial is not None and trial.value is not None:
-                self._standing[title] = _stands(trial.value, trial.number, trial.params)
-        self._best = None if best is None else best.value
-        for trial in trials:
-            if trial.state.name in self._counts:
-                self._counts[trial.state.name] += 1
+        self._wanted = reference_params(study)
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.is_finished():
+                self._count(summarize(trial))
         self._before = self._counts["COMPLETE"] + self._counts["PRUNED"]
         self._before += len(given_up(study))
         self._total = self._before + missing
         self._epochs = int(study.user_attrs["settings"]["epochs"])
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._terminal.enter_context(_no_echo_of_control_keys())
         screen = self._terminal.enter_context(_lines_to(self._waiting))
         self._writer = threading.Thread(target=self._write, args=(screen,), daemon=True)
         self._writer.start()
         threading.Thread(target=self._watch, args=(study,), daemon=True).start()
+
+    def _count(self, trial: "TrialSummary") -> None:
+        self._counts[trial.state] += 1
+        if trial.value is not None:
+            if self._best is None or trial.value > (self._best.value or 0):
+                self._best = trial
+            if self._reference is None and trial.hyperparameters == self._wanted:
+                self._reference = trial
 
     def _loaded(self) -> None:
         if self._loading:
@@ -111,7 +115,7 @@ class Panel(Lines):
             self._waiting.put((text, style))
 
     def _write(self, screen: TextIO) -> None:
-        """Print what waits, and the panel below it, until the end."""
+        """Print the waiting lines, and the panel below them, until the end."""
         console = Console(file=screen, soft_wrap=True)
         with Live(
             get_renderable=self._render,
@@ -135,41 +139,35 @@ class Panel(Lines):
 
         took = 0.0
         while not self._closed.wait(max(_POLL, _REST * took)):
-            began = time.monotonic()
-            with contextlib.suppress(Exception):  # a database may be busy; look again
+            started = time.monotonic()
+            with contextlib.suppress(Exception):  # a database may be busy; try again
                 self._running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            took = time.monotonic() - began
+            took = time.monotonic() - started
 
-    def trial(self, outcome: TrialSummary, best: float | None) -> None:
+    def trial(self, outcome: "TrialSummary", best: float | None) -> None:
         """A line, and the counts."""
         super().trial(outcome, best)
-        self._doing = ""
-        self._counts[outcome.state] += 1
+        self._activity = ""
+        self._count(outcome)
         self._done += outcome.state != "FAIL" or outcome.given_up
-        if outcome.value is not None:
-            stands = _stands(outcome.value, outcome.number, outcome.hyperparameters)
-            if self._best is None or outcome.value > self._best:
-                self._best, self._standing["best"] = outcome.value, stands
-            if outcome.hyperparameters == self._reference:
-                self._standing.setdefault("reference", stands)
 
     def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
-        """A line, and below how many trainings are to go."""
+        """A line, and how many trainings are to go in the panel."""
         super().finalists(chosen, repeats)
-        self._doing = "training the finalists again"
+        self._activity = "training the finalists again"
 
     def repeat(self, number: int, repeat: int, value: float | None, left: int) -> None:
-        """A line, and below how many trainings are to go."""
+        """A line, and how many trainings are to go in the panel."""
         super().repeat(number, repeat, value, left)
-        self._doing = f"training the finalists again, {left} to go" if left else ""
+        self._activity = f"training the finalists again, {left} to go" if left else ""
 
     def retraining(self, trial: "FrozenTrial") -> None:
-        """A line, and the same below."""
+        """The same in a line and in the panel."""
         super().retraining(trial)
-        self._doing = f"training trial {trial.number}'s configuration anew"
+        self._activity = f"retraining trial {trial.number}"
 
     def close(self) -> None:
-        """Take the panel away."""
+        """Remove the panel."""
         self._loaded()
         self._closed.set()
         if self._writer is not None:
@@ -177,7 +175,7 @@ class Panel(Lines):
         self._terminal.close()
 
     def _render(self) -> RenderableType:
-        passed = time.monotonic() - self._began
+        passed = time.monotonic() - self._started
         finished = self._before + self._done
         left = None if not self._done else passed / self._done * (self._total - finished)
         progress = Table.grid(padding=(0, 2))
@@ -196,34 +194,31 @@ class Panel(Lines):
     def _below(self) -> Iterator[str]:
         from search.study.trials import history_of
 
-        for title in ("best", "reference"):
-            if title in self._standing:
-                yield f"{title:9s}  {self._standing[title]}"
+        for title, trial in (("best", self._best), ("reference", self._reference)):
+            if trial is not None:
+                hyperparameters = describe(trial.hyperparameters)
+                yield f"{title:9s}  {trial.value:.4f}  trial {trial.number}  {hyperparameters}"
         running = sorted(self._running, key=lambda trial: trial.number)
-        for trial in running[:_SHOWN]:
-            history = history_of(trial)
-            worker = trial.user_attrs.get("owner", {}).get("pid", "")
+        for current in running[:_SHOWN]:
+            history = history_of(current)
+            worker = current.user_attrs.get("owner", {}).get("pid", "")
             last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
             epoch = min(len(history) + 1, self._epochs)
-            yield f"worker {worker}  trial {trial.number}  epoch {epoch}/{self._epochs}  {last}"
+            yield f"worker {worker}  trial {current.number}  epoch {epoch}/{self._epochs}  {last}"
         if len(running) > _SHOWN:
             yield f"and {len(running) - _SHOWN} more"
-        if self._doing and not running:
-            yield self._doing
-
-
-def _stands(value: float, number: int, params: Mapping[str, Value] | None) -> str:
-    return f"{value:.4f}  trial {number}  {describe(params or {})}"
+        if self._activity and not running:
+            yield self._activity
 
 
 def _short(line: str) -> Text:
     return Text(line, style="dim", overflow="ellipsis", no_wrap=True)
 
 
-def choose_progress(console: Console, *, quiet: bool) -> Quiet:
-    """What fits: nothing, a panel on a terminal, or lines."""
+def choose_progress(console: Console, *, quiet: bool) -> Progress:
+    """Nothing if `quiet`, else the panel on a capable terminal, else lines."""
     if quiet:
-        return Quiet()
+        return Progress()
     capable = console.is_terminal and not console.is_dumb_terminal and os.isatty(1)
     return Panel(console) if capable else Lines(console)
 
@@ -234,8 +229,8 @@ def _clock(seconds: float | None) -> str:
 
 @contextlib.contextmanager
 def _no_echo_of_control_keys() -> Iterator[None]:
-    """The terminal itself writes ^C where the cursor is, which would tear the panel."""
-    if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():  # in the background we may not
+    """Stop the terminal from writing ^C at the cursor, into the panel."""
+    if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():  # not allowed in the background
         yield
         return
     before = termios.tcgetattr(0)
@@ -251,9 +246,9 @@ def _no_echo_of_control_keys() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lines_to(waiting: "queue.SimpleQueue[tuple[str, str]]") -> Iterator[TextIO]:
-    """Put every line that comes to stdout, or to stderr on a terminal, into `waiting`.
+    """Put every line written to stdout, or to stderr if it is a terminal, into `waiting`.
 
-    Gives what writes to the terminal itself.
+    Yields a file that writes to the terminal itself.
     """
     sys.stdout.flush()
     reading, writing = os.pipe()
@@ -275,7 +270,7 @@ def _lines_to(waiting: "queue.SimpleQueue[tuple[str, str]]") -> Iterator[TextIO]
         yield os.fdopen(os.dup(saved[1]), "w", errors="replace")
     finally:
         sys.stdout.flush()
-        os.write(1, _END.encode())  # others, like multiprocessing's, may keep the pipe open
+        os.write(1, _END.encode())  # other processes may keep the pipe open
         for number, terminal in saved.items():
             os.dup2(terminal, number)
             os.close(terminal)

@@ -1,4 +1,4 @@
-"""What a study has found so far, read from its stores: for the terminal, scripts and both UIs."""
+"""The findings of a study as data: for the terminal, scripts, the report and both UIs."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -10,40 +10,27 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.config.hyperparameters import REFERENCE, unusual
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
-from search.errors import printable, redact
+from search.errors import redact
 from search.imports import undisturbed
 from search.study import ranking, storage
 from search.study.lock import find_holder, holds_study
 from search.study.ranking import Finalist
-from search.study.trials import FINISHED, history_of
+from search.study.trials import FINISHED, TrialSummary, summarize
 from search.tracking.address import check_uri
 from search.tracking.registered_model import Production, find_production
 
 SCHEMA = 1
 _TOP = 10
-_ENOUGH = 10  # trials, below which an importance is noise
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trial: val_accuracy after the last of its `epochs`, and the seconds it took."""
-
-    number: int
-    state: str
-    val_accuracy: float | None
-    hyperparameters: dict[str, Value]
-    epochs: int
-    seconds: float | None
-    run_id: str | None
-    failure: str | None
+_ENOUGH = 10  # trials below which an importance is noise
+_INTERNAL = ("place", "given_up")  # fields of a trial's summary that are not in the JSON
 
 
 @dataclass(frozen=True)
 class Importances:
-    """Each hyperparameter's share in the differences of val_accuracy; they sum to 1.
+    """How much each hyperparameter affects val_accuracy, in shares that sum to 1.
 
-    Pruned trials are compared, too: by val_accuracy after `epoch`, from 1, which all `trials` have.
-    By PED-ANOVA (Watanabe et al. 2023), Optuna's default.
+    By PED-ANOVA (Watanabe et al. 2023), Optuna's default. All finished trials, also pruned ones,
+    are compared by val_accuracy after `epoch` (from 1), the last one that all `trials` have.
     """
 
     epoch: int
@@ -53,7 +40,7 @@ class Importances:
 
 @dataclass(frozen=True)
 class Saved:
-    """What pruning saved: epochs not trained, and their seconds, each at its trial's own speed."""
+    """What pruning saved: epochs not trained, and their seconds, estimated from each trial."""
 
     epochs: int
     seconds: float
@@ -63,13 +50,13 @@ class Saved:
 class Overview:
     """A study at a glance.
 
-    running: host and pid of another process that runs the study now, None where there is none.
-    space: what each hyperparameter that is searched may be; fixed: what all trials have in common
-    that a plain network has not. best: the COMPLETE trial with the highest val_accuracy.
-    reference: the trial of the reference configuration. top: the best COMPLETE trials, best first.
-    finalists: the trials that were trained again, the best mean first; it won. registered: the
-    winner's model and version. failures: the FAIL trials. production: the version of the model
-    that is in production, made by this study or another.
+    running: host and pid of another process that runs the study now, None if there is none.
+    space: the values or range of each hyperparameter that is searched. fixed: what all trials have
+    in common that differs from the default network. best: the COMPLETE trial with the highest
+    val_accuracy. reference: the trial of the reference configuration. top: the best COMPLETE
+    trials, best first. finalists: the trials that were trained again, the best mean first, which
+    is the winner. registered: the winner's model and version. failures: the FAIL trials.
+    production: the version of the model that is in production, of this study or another.
     """
 
     study: str
@@ -83,26 +70,30 @@ class Overview:
     unfinished: int
     space: dict[str, str]
     fixed: dict[str, Value]
-    best: Row | None
-    reference: Row | None
-    top: list[Row]
+    best: TrialSummary | None
+    reference: TrialSummary | None
+    top: list[TrialSummary]
     finalists: list[Finalist]
     registered: str | None
     importances: Importances | None
     saved: Saved
-    failures: list[Row]
+    failures: list[TrialSummary]
     production: Production | None
 
     def as_json(self) -> dict[str, Any]:
-        """The schema in docs/results.md; a new key keeps its number, a changed one raises it."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """As documented in docs/results.md; a changed key needs a new SCHEMA, an added one does not."""
+
+        def public(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: value for name, value in fields if name not in _INTERNAL}
+
+        return {"schema": SCHEMA, **asdict(self, dict_factory=public)}
 
 
 @undisturbed()
 def read(config: StudyConfig) -> Overview:
     """The overview of the study that `config` names; changes nothing.
 
-    Raises InputError where there is none, RunError where a database fails.
+    Raises InputError if there is none, RunError if a database fails.
     """
     try:
         storage.check(config)
@@ -115,13 +106,13 @@ def read(config: StudyConfig) -> Overview:
 def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) -> Overview:
     """The overview of `study`, whose model is registered as `config.model_name`.
 
-    importances: whether they are wanted, which takes a second.
+    importances: whether to compute them, which takes a second.
     """
     trials = study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
     complete = ranking.ranked(trials)
     settings = study.user_attrs["settings"]
-    facts = study.user_attrs.get("facts", {})
+    metadata = study.user_attrs.get("facts", {})
     epochs = int(settings["epochs"])
     first, won = ranking.reference(study), ranking.winner(study)
     return Overview(
@@ -134,42 +125,25 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         pruned=states.count(TrialState.PRUNED),
         failed=states.count(TrialState.FAIL),
         unfinished=len([state for state in states if not state.is_finished()]),
-        space={name: settings[name] for name in facts.get("space", REFERENCE)},
-        fixed=unusual(facts.get("params", {})),
-        best=row(complete[0]) if complete else None,
-        reference=None if first is None else row(first),
-        top=[row(trial) for trial in complete[:_TOP]],
+        space={name: settings[name] for name in metadata.get("space", REFERENCE)},
+        fixed=unusual(metadata.get("params", {})),
+        best=summarize(complete[0]) if complete else None,
+        reference=None if first is None else summarize(first),
+        top=[summarize(trial) for trial in complete[:_TOP]],
         finalists=ranking.standing(study),
         registered=None if won is None else won.user_attrs.get("model_version"),
         importances=importances_of(study) if importances else None,
         saved=_saved(trials, epochs),
-        failures=[row(trial) for trial in trials if trial.state is TrialState.FAIL],
+        failures=[summarize(trial) for trial in trials if trial.state is TrialState.FAIL],
         production=find_production(config),
     )
 
 
-def row(trial: FrozenTrial) -> Row:
-    """What is shown of a trial."""
-    history = history_of(trial)
-    last = history[-1]["val_accuracy"] if history else None
-    failure = trial.user_attrs.get("failure")
-    return Row(
-        number=trial.number,
-        state=trial.state.name,
-        val_accuracy=trial.value if trial.state is TrialState.COMPLETE else last,
-        hyperparameters=dict(trial.params),
-        epochs=len(history),
-        seconds=None if trial.duration is None else trial.duration.total_seconds(),
-        run_id=trial.user_attrs.get("mlflow_run_id"),
-        failure=None if failure is None else printable(failure),
-    )
-
-
 def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:
-    """The last epoch, from 1, that every finished trial has, and a copy of the study as of then.
+    """The last epoch, from 1, that every finished trial has, and a copy of the study at it.
 
     In the copy, in memory, all finished trials are COMPLETE with their val_accuracy after that
-    epoch: Optuna compares COMPLETE trials only, and a value after one epoch tells nothing beside
+    epoch: Optuna compares COMPLETE trials only, and a value after one epoch can't be compared with
     one after five.
     """
     trials = study.get_trials(deepcopy=False, states=FINISHED)
@@ -190,17 +164,23 @@ def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:
     return epoch, copy
 
 
-def importances_of(study: optuna.Study) -> Importances | None:
-    """Which hyperparameters matter; None where too few trials tell, or their values are equal."""
-    epoch, copy = comparable(study)
-    trials = copy.get_trials(deepcopy=False)
-    varied = {  # what only some trials were asked for can't be compared
+def varied(study: optuna.Study) -> tuple[set[str], set[str]]:
+    """The hyperparameters with more than one possible value, and those of them in every trial."""
+    trials = study.get_trials(deepcopy=False)
+    found = {
         name
         for trial in trials
         for name, distribution in trial.distributions.items()
-        if not distribution.single() and all(name in other.params for other in trials)
+        if not distribution.single()
     }
-    if len(trials) < _ENOUGH or not varied:
+    return found, {name for name in found if all(name in trial.params for trial in trials)}
+
+
+def importances_of(study: optuna.Study) -> Importances | None:
+    """Which hyperparameters matter; None if there are too few trials, or their values are equal."""
+    epoch, copy = comparable(study)
+    trials, (_, common) = len(copy.get_trials(deepcopy=False)), varied(copy)
+    if trials < _ENOUGH or not common:
         return None
     from optuna.importance import get_param_importances  # slow: it imports scikit-learn
 
@@ -208,18 +188,18 @@ def importances_of(study: optuna.Study) -> Importances | None:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", "Target and region quantiles select the same")
         try:
-            shares = get_param_importances(copy, params=sorted(varied))
-        except UserWarning:  # none of the values is below the best tenth's: nothing to explain
+            shares = get_param_importances(copy, params=sorted(common))
+        except UserWarning:  # no value is below those of the best tenth: nothing to explain
             return None
-    return Importances(epoch, len(trials), {name: float(share) for name, share in shares.items()})
+    return Importances(epoch, trials, {name: float(share) for name, share in shares.items()})
 
 
 def _saved(trials: list[FrozenTrial], epochs: int) -> Saved:
     saved, seconds = 0, 0.0
     for trial in trials:
-        shown = row(trial)
-        if trial.state is TrialState.PRUNED and shown.epochs:
-            left = epochs - shown.epochs
+        pruned = summarize(trial)
+        if pruned.state == "PRUNED" and pruned.epochs:
+            left = epochs - pruned.epochs
             saved += left
-            seconds += left * (shown.seconds or 0) / shown.epochs
+            seconds += left * (pruned.seconds or 0) / pruned.epochs
     return Saved(saved, round(seconds, 1))

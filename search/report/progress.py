@@ -1,46 +1,53 @@
-"""What a run reports while it goes, and what it leaves."""
+"""What a run reports while it goes, and its result."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optuna.trial import FrozenTrial
-
-from search.config.settings import StudyConfig
-from search.promotion.gate import Winner
-from search.study.ranking import Finalist
-from search.study.trials import TrialSummary
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only types, so that the first line is printed before the libraries are loaded
     import optuna
+    from optuna.trial import FrozenTrial
 
+    from search.config.settings import StudyConfig
     from search.data.dataset import Dataset
+    from search.promotion.gate import Winner
+    from search.study.ranking import Finalist
+    from search.study.trials import TrialSummary
 
 
 class Progress:
-    """What a run tells while it goes; this one keeps silent."""
+    """Gets what a run reports and decides when it stops; this one shows nothing."""
+
+    _stopping = False
+
+    def stop(self) -> None:
+        """Let the running trials finish and start no more."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether no more trials must start; those that run are waited for."""
+        return self._stopping
+
+    def close(self) -> None:
+        """Leave the terminal as it was found; may be called twice, and from any thread."""
 
     def loading(self, study_name: str) -> None:
-        """The study was asked for; libraries, databases and data are being loaded."""
+        """Libraries, databases and data of the study are being loaded."""
 
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """The study is open and `missing` trials are to run."""
 
-    def trial(self, outcome: TrialSummary, best: float | None) -> None:
+    def trial(self, outcome: "TrialSummary", best: float | None) -> None:
         """A trial ended; `best` is the best value of the study so far."""
 
     def warning(self, line: str) -> None:
-        """Something is not as it should be, but the study goes on."""
+        """Something is wrong, but the study goes on."""
 
     def workers(self, line: str) -> None:
-        """Something about the workers is worth a line."""
+        """A message about the workers."""
 
     def mended(self, lines: list[str]) -> None:
-        """The ledgers disagreed and were mended."""
-
-    def stopping(self) -> bool:
-        """Whether no more trials shall start; those that run are waited for."""
-        return False
+        """The Optuna study and the MLflow runs disagreed and were repaired."""
 
     def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
         """These trials are being trained again, each `repeats` times."""
@@ -49,31 +56,32 @@ class Progress:
         """Trial `number` was trained again, with this val_accuracy or None; `left` are to go."""
 
     def retraining(self, trial: "FrozenTrial") -> None:
-        """The winner is being trained anew."""
+        """The winner is being retrained."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves.
+    """The result of a run.
 
-    best: the COMPLETE trial with the highest val_accuracy, `best.value`; None only where the run
-    was interrupted before one completed.
-    finalists: the trials that were trained again on fresh seeds, the best mean first; the first one
-    is the winner. Empty with `--finalists 0`: the best trial is the winner.
-    reference: the study's trial of the reference configuration, None where it was not tried.
-    winner: the best configuration trained anew on training and validation data, its accuracy on
-    the test images and its version of the registered model; None where the run was interrupted.
-    complete, pruned, failed: trials of the study in all; `ran` of them in this run. given_up: slots
-    whose configuration failed by itself twice; they count as finished.
-    stopped: why the search ended before its budget, if it did.
-    mended: what the reconciliation had to mend. report: its file, None where none is written.
+    best: the COMPLETE trial with the highest val_accuracy, `best.value`; None only if the run was
+    interrupted before one completed.
+    finalists: the trials that were trained again on fresh seeds, the best mean first, which is the
+    winner. Empty with `--finalists 0`: the best trial is the winner.
+    reference: the study's trial of the reference configuration, None if there is none.
+    winner: the best configuration, retrained on training and validation data, its accuracy on the
+    test examples and its version of the registered model; None if the run was interrupted.
+    complete, pruned, failed: numbers of trials in the study; `ran` of them in this run. given_up:
+    slots whose configuration failed by itself twice; they count as finished.
+    seconds: how long the run took. stopped: why the search ended before its budget, if it did.
+    mended: what was inconsistent between the two stores and is repaired. report: its file, None if
+    none is written.
     """
 
-    config: StudyConfig
-    best: FrozenTrial | None
-    finalists: list[Finalist]
-    reference: FrozenTrial | None
-    winner: Winner | None
+    config: "StudyConfig"
+    best: "FrozenTrial | None"
+    finalists: "list[Finalist]"
+    reference: "FrozenTrial | None"
+    winner: "Winner | None"
     parent_run_id: str
     complete: int
     pruned: int

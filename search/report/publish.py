@@ -1,4 +1,4 @@
-"""Put what a study found where people look: the descriptions in both UIs, and the report."""
+"""Publish the findings of a study: the descriptions in both user interfaces, and the report."""
 
 import os
 import re
@@ -28,20 +28,19 @@ _TITLE = re.compile(r"<title>([^<]*)(): hyperparameter search</title>")  # befor
 
 
 def report_path(given: str, study: str) -> Path:
-    """The file of the report of the study named `study`, where `given` is what was asked for.
+    """The file of the report of the study named `study`, if the option's value is `given`.
 
-    That is just the file, but for the default where another study's report is there.
+    It is `given`, unless that is the default and holds another study's report.
     """
     path, own = Path(given), Path(f"report-{study}.html")
     if given != defaults()["report"]:
         return path
-    found = _study_of(path)
-    others = found is not None and found[0] != study
-    return own if others or (_study_of(own) or ("",))[0] == study else path
+    taken = (_study_of(path) or (study,))[0] != study
+    return own if taken or (_study_of(own) or ("",))[0] == study else path
 
 
 def _study_of(path: Path) -> tuple[str, str] | None:
-    """Name and uid, empty where it has none, of the study in a report; None: it is no report."""
+    """Name and uid (empty if it has none) of the study in a report; None if it is no report."""
     try:
         with path.open("rb") as file:
             head = file.read(2_000).decode(errors="replace")
@@ -52,16 +51,16 @@ def _study_of(path: Path) -> tuple[str, str] | None:
 
 
 def check_report(config: StudyConfig, given: str) -> None:
-    """Raise InputError where the report can't be written to `given`, or would destroy a file."""
+    """Raise InputError if the report can't be written to `given`, or would overwrite a file."""
     path = report_path(given, config.study_name)
-    if len(os.fsencode(path.name)) > 255:  # of any Linux file system
+    if len(os.fsencode(path.name)) > 255:  # the limit of Linux file systems
         raise InputError(
             f"the report must be a file whose name has at most 255 bytes, but got {path.name!r}; "
             "give a shorter one"
         )
     if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
         raise InputError(
-            f"the report must be a file in a folder that can be written to, but got {str(path)!r}; "
+            f"the report must be a file in a writable folder, but got {str(path)!r}; "
             "give another file"
         )
     databases = [sqlite_path(url) for url in (config.storage, config.tracking_uri)]
@@ -90,39 +89,39 @@ def draw(study: optuna.Study, config: StudyConfig) -> "list[Chart]":
 
 
 def publish(stores: Stores, winner: "Winner", charts: "list[Chart] | None" = None) -> None:
-    """Describe the study in both stores and write its report, where that is not yet done.
+    """Describe the study in both stores and write its report, unless that is already done.
 
-    charts: what `draw` made since the last trial ended, where it did.
+    charts: the result of `draw` since the last trial ended, if it was called.
     """
-    study, config, mirror = stores.study, stores.config, stores.tracking
+    study, config, tracking = stores.study, stores.config, stores.tracking
     found = overview.of(study, config, importances=False)
     won = (
-        f"Its winner, trial {winner.trial}, trained anew, is version {winner.version} of "
+        f"Its winner, trial {winner.trial}, retrained, is version {winner.version} of "
         f"{config.model_name}: test accuracy {winner.test_accuracy:.4f} (run {winner.run_id}); "
         f"{winner.verdict}."
     )
     described = markdown(
         found, [won, f"Trials and their curves: study {study.study_name} in {found.storage}."]
     )
-    new = not mirror.is_described(stores.parent, described)
+    new = not tracking.is_described(stores.parent, described)
     path = report_path(config.report, study.study_name)
     if config.report != "none" and (new or not _is_of(path, study)):
         try:
             check_report(config, config.report)
-        except InputError as error:  # it was another file at the start of the run
+        except InputError as error:  # at the start of the run, the file could be written
             raise RunError(f"{error}, and run the same command again") from None
-        _write(path, study, config, mirror, found, charts)
+        _write(path, study, config, tracking, found, charts)
     if not new:
         return
     if config.report != "none":
-        mirror.client.log_artifact(stores.parent, str(path))
+        tracking.client.log_artifact(stores.parent, str(path))
     note = f"Runs, models and curves: MLflow run {stores.parent} in {found.tracking_uri}."
     storage.write_note(study, markdown(found, [won, note]))
-    mirror.describe(stores.parent, described)  # last: it says that the rest is done
+    tracking.describe(stores.parent, described)  # last: the rest is done
 
 
 def _is_of(path: Path, study: optuna.Study) -> bool:
-    """Whether `path` is a report of this study, which another one may have the name of."""
+    """Whether `path` is a report of this study, not of another one of the same name."""
     return _study_of(path) in [
         (study.study_name, study.user_attrs["study_uid"]),
         (study.study_name, ""),
@@ -131,17 +130,17 @@ def _is_of(path: Path, study: optuna.Study) -> bool:
 
 @undisturbed()
 def write_report(config: StudyConfig, given: str) -> Path:
-    """Write the report of the study that `config` names into `given`; returns the true path.
+    """Write the report of the study that `config` names; returns its path (`report_path`).
 
-    Raises InputError where there is none, RunError where it can't be read or written.
+    Raises InputError if there is no such study, RunError if it can't be read or written.
     """
     check_report(config, given)
     path = report_path(given, config.study_name)
     try:
         study, config = existing(config)
-        mirror = Tracking(config)
+        tracking = Tracking(config)
         found = overview.of(study, config, importances=False)
-        _write(path, study, config, mirror.open() if mirror.exists() else None, found)
+        _write(path, study, config, tracking.open() if tracking.exists() else None, found)
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
     return path
@@ -151,29 +150,28 @@ def _write(
     path: Path,
     study: optuna.Study,
     config: StudyConfig,
-    mirror: Tracking | None,
+    tracking: Tracking | None,
     found: overview.Overview,
     charts: "list[Chart] | None" = None,
 ) -> None:
     from search.report.html import write_html  # slow: Plotly
 
-    if charts is None:
-        charts = draw(study, config)
-    write_html(path, study, found, charts, None if mirror is None else _tested(study, mirror))
+    charts = draw(study, config) if charts is None else charts
+    write_html(path, study, found, charts, None if tracking is None else _tested(study, tracking))
 
 
-def _tested(study: optuna.Study, mirror: Tracking) -> "Tested | None":
-    """The retrained best trial, if it is there."""
+def _tested(study: optuna.Study, tracking: Tracking) -> "Tested | None":
+    """The retrained winner, None if there is none yet."""
     from search.report.html import Tested
 
     best = ranking.winner(study)
     parent = study.user_attrs.get("mlflow_run_id")
     if best is None or parent is None:
         return None
-    run = find_retrained(mirror, mirror.runs_of(parent), best.number)
+    run = find_retrained(tracking, tracking.runs_of(parent), best.number)
     if run is None:
         return None
-    data, mistakes = test_pictures(mirror, run)
+    data, mistakes = test_pictures(tracking, run)
     return Tested(
         run_id=run.info.run_id,
         trial=best.number,

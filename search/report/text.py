@@ -1,4 +1,4 @@
-"""The findings in words: the summary of a run, the overview of a study, Markdown."""
+"""The findings as text: the summary of a run, the overview of a study, Markdown."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -10,40 +10,37 @@ from rich.console import Console
 from search.config.hyperparameters import describe, short
 from search.config.parameter import Value
 from search.errors import redact
-from search.report.overview import Overview, Row
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
+if TYPE_CHECKING:  # only types: a run loads this before it prints its first line
     from search.promotion.gate import Winner
+    from search.report.overview import Overview
     from search.report.progress import Result
+    from search.study.trials import TrialSummary
+
+_BAR = 24  # characters
 
 
-# ---- in words ----------------------------------------------------------------------------------
-
-
-def gain(best: Row, first: Row, complete: int) -> str:
+def gain(best: "TrialSummary", reference: "TrialSummary", complete: int) -> str:
     """What the search gained over the reference configuration, in one or two sentences."""
-    if best.number == first.number:
+    if best.number == reference.number:
         return "The search found nothing better than the reference configuration."
-    difference = (best.val_accuracy or 0) - (first.val_accuracy or 0)
+    difference = (best.val_accuracy or 0) - (reference.val_accuracy or 0)
     return (
         f"The search gained {difference:+.4f} val_accuracy over the reference. It is the best of "
         f"{complete} noisy results, so part of that is luck."
     )
 
 
-def sentences(found: Overview) -> list[str]:
+def sentences(found: "Overview") -> list[str]:
     """What was searched, and what was found."""
     space = ", ".join(f"{name} {allowed}" for name, allowed in found.space.items())
-    state = f"It is being run by {found.running}." if found.running else ""
+    running = f" It is being run by {found.running}." if found.running else ""
     unfinished = f", {found.unfinished} not finished" if found.unfinished else ""
+    fixed = f" All trials have {_listed(found.fixed)}." if found.fixed else ""
     lines = [
         f"Study {found.study} searched {space}: {found.complete} trials complete, {found.pruned} "
-        f"pruned, {found.failed} failed{unfinished}. {state}".rstrip()
+        f"pruned, {found.failed} failed{unfinished}.{running}{fixed}"
     ]
-    if found.fixed:
-        lines[0] += f" All trials have {_listed(found.fixed)}."
     if found.best is None:
         return [*lines, "No trial has completed yet."]
     lines.append(
@@ -59,25 +56,25 @@ def sentences(found: Overview) -> list[str]:
         lines[-1] += " " + gain(found.best, found.reference, found.complete)
     if found.finalists:
         seeds = len(found.finalists[0].val_accuracies)
-        stood = "; ".join(map(str, found.finalists))
-        lines.append(f"Trained again on {seeds} fresh seeds, the best first, which won: {stood}.")
+        ranking = "; ".join(map(str, found.finalists))
+        lines.append(f"Finalists, trained again on {seeds} fresh seeds, winner first: {ranking}.")
     return lines
 
 
-def in_production(found: Overview) -> str:
-    """Which version is in production, and whence."""
+def in_production(found: "Overview") -> str:
+    """Which version is in production, and its origin."""
     now = found.production
     if now is None:
         return "Nothing is in production."
     accuracy = "" if now.test_accuracy is None else f", test accuracy {now.test_accuracy:.4f}"
-    whence = "of unknown origin" if now.trial is None else f"trial {now.trial} of study {now.study}"
-    return f"In production: {now.model} version {now.version}, {whence}{accuracy}."
+    origin = "of unknown origin" if now.trial is None else f"trial {now.trial} of study {now.study}"
+    return f"In production: {now.model} version {now.version}, {origin}{accuracy}."
 
 
-def markdown(found: Overview, more: list[str]) -> str:
-    """The same in Markdown, and `more` paragraphs.
+def markdown(found: "Overview", more: list[str]) -> str:
+    """The findings in Markdown, followed by the paragraphs in `more`.
 
-    It follows from the study alone, so written once more while nothing has happened it is the same.
+    They depend on the study alone: the same study gives the same text.
     """
     parts = sentences(found)
     if found.top:
@@ -99,18 +96,11 @@ def _listed(values: Mapping[str, Value]) -> str:
     return ", ".join(f"{name} {short(value)}" for name, value in values.items())
 
 
-_BAR = 24  # characters
-
-
-# ---- the end of a run ------------------------------------------------------------------------
-
-
 def summary(result: "Result") -> str:
     """The end of a run in a dozen lines."""
-    from search.report import overview
-    from search.report.text import gain
+    from search.study.trials import summarize
 
-    config, best, winner = result.config, result.best, result.winner
+    config, winner = result.config, result.winner
     took = timedelta(seconds=round(result.seconds))
     lines = [
         "",
@@ -121,16 +111,15 @@ def summary(result: "Result") -> str:
     ]
     if result.stopped:
         lines.append(f"Stopped early: {result.stopped}.")
-    if best is not None:
-        shown = overview.row(best)
-        lines += ["", _row(f"best: trial {best.number}", best)]
+    if result.best is not None:
+        best = summarize(result.best)
+        lines += ["", _row("best", best)]
         if result.reference is not None:
-            lines.append(_row(f"reference: trial {result.reference.number}", result.reference))
-            first = overview.row(result.reference)
-            lines.append(gain(shown, first, result.complete))
+            reference = summarize(result.reference)
+            lines += [_row("reference", reference), gain(best, reference, result.complete)]
     if result.finalists:
         repeats = len(result.finalists[0].val_accuracies)
-        lines += ["", f"finalists, the mean of {repeats} fresh seeds; the first is the winner:"]
+        lines += ["", f"finalists, mean of {repeats} fresh seeds, winner first:"]
         lines += [f"  {finalist}" for finalist in result.finalists]
     if winner is None:
         return "\n".join([*lines, "", "Run the same command again to go on."])
@@ -142,12 +131,13 @@ def summary(result: "Result") -> str:
     lines += [
         "",
         _chosen(result, winner),
-        f"Trained anew on all training data: test accuracy {winner.test_accuracy:.4f}, "
-        f"test loss {winner.test_loss:.4f} (the test images were used this once, and by the gate).",
+        "Retrained on training and validation data: "
+        f"test accuracy {winner.test_accuracy:.4f}, test loss {winner.test_loss:.4f} "
+        "(the test examples are used only here and by the gate).",
         f"{verb} {config.model_name} version {winner.version}: {where}.",
         f"Gate: {winner.verdict}.",
         "",
-        "Look further:",
+        "See also:",
         *([] if result.report is None else [f"  {result.report}"]),
         f"  mlflow ui{_mlflow_option(config.tracking_uri)}",
         f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
@@ -156,17 +146,18 @@ def summary(result: "Result") -> str:
 
 
 def _chosen(result: "Result", winner: "Winner") -> str:
-    """The winner and the validation accuracy that chose it, which is the more flattering figure."""
+    """The winner and the validation accuracy that it was selected by."""
     if result.finalists:
-        return f"winner: {result.finalists[0]}, by which it was chosen"
+        return f"winner: {result.finalists[0]}, used for the selection"
     return (
-        f"winner: trial {winner.trial}, val_accuracy {winner.val_accuracy:.4f}, by which it was "
-        "chosen, so it flatters"
+        f"winner: trial {winner.trial}, val_accuracy {winner.val_accuracy:.4f}, used for the "
+        "selection, so optimistically biased"
     )
 
 
-def _row(title: str, trial: "FrozenTrial") -> str:
-    return f"{title:22s} val_accuracy {trial.value:.4f}  {describe(trial.params)}"
+def _row(title: str, trial: "TrialSummary") -> str:
+    title = f"{title}: trial {trial.number}"
+    return f"{title:22s} val_accuracy {trial.val_accuracy:.4f}  {describe(trial.hyperparameters)}"
 
 
 def _mlflow_option(uri: str) -> str:
@@ -177,16 +168,11 @@ def _mlflow_option(uri: str) -> str:
     return f" --backend-store-uri {shlex.quote(redact(uri))}"
 
 
-# ---- python study.py show ----------------------------------------------------------------------
-
-
 def show(console: Console, found: "Overview") -> None:
     """Print a study at a glance."""
 
     def line(text: str = "", style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    from search.report.text import in_production, sentences
 
     for sentence in sentences(found):
         line(sentence)
@@ -220,15 +206,16 @@ def show(console: Console, found: "Overview") -> None:
 
 
 def _top(found: "Overview") -> Iterator[str]:
-    """A table as plain lines, whatever the width: scripts and eyes want whole run ids."""
+    """A table as plain lines, never wrapped or cut, so that run ids can be copied."""
     names = list(found.space)
     widths = [max(len(name), 8) for name in names]
     yield "  ".join(
         ["trial", "val_accuracy", *map(str.rjust, names, widths), "epochs", "seconds", "run"]
     )
-    first = found.reference
-    for row in [*found.top, *([] if first is None or first in found.top else [first])]:
-        tried = (short(row.hyperparameters.get(name)) for name in names)
-        cells = [f"{row.number:5d}", f"{row.val_accuracy:12.4f}", *map(str.rjust, tried, widths)]
-        note = " (reference)" if row == first else ""
+    reference = found.reference
+    more = [] if reference is None or reference in found.top else [reference]
+    for row in [*found.top, *more]:
+        values = (short(row.hyperparameters.get(name)) for name in names)
+        cells = [f"{row.number:5d}", f"{row.val_accuracy:12.4f}", *map(str.rjust, values, widths)]
+        note = " (reference)" if row == reference else ""
         yield "  ".join([*cells, f"{row.epochs:6d}", f"{row.seconds:7.1f}", f"{row.run_id}{note}"])

@@ -1,4 +1,4 @@
-"""MLflow's and Optuna's own user interfaces, side by side, on this machine alone."""
+"""Serve MLflow's and Optuna's own user interfaces, on this machine only."""
 
 import contextlib
 import multiprocessing
@@ -21,13 +21,13 @@ from search.tracking.runs import TRACKING_ERRORS, Tracking
 from search.tracking.sync import existing
 
 HOST = "127.0.0.1"
-_PATIENCE = 120  # seconds for a server to answer
+_TIMEOUT = 120  # seconds for a server to answer
 
 
-def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
-    """Start both, `say` where they are, and go on until interrupted; then end both.
+def serve(config: StudyConfig, report: Callable[[str], None]) -> None:
+    """Start both, `report` their addresses, and serve until interrupted; then end both.
 
-    Raises InputError where there is nothing to show, RunError where one of them ends by itself.
+    Raises InputError if there is nothing to show, RunError if one of them ends by itself.
     """
     pages = _pages(config)
     with contextlib.ExitStack() as running:
@@ -37,21 +37,21 @@ def serve(config: StudyConfig, say: Callable[[str], None]) -> None:
         }
         for name, (address, process) in served.items():
             _wait(name, address, process)
-            say(f"{name:17s} {address}{pages[name]}")
-        say("Ctrl-C ends both.")
+            report(f"{name:17s} {address}{pages[name]}")
+        report("Ctrl-C ends both.")
         processes = [process for _, process in served.values() if process is not None]
         ended, _ = psutil.wait_procs(processes, timeout=0)
         while not ended:
             ended, _ = psutil.wait_procs(processes, timeout=1)
-        raise RunError("one of the two servers ended by itself; start them again")
+        raise RunError("one of the two servers ended unexpectedly; start them again")
 
 
 def _pages(config: StudyConfig) -> dict[str, str]:
-    """The study's own page of each."""
+    """The study's page in each of them."""
     try:
         study, config = existing(config)
-        mirror = Tracking(config)
-        if not mirror.exists():
+        tracking = Tracking(config)
+        if not tracking.exists():
             raise InputError(
                 f"--tracking-uri must be where the study's runs are, but "
                 f"{redact(config.tracking_uri)} has no experiment {config.experiment}; "
@@ -59,7 +59,7 @@ def _pages(config: StudyConfig) -> dict[str, str]:
             )
         return {
             "optuna-dashboard": f"dashboard/studies/{study._study_id}",
-            "mlflow ui": f"#/experiments/{mirror.open().experiment_id}/runs",
+            "mlflow ui": f"#/experiments/{tracking.open().experiment_id}/runs",
         }
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
@@ -70,7 +70,7 @@ Served = tuple[str, psutil.Process | None]
 
 @contextlib.contextmanager
 def _dashboard(config: StudyConfig) -> Iterator[Served]:
-    """In a process of our own: its command would show a password in the list of processes."""
+    """In a child process: on its command line, a password would be visible to other users."""
     port = _free_port()
     process = multiprocessing.get_context("spawn").Process(
         target=_run_dashboard, args=(config.storage, port), daemon=True
@@ -87,7 +87,7 @@ def _dashboard(config: StudyConfig) -> Iterator[Served]:
 def _run_dashboard(url: str, port: int) -> None:
     import logging
 
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     logging.disable()
     from optuna_dashboard import run_server
 
@@ -111,7 +111,7 @@ def _mlflow(config: StudyConfig) -> Iterator[Served]:
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the main process, which ends this one
+        start_new_session=True,  # Ctrl-C must reach only the main process, which ends this one
     )
     try:
         yield f"http://{HOST}:{port}/", psutil.Process(process.pid)
@@ -126,16 +126,18 @@ def _free_port() -> int:
 
 
 def _wait(name: str, address: str, process: psutil.Process | None) -> None:
-    """Until the server answers. Raises RunError where it does not."""
-    deadline = time.monotonic() + _PATIENCE
-    direct = build_opener(ProxyHandler({}))  # whatever http_proxy says
+    """Wait until the server answers. Raises RunError if it does not."""
+    deadline = time.monotonic() + _TIMEOUT
+    direct = build_opener(ProxyHandler({}))  # regardless of http_proxy
     while process is not None:
         with contextlib.suppress(OSError), direct.open(address, timeout=5):
             return
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            raise RunError(f"{name} ended before it answered; try it by hand to see why")
+            raise RunError(f"{name} ended before it answered; start it by hand to see why")
         if time.monotonic() > deadline:
-            raise RunError(f"{name} did not answer within {_PATIENCE} s; try it by hand to see why")
+            raise RunError(
+                f"{name} did not answer within {_TIMEOUT} s; start it by hand to see why"
+            )
         time.sleep(0.1)
 
 

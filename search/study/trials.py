@@ -280,37 +280,44 @@ def has_ended(mark: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class TrialSummary:
-    """How a trial ended, as the engine and the display need it.
+    """What is reported of a trial.
 
-    value: val_accuracy of the weights that a COMPLETE trial ended with.
-    last: val_accuracy after the last epoch that was run, where there was one.
-    given_up: it failed by itself, as a trial of its slot had before, so the slot is finished.
+    val_accuracy: of the weights that a COMPLETE trial ended with; of any other, after its last
+    epoch. hyperparameters: those sampled. seconds: its duration. given_up: it failed by itself, as
+    a trial of its slot had before, so the slot is finished.
     """
 
     number: int
     place: int
     state: str
-    value: float | None
-    last: float | None
-    hyperparameters: Mapping[str, Value] | None
+    val_accuracy: float | None
+    hyperparameters: Mapping[str, Value]
     epochs: int
-    seconds: float
+    seconds: float | None
+    run_id: str | None
     failure: str | None
     given_up: bool = False
 
+    @property
+    def value(self) -> float | None:
+        """val_accuracy of a COMPLETE trial, by which it is ranked."""
+        return self.val_accuracy if self.state == "COMPLETE" else None
+
 
 def summarize(trial: FrozenTrial, *, given_up: bool = False) -> TrialSummary:
-    """How a finished trial went."""
+    """The summary of `trial`, finished or not."""
     history = history_of(trial)
+    last = history[-1]["val_accuracy"] if history else None
+    failure = trial.user_attrs.get("failure")
     return TrialSummary(
         number=trial.number,
-        place=trial.user_attrs["place"],
+        place=trial.user_attrs.get("place", trial.number),
         state=trial.state.name,
-        value=trial.value if trial.state is TrialState.COMPLETE else None,
-        last=history[-1]["val_accuracy"] if history else None,
-        hyperparameters=dict(trial.params) or None,
+        val_accuracy=trial.value if trial.state is TrialState.COMPLETE else last,
+        hyperparameters=dict(trial.params),
         epochs=len(history),
-        seconds=trial.duration.total_seconds() if trial.duration else 0.0,
-        failure=trial.user_attrs.get("failure"),
+        seconds=None if trial.duration is None else trial.duration.total_seconds(),
+        run_id=trial.user_attrs.get("mlflow_run_id"),
+        failure=None if failure is None else printable(failure),
         given_up=given_up,
     )

@@ -155,11 +155,11 @@ def test_what_cannot_be_made_is_named_and_the_rest_is_kept(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_draw_matrix", fail)
         why = save_evaluation(network, dataset, tmp_path)
-        assert why == "confusion_matrix.png could not be made (MemoryError: MemoryError)"
+        assert why == "confusion_matrix.png could not be written (MemoryError: MemoryError)"
         assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
     with monkeypatch.context() as patch:
         patch.setattr(network, "predict", lambda *_, **__: np.zeros((10**9, 10**9)))
         why = save_evaluation(network, dataset, tmp_path / "absent")
         assert why is not None
-        assert why.startswith("evaluation.json could not be made (")
+        assert why.startswith("evaluation.json could not be written (")
         assert "\n" not in why

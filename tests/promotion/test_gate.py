@@ -90,7 +90,7 @@ def test_a_p_value_too_small_for_a_number_is_never_zero() -> None:
     assert Decision.read(tags, 0.9).p_value == decided.p_value
     stored_before = replace(decided, p_value=0.0)
     for shown in (str(decided), tags["gate.decision"], str(stored_before)):
-        assert "exact McNemar p < 1e-300 (more than chance)" in shown
+        assert "exact McNemar p < 1e-300 (significant at 5 %)" in shown
     just_above = replace(decided, p_value=2e-300)
     assert "p = 2e-300 " in str(just_above)
 
@@ -140,7 +140,7 @@ def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clou
     assert 0 < float(tags["gate.mcnemar_p_value"]) < 0.05
     assert (tags["gate.champion_version"], tags["gate.losing_version"]) == ("1", "2")
     assert tags["gate.decision"] == str(found)
-    assert "more than chance" in str(found)
+    assert "significant at 5 %" in str(found)
     invariants.check(Path.cwd(), 1)
 
     before = invariants.dump(Path.cwd())

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +62,6 @@ def test_the_schema_in_the_docs_is_the_one_printed(finished: dict[str, Any]) -> 
     listed = page.split("### The JSON of `show --json`")[1].split("\n## ")[0]
     for key in (*shown, *shown["best"], *shown["production"], *shown["importances"]):
         assert f"`{key}`" in listed
-
-
-def test_show_says_it_in_words(finished: dict[str, Any]) -> None:
-    code, out, err = command(finished["folder"], "show")
-    assert (code, err) == (0, "")
-    best = finished["study"].best_trial
-    assert f"The best is trial {best.number} with val_accuracy {best.value:.4f}" in out
-    assert "Importance for val_accuracy after epoch " in out
-    assert "In production: MNIST_DNN_Model version 1, trial " in out
-    for run_id in [finished["runs"][0].info.run_id, finished["runs"][best.number].info.run_id]:
-        assert run_id in out
 
 
 @pytest.mark.slow
@@ -163,67 +151,11 @@ def test_a_reader_that_stops_reading_gets_no_traceback(finished: dict[str, Any])
         assert done.stderr == ""
 
 
-def test_a_study_without_a_finished_trial_is_shown(
-    in_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from rich.console import Console
-
-    from search.report.text import show
-
-    config = StudyConfig()
-    study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
-    study.set_user_attr("facts", {})
-    study.add_trial(
-        create_trial(state=TrialState.FAIL, user_attrs={"failure": "ValueError: too [bold]much"})
-    )
-    found = overview.read(config)
-    assert (found.best, found.reference, found.importances, found.production) == (None,) * 4
-    show(Console(width=60), found)
-    out = capsys.readouterr().out
-    assert "No trial has completed yet." in out
-    assert "  trial 0: ValueError: too [bold]much\n" in out
-    assert "Nothing is in production." in out
-
-
 def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path) -> None:
     code, out, err = command(tmp_path, "show")
     assert (code, out) == (2, "")
     assert err.startswith("error: --study-name must be a study of this tool")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_the_descriptions_name_each_other_and_the_users_own_words_stay(
-    in_folder: Path, clouds: Path
-) -> None:
-    from optuna_dashboard import get_note, save_note
-
-    from search import run
-
-    config = StudyConfig(
-        dataset=str(clouds), epochs=2, n_trials=3, hidden_units="8", workers=1, report="none"
-    )
-    result = run(config)
-    study = storage.load_study(config)
-    from search.tracking.runs import Tracking
-
-    client = Tracking(config).open().client
-
-    def description() -> str:
-        return client.get_run(result.parent_run_id).data.tags["mlflow.note.content"]
-
-    assert result.parent_run_id in get_note(study)
-    assert "study mnist-dnn in sqlite:///study.db" in description()
-    assert "is version 1 of MNIST_DNN_Model" in description()
-    assert "is version 1 of MNIST_DNN_Model" in get_note(study)
-
-    save_note(study, "my own words")
-    run(replace(config, n_trials=5))
-    assert get_note(storage.load_study(config)) == "my own words"
-    assert "5 trials complete" in description()
-    client.set_tag(result.parent_run_id, "mlflow.note.content", "mine, too")
-    run(replace(config, n_trials=6))
-    assert description() == "mine, too"
 
 
 def test_importances_need_trials_and_something_that_varies() -> None:
@@ -284,4 +216,4 @@ def test_trials_of_one_value_have_no_importances_in_any_view(
     assert "Importance" not in capsys.readouterr().out
     page = build_html(study, found, draw_charts(study, found), None)
     assert "All hyperparameters together" in page
-    assert "most of all" not in page
+    assert "the most important is" not in page

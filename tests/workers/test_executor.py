@@ -326,7 +326,7 @@ class Scripted:
         self._submitted.append(place)
         future: Future[Any] = Future()
         if len(self._submitted) > 1:
-            future.set_result(TrialSummary(place, place, "COMPLETE", 0.5, 0.5, None, 1, 0.1, None))
+            future.set_result(TrialSummary(place, place, "COMPLETE", 0.5, {}, 1, 0.1, None, None))
         else:
             future.set_exception(BrokenProcessPool("a worker died"))
         return future
@@ -390,7 +390,7 @@ def outcomes(
         given_up = fails and place in failed
         failed.update([place] if fails else [])
         state, value = ("FAIL", None) if fails else ("COMPLETE", 0.5)
-        return TrialSummary(place, place, state, value, None, None, 0, 0.1, "why", given_up)
+        return TrialSummary(place, place, state, value, {}, 0, 0.1, None, "why", given_up)
 
     monkeypatch.setattr(engine.tasks, "call", call)
     seen: list[tuple[int, str]] = []

@@ -1,0 +1,207 @@
+"""The findings as text: the summary of a run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import command
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from rich.console import Console
+
+from search.config.hyperparameters import REFERENCE
+from search.config.parameter import Value
+from search.config.settings import StudyConfig
+from search.promotion.gate import Decision, Winner
+from search.report import overview
+from search.report import text as display
+from search.report.progress import Result
+from search.study import storage
+from search.study.ranking import Finalist
+from search.study.sampling import distributions
+
+TRIED: dict[str, Value] = {"hidden_units": 1024, "dropout_rate": 0.25, "learning_rate": 0.0005}
+
+
+def trial(number: int, tried: dict[str, Value], value: float) -> FrozenTrial:
+    made = create_trial(
+        state=TrialState.COMPLETE,
+        params=tried,
+        distributions=dict(distributions(StudyConfig().space)),
+        value=value,
+    )
+    made.number = number
+    return made
+
+
+RESULT = Result(
+    config=StudyConfig(),
+    best=trial(17, TRIED, 0.98125),
+    reference=trial(0, REFERENCE, 0.9785),
+    finalists=[],
+    winner=Winner(
+        trial=17,
+        run_id="r",
+        version=3,
+        val_accuracy=0.98125,
+        test_loss=0.06125,
+        test_accuracy=0.9812,
+        verdict=Decision(True, "if-better", 0.9812, 2, 0.9801, 0.0425),
+        in_production=3,
+        new=True,
+    ),
+    parent_run_id="p",
+    complete=30,
+    pruned=20,
+    failed=1,
+    given_up=0,
+    ran=51,
+    seconds=125.4,
+    stopped=None,
+    mended=(),
+    report=Path("report.html"),
+)
+
+
+def test_the_summary_of_a_whole_run(in_folder: Path) -> None:
+    assert display.summary(RESULT).splitlines() == [
+        "",
+        "50 finished trials: 30 complete, 20 pruned; 1 failed. 51 run now, in 0:02:05.",
+        "",
+        "best: trial 17         val_accuracy 0.9812  units 1024  dropout 0.250  lr 5.00e-04",
+        "reference: trial 0     val_accuracy 0.9785  units  512  dropout 0.200  lr 1.00e-03",
+        "The search gained +0.0027 val_accuracy over the reference. It is the best of 30 noisy "
+        "results, so part of that is luck.",
+        "",
+        "winner: trial 17, val_accuracy 0.9812, used for the selection, so optimistically biased",
+        "Retrained on training and validation data: test accuracy 0.9812, test loss 0.0612 (the "
+        "test examples are used only here and by the gate).",
+        "Registered as MNIST_DNN_Model version 3: alias production, stage Production.",
+        "Gate: promoted: test accuracy 0.9812 against 0.9801 of version 2, exact McNemar p = 0.043 "
+        "(significant at 5 %).",
+        "",
+        "See also:",
+        "  report.html",
+        "  mlflow ui",
+        "  optuna-dashboard sqlite:///study.db",
+    ]
+
+
+def summary(**changed: Any) -> str:
+    return display.summary(replace(RESULT, **changed))
+
+
+def test_the_summary_counts_the_slots_that_were_given_up() -> None:
+    text = summary(pruned=18, failed=5, given_up=2)
+    assert text.splitlines()[1] == (
+        "50 finished trials: 30 complete, 18 pruned, 2 given up (failed twice); 5 failed. "
+        "51 run now, in 0:02:05."
+    )
+
+
+def test_a_rerun_says_that_the_model_was_registered_before() -> None:
+    assert RESULT.winner is not None
+    text = summary(winner=replace(RESULT.winner, new=False), ran=0)
+    assert "Already registered as MNIST_DNN_Model version 3:" in text
+    assert "\nRegistered" not in text
+
+
+def test_finalists_are_listed_and_chose_the_winner() -> None:
+    stood = [
+        Finalist(17, [0.98, 0.982], 0.981, 0.0014142),
+        Finalist(0, [0.98], 0.98, None),
+        Finalist(3, [None, 0.99], None, None),
+    ]
+    lines = summary(finalists=stood).splitlines()
+    first = lines.index("finalists, mean of 2 fresh seeds, winner first:")
+    assert lines[first + 1 : first + 4] == [
+        "  trial 17, mean val_accuracy 0.9810 ± 0.0014",
+        "  trial 0, mean val_accuracy 0.9800",
+        "  trial 3, failed on a fresh seed",
+    ]
+    assert "winner: trial 17, mean val_accuracy 0.9810 ± 0.0014, used for the selection" in lines
+
+
+def test_a_winner_that_is_kept_out_is_said_to_be() -> None:
+    assert RESULT.winner is not None
+    kept_out = Decision(False, "if-better", 0.9701, 2, 0.9801, 0.2)
+    text = summary(winner=replace(RESULT.winner, verdict=kept_out, in_production=2))
+    assert "version 3: not in production, where version 2 is.\n" in text
+    assert "Gate: not promoted: test accuracy 0.9701 against 0.9801 of version 2" in text
+    assert "(not significant at 5 %)" in text
+
+
+def test_an_early_stop_says_why() -> None:
+    assert "Stopped early: --timeout: 60 s are over.\n" in summary(
+        stopped="--timeout: 60 s are over"
+    )
+    assert "Stopped" not in display.summary(RESULT)
+
+
+def test_a_search_that_found_nothing_better_says_so() -> None:
+    text = summary(best=RESULT.reference)
+    assert "The search found nothing better than the reference configuration.\n" in text
+    assert "gained" not in text
+
+
+def test_without_a_reference_nothing_is_compared() -> None:
+    text = summary(reference=None)
+    assert "reference" not in text
+    assert "gained" not in text
+
+
+@pytest.mark.parametrize("best", [RESULT.best, None])
+def test_an_interrupted_run_says_how_to_go_on(best: FrozenTrial | None) -> None:
+    text = summary(winner=None, best=best)
+    assert text.endswith("\n\nRun the same command again to go on.")
+    assert "egistered" not in text
+    assert ("best: trial 17" in text) == (best is not None)
+
+
+def test_the_commands_to_look_further_name_the_databases_quoted_and_without_passwords() -> None:
+    config = StudyConfig(
+        storage="postgresql://me:hunter2@db/x", tracking_uri="sqlite:///my runs.db"
+    )
+    text = summary(config=config)
+    assert "  mlflow ui --backend-store-uri 'sqlite:///my runs.db'\n" in text
+    assert "hunter2" not in text
+    assert "me:***@db/x" in text
+    served = summary(config=StudyConfig(tracking_uri="http://me:hunter2@host:5000"))
+    assert "already served at http://me:***@host:5000" in served
+
+
+def test_quiet_leaves_the_summary(tmp_path: Path, clouds: Path) -> None:
+    options = ("--dataset", str(clouds), "--n-trials", "3", "--epochs", "3", "--workers", "1")
+    code, out, err = command(tmp_path, *options, "--report", "none", "--quiet")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].startswith("3 finished trials: ")
+    assert "\ntrial " not in out
+
+
+def test_show_says_it_in_words(finished: dict[str, Any]) -> None:
+    code, out, err = command(finished["folder"], "show")
+    assert (code, err) == (0, "")
+    best = finished["study"].best_trial
+    assert f"The best is trial {best.number} with val_accuracy {best.value:.4f}" in out
+    assert "Importance for val_accuracy after epoch " in out
+    assert "In production: MNIST_DNN_Model version 1, trial " in out
+    for run_id in [finished["runs"][0].info.run_id, finished["runs"][best.number].info.run_id]:
+        assert run_id in out
+
+
+def test_a_study_without_a_finished_trial_is_shown(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = StudyConfig()
+    study = storage.open_study(config, config.settings("mnist (0123456789ab)"))
+    study.set_user_attr("facts", {})
+    study.add_trial(
+        create_trial(state=TrialState.FAIL, user_attrs={"failure": "ValueError: too [bold]much"})
+    )
+    found = overview.read(config)
+    assert (found.best, found.reference, found.importances, found.production) == (None,) * 4
+    display.show(Console(width=60), found)
+    out = capsys.readouterr().out
+    assert "No trial has completed yet." in out
+    assert "  trial 0: ValueError: too [bold]much\n" in out
+    assert "Nothing is in production." in out
