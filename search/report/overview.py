@@ -81,7 +81,7 @@ class Overview:
     production: Production | None
 
     def as_json(self) -> dict[str, Any]:
-        """As documented in docs/results.md; a changed key needs a new SCHEMA, an added one does not."""
+        """As in docs/results.md; a changed key needs a new SCHEMA, an added one does not."""
 
         def public(fields: list[tuple[str, Any]]) -> dict[str, Any]:
             return {name: value for name, value in fields if name not in _INTERNAL}

@@ -1,8 +1,8 @@
-"""The workers of a Dask cluster: who may run tasks, and what each is given once.
+"""The workers of a Dask cluster: which of them may run tasks, and what each receives once.
 
-Which worker runs a task is decided here, so that a task ends with its worker and is not run again
-behind the engine's back. `trial.Worker.run_trial` sees to it that no place of a study is run twice
-where such a worker lives on, cut off from the scheduler alone.
+This module assigns each task to a worker itself, so that a task ends with its worker and Dask does
+not rerun it unnoticed. Where a worker has only lost its connection to the scheduler and is still
+alive, `Worker.run_trial` prevents a slot of the study from being run twice.
 """
 
 import asyncio
@@ -35,9 +35,9 @@ from search.data.dataset import Dataset
 from search.errors import InputError, RunError, one_line
 from search.workers import tasks
 
-_LOOK = 1.0  # seconds between two looks at who is there
+_LOOK = 1.0  # seconds between two checks of the cluster's workers
 _TIMEOUT = 10  # seconds to find the scheduler at first
-_PATIENCE = 60  # seconds that a scheduler, or a worker that takes no tasks, gets to come back
+_PATIENCE = 60  # seconds that a lost scheduler, or a paused worker, has to return
 _SENDING = 600  # seconds to send a dataset to all workers
 _PACKAGES = ("search", "tensorflow", "keras", "optuna", "mlflow")
 _TRIM = "MALLOC_TRIM_THRESHOLD_"
@@ -55,7 +55,7 @@ class _Member:
 
     threads: int
     executor: Executor
-    closed: float | None = None  # since when it takes no new ones, by the monotonic clock
+    closed: float | None = None  # since when it accepts no tasks, by the monotonic clock
     running: set["Future[Any]"] = field(default_factory=set)
 
 
@@ -68,9 +68,9 @@ class _Refusal:
 
 
 class DaskBackend:
-    """The workers behind `config.scheduler`; they may come and go while it runs."""
+    """The workers of `config.scheduler`; they may join and leave during the run."""
 
-    most_deaths = 5  # a cluster may take its workers back
+    most_deaths = 5  # a cluster may reclaim its workers
     remedy = "(out of memory?); give the cluster's workers more memory or fewer threads"
 
     def __init__(
@@ -78,27 +78,27 @@ class DaskBackend:
         config: StudyConfig,
         parent_run: str,
         dataset: Dataset,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         assert config.scheduler is not None
         self._address = config.scheduler
         self._limit = config.workers
         self._prepare = parent_run, config, dataset
-        self._say = say
+        self._report = report
         self._client = connect(config.scheduler)
         self._members: dict[str, _Member] = {}
         self._refused: dict[str, _Refusal] = {}
-        self._proved = False  # a worker has done something
+        self._has_worked = False  # a worker has finished a task
         self._warned = False
-        self._was_cut = False
+        self._connection_lost = False
         self._next_look = 0.0
-        self._told: tuple[int, int] | None = None
+        self._reported: tuple[int, int] | None = None
 
     def slots(self) -> int:
         """How many tasks run at once: as many as the open workers have threads."""
         self._look()
         total = sum(member.threads for member in self._open())
-        if self._refused and not self._members and not self._proved:
+        if self._refused and not self._members and not self._has_worked:
             address, refusal = next(iter(self._refused.items()))
             raise RunError(f"no worker of {self._address} can be used: {address}: {refusal.why}")
         return total if self._limit is None else min(total, self._limit)
@@ -126,26 +126,26 @@ class DaskBackend:
             ended = done & member.running
             member.running -= ended
             for future in ended:
-                self._learn(address, future)
+                self._note_end(address, future)
         for future in done:
             end = tasks.end_of(future, _DEATHS, _NOT_STARTED)
             if isinstance(end, tasks.Died):
-                self._next_look = 0.0  # see at once who is left
+                self._next_look = 0.0  # check at once which are left
             yield future, end
 
     def close(self, *, now: bool) -> None:
-        """Leave the cluster; `now`: a trial that runs finds at its next write that it was ended."""
-        with contextlib.suppress(Exception):  # the next run's first step there is the same
+        """Leave the cluster; `now`: a running trial notices at its next write that it was ended."""
+        with contextlib.suppress(Exception):  # the next run starts with the same step
             self._run(tasks.forget, self._prepare[0], workers=list(self._members))
         self._client.close(timeout=5)
 
-    # ---- who is there ------------------------------------------------------------------------
+    # ---- which workers there are -------------------------------------------------------------
 
     def _open(self) -> list[_Member]:
         return [member for member in self._members.values() if member.closed is None]
 
     def _look(self) -> None:
-        """Let go of the workers that have left, and take in those that have come."""
+        """Drop the workers that have left, and admit those that have joined."""
         if time.monotonic() < self._next_look:
             return
         present = self._present()
@@ -154,9 +154,9 @@ class DaskBackend:
             is_open = address in present and present[address]["status"] == "running"
             member.closed = None if is_open else member.closed or now
             waited = member.closed is not None and now - member.closed > _PATIENCE
-            if self._was_cut or waited or address not in present:
-                self._leave(address)
-        self._was_cut = False
+            if self._connection_lost or waited or address not in present:
+                self._drop(address)
+        self._connection_lost = False
         self._refused = {
             address: refusal
             for address, refusal in self._refused.items()
@@ -170,13 +170,13 @@ class DaskBackend:
             and address not in self._refused
         }
         if new:
-            with contextlib.suppress(OSError, TimeoutError):  # try at the next look
-                self._take_in(new)
-        self._tell()
+            with contextlib.suppress(OSError, TimeoutError):  # retried at the next check
+                self._admit(new)
+        self._report_workers()
         self._next_look = time.monotonic() + _LOOK
 
     def _present(self) -> Mapping[str, Any]:
-        """What the scheduler says of every worker; it gets a while to come back."""
+        """What the scheduler knows of each worker; waits for a scheduler that is restarted."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -189,23 +189,24 @@ class DaskBackend:
                 workers: Mapping[str, Any] = found["workers"]
                 return workers
             except (OSError, TimeoutError) as error:
-                self._was_cut = True  # Dask's client cancels all that runs
+                self._connection_lost = True  # Dask's client cancels all that runs
                 if time.monotonic() > deadline or self._client.status == "closed":
                     raise RunError(
-                        f"the Dask scheduler {self._address} went away and did not come back "
-                        f"({one_line(error)}); start it and run the same command again"
+                        f"the connection to the Dask scheduler {self._address} is lost and was not "
+                        f"restored within {_PATIENCE} s ({one_line(error)}); start the scheduler "
+                        "and run the same command again"
                     ) from None
                 time.sleep(_LOOK)
 
-    def _leave(self, address: str) -> None:
-        """Let go of a worker; `trial.Worker` finds what it finishes nevertheless."""
+    def _drop(self, address: str) -> None:
+        """Drop a worker; `Worker.run_trial` finds what it finishes nevertheless."""
         member = self._members.pop(address, None)
         for future in () if member is None else member.running:
             future.cancel()
 
-    def _take_in(self, new: Mapping[str, int]) -> None:
-        """Check new workers, and give the fit ones the configuration and the dataset."""
-        for address, why, seconds in self._unfit(list(new)):
+    def _admit(self, new: Mapping[str, int]) -> None:
+        """Check new workers, and send the suitable ones the configuration and the dataset."""
+        for address, why, seconds in self._reasons_to_refuse(list(new)):
             if address not in self._refused:
                 self._refuse(address, why, seconds)
         for threads in set(new.values()):
@@ -220,10 +221,10 @@ class DaskBackend:
                     executor = self._client.get_executor(workers=[address], pure=False)
                     self._members[address] = _Member(threads, executor)
 
-    def _unfit(self, addresses: list[str]) -> Iterator[tuple[str, str, float]]:
+    def _reasons_to_refuse(self, addresses: list[str]) -> Iterator[tuple[str, str, float]]:
         """Which of these workers can't be used, why, and for how long (s).
 
-        They are asked by the standard library's functions, which are everywhere.
+        Uses only functions of the standard library, which every worker has.
         """
         for package in _PACKAGES:
             wanted = importlib.metadata.version(package)
@@ -248,7 +249,7 @@ class DaskBackend:
         slow = [trim for trim in trims.values() if str(trim).isdigit() and int(trim) < _SMALL]
         if slow and not self._warned:
             self._warned = True
-            self._say(
+            self._report(
                 f"{len(slow)} of {len(trims)} workers have {_TRIM}={slow[0]}, which Dask sets, and "
                 f"train about 1.5 times as slowly as with {_SETTINGS} in their environment"
             )
@@ -273,25 +274,25 @@ class DaskBackend:
 
     def _refuse(self, address: str, why: str, seconds: float) -> None:
         self._refused[address] = _Refusal(why, time.monotonic() + seconds)
-        self._say(f"worker {address} is refused: {why}")
+        self._report(f"worker {address} is refused: {why}")
 
-    def _learn(self, address: str, future: "Future[Any]") -> None:
-        """Take note of what a task's end says of its worker."""
+    def _note_end(self, address: str, future: "Future[Any]") -> None:
+        """Note what the end of a task says about its worker."""
         error = None if future.cancelled() else future.exception()
         if isinstance(error, tasks.NotPrepared | tasks.Unfit):
-            self._leave(address)
+            self._drop(address)
             if isinstance(error, tasks.Unfit) and address not in self._refused:
                 self._refuse(address, str(error), _PATIENCE)
         elif not future.cancelled():
-            self._proved = True
+            self._has_worked = True
 
-    def _tell(self) -> None:
-        """Say how many workers there are, where that has changed."""
+    def _report_workers(self) -> None:
+        """Report how many workers there are, if that has changed."""
         now = len(self._open()), sum(member.threads for member in self._open())
-        if now != self._told:
-            self._told = now
+        if now != self._reported:
+            self._reported = now
             workers, threads = now
-            self._say(
+            self._report(
                 f"{self._address}: {workers} worker{'s' * (workers != 1)}, "
                 f"{threads} trial{'s' * (threads != 1)} at once"
                 + ("" if workers else "; waiting for some, Ctrl-C ends that")

@@ -76,9 +76,9 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def start_importing(config: StudyConfig) -> None:
-    """Let the process that workers are forked from import TensorFlow while this one does the rest.
+    """Start the process that workers are forked from; it imports TensorFlow in the meantime.
 
-    Of a study in a file alone, and only where trials are missing.
+    Only for a study in a file that has trials left to run.
     """
     path = sqlite_path(config.storage)
     if path is None or config.scheduler is not None or trains_here(config):
@@ -164,17 +164,21 @@ class ProcessBackend:
     )
 
     def __init__(
-        self, config: StudyConfig, parent_run: str, dataset: "Dataset", say: Callable[[str], None]
+        self,
+        config: StudyConfig,
+        parent_run: str,
+        dataset: "Dataset",
+        report: Callable[[str], None],
     ) -> None:
         self._workers = config.workers
         self._prepare = parent_run, config, dataset
-        self._say = say
+        self._report = report
         self._slots: int | None = None
         self._in_process: InProcess | None = None
         self._last: dict[ProcessPoolExecutor, Future[Any]] = {}  # what each was given last
 
     def slots(self) -> int:
-        """How many tasks run at once; the first call finds out, and says so."""
+        """How many tasks run at once; the first call determines and reports it."""
         if self._slots is None:
             device = environment.gpu_device()
             gpu = None if device is None else self._ask_for_gpu(device)
@@ -184,7 +188,7 @@ class ProcessBackend:
             text += f", 1 thread{' each' * many}, CPU" if gpu is None else f" on GPU {gpu}"
             if device is not None and gpu is None:
                 text += f"; {device} is there, but TensorFlow finds no GPU that it can use"
-            self._say(text)
+            self._report(text)
         return self._slots
 
     def _ask_for_gpu(self, device: str) -> str | None:
@@ -195,7 +199,7 @@ class ProcessBackend:
             return found
         except BrokenProcessPool:
             raise RunError(
-                f"TensorFlow died while it looked for a GPU ({device} is there); mend its "
+                f"TensorFlow died while it looked for a GPU ({device} is there); fix its "
                 "installation, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
             ) from None
         finally:
