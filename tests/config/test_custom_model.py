@@ -119,7 +119,7 @@ def test_another_source_is_another_model(folder: Path) -> None:
     code, out, err = command(folder, "reproduce")
     assert (code, err.count("\n")) == (2, 1)
     assert "mine:build must be the model of the study" in err
-    assert "bring back its source as it was" in err
+    assert "restore its source" in err
     assert invariants.dump(folder) == before
 
 
@@ -187,7 +187,7 @@ def test_settings_keep_the_model_that_they_were_made_with_and_refuse_to_run_anot
     (in_folder / "edited_later.py").write_text(EDITED)
     assert loaded_units(config) == 4
     before = sorted(in_folder.iterdir())
-    with pytest.raises(InputError, match="must be as it was when these settings were made"):
+    with pytest.raises(InputError, match="must be as it was when these settings were created"):
         run(config)
     assert sorted(in_folder.iterdir()) == before
 

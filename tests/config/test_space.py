@@ -9,7 +9,7 @@ from search.config.hyperparameters import HYPERPARAMETERS, REFERENCE, space_of
 from search.config.parameter import Choice, Value
 from search.config.space import Condition, Space
 
-DEFAULTS = {name: known.default for name, known in HYPERPARAMETERS.items()}
+DEFAULTS = {name: known.space for name, known in HYPERPARAMETERS.items()}
 SPACE = space_of(DEFAULTS)
 
 
@@ -34,9 +34,9 @@ def test_a_trial_gets_all_hyperparameters_in_their_types() -> None:
     assert {name: tried[name] for name in params} == params
     assert [type(value) for value in params.values()] == [int, float, float]
     assert list(params) == ["hidden_units", "dropout_rate", "learning_rate"]
-    plain = {name: known.plain for name, known in HYPERPARAMETERS.items()}
+    usual = {name: known.default for name, known in HYPERPARAMETERS.items()}
     conditional = {"conv_blocks", "filters", "augmentation_strength"}
-    assert tried == {**{k: v for k, v in plain.items() if k not in conditional}, **params}
+    assert tried == {**{k: v for k, v in usual.items() if k not in conditional}, **params}
 
 
 def test_the_reference_lies_in_the_default_space() -> None:

@@ -74,7 +74,7 @@ def no_graphs() -> None:
     ],
     ids=str,
 )
-def test_a_recipe_learns_what_the_plain_loop_learns(no_graphs: None, changed: Tried) -> None:
+def test_a_training_learns_what_the_plain_loop_learns(no_graphs: None, changed: Tried) -> None:
     what = tried(**changed)
     train(build(tried(**{**changed, "learning_rate": 0.3})), what, examples(WHOLE))  # used before
     ours, theirs = build(what), build(what)
