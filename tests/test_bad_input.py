@@ -1093,7 +1093,7 @@ def test_a_split_that_leaves_no_examples_is_refused(refused: Refused, share: str
         command(validation_split=share),
         "error: --validation-split must leave examples to train and to validate",
         f"but {float(share)} of 40 leaves",
-        "give a share nearer to 0.5 or more data",
+        "give a fraction nearer to 0.5 or more data",
     )
 
 

@@ -264,7 +264,7 @@ def own() -> Callable[..., keras.Sequential]:
 
     def make(seed: int = 3, **rates: float) -> keras.Sequential:
         what = {**tried(), "drop": 0.1, "spatial": 0.1, "whole": 0.1, **rates}
-        return build_network(what, (FEATURES,), CLASSES, seed, own=made)
+        return build_network(what, (FEATURES,), CLASSES, seed, custom=made)
 
     return make
 
@@ -323,7 +323,7 @@ def test_networks_that_differ_share_no_graph(
             return keras.Sequential([keras.Input(shape), *layers(other), last])
 
         found = custom_model.CustomModel("here:made", made, {}, "0")
-        net = build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
+        net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
         train(net, tried(), examples(WHOLE))
         assert len(_of_thread.graphs) == count
 
@@ -334,7 +334,7 @@ def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) ->
         return keras.Sequential([keras.Input(shape), Scaled(), last])
 
     found = custom_model.CustomModel("here:made", made, {}, "0")
-    ours, theirs = (build_network(tried(), (FEATURES,), CLASSES, 3, own=found) for _ in "ab")
+    ours, theirs = (build_network(tried(), (FEATURES,), CLASSES, 3, custom=found) for _ in "ab")
     before = ours.get_weights()
     train(ours, tried(), examples(WHOLE))
     plain_fit(theirs, examples(WHOLE))
@@ -376,7 +376,7 @@ keras.saving.register_keras_serializable("here")(Jumps)
     [
         (keras.layers.Softmax, None),
         (lambda: keras.layers.Activation("linear"), "but it gives -"),
-        (lambda: keras.layers.Activation("sigmoid"), "in all; end it with a softmax, for example"),
+        (lambda: keras.layers.Activation("sigmoid"), "; end it with a softmax, for example"),
     ],
 )
 def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
@@ -391,7 +391,7 @@ def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_chang
         return [v.numpy().tolist() for v in (*net.variables, shared)]
 
     found = custom_model.CustomModel("here:made", made, {}, "0")
-    net = build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
+    net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
     before = state(net)
     with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
         check_probabilities(found, net)
@@ -423,4 +423,4 @@ def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_chang
 def test_an_own_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
     found = custom_model.CustomModel("here:made", made, {}, "0")
     with pytest.raises(ValueError, match=said):
-        build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
+        build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
