@@ -201,9 +201,9 @@ def check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
     sums = rows.sum(axis=1)
     if not (np.all(rows >= 0) and np.allclose(sums, 1, rtol=0, atol=1e-3)):
         raise ValueError(
-            f"{custom.name} must return a model that gives probabilities, not negative and with sum "
-            f"1, but it gives {rows.min():.4g} to {rows.max():.4g} with sum {sums[0]:.4g}; end "
-            f"it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
+            f"{custom.name} must return a model that gives probabilities, with sum 1 and none "
+            f"negative, but it gives {rows.min():.4g} to {rows.max():.4g} with sum {sums[0]:.4g}; "
+            f"end it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
             'activation="softmax") or keras.layers.Softmax()'
         )
 

@@ -108,10 +108,7 @@ def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Ca
     if validated and hp["early_stopping"]:
         callbacks.append(
             keras.callbacks.EarlyStopping(
-                "val_accuracy",
-                mode="max",
-                patience=hp["early_stopping"],
-                restore_best_weights=True,
+                "val_accuracy", mode="max", patience=hp["early_stopping"], restore_best_weights=True
             )
         )
     return callbacks
