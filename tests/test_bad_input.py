@@ -402,7 +402,7 @@ def test_a_model_that_cannot_be_used_is_refused(
     refused(arguments, "error: --model must name", f"but got {name!r}", *fragments)
 
 
-def test_a_networks_option_is_refused_beside_an_own_model(
+def test_a_networks_option_is_refused_beside_a_custom_model(
     folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -479,7 +479,7 @@ NO_DISK = "with --scheduler, because the workers of a cluster share no disk, but
         ),
     ],
 )
-def test_a_ledger_on_a_disk_is_refused_with_a_cluster(
+def test_a_store_on_a_disk_is_refused_with_a_cluster(
     refused: Refused, changed: dict[str, str], fragments: tuple[str, ...]
 ) -> None:
     given = {**SERVERS, **changed, "scheduler": "tcp://127.0.0.1:9"}
@@ -627,7 +627,7 @@ INSTEAD = "sqlite:///mlflow.db"
     ],
     ids=ascii,
 )
-def test_a_tracking_uri_that_is_no_ledger_is_refused(
+def test_a_tracking_uri_that_is_no_store_is_refused(
     folder: Path, refused: Refused, uri: str, rule: str, remedy: str
 ) -> None:
     (folder / "here").mkdir()

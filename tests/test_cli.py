@@ -1,4 +1,4 @@
-"""The command line: whose word counts, what Ctrl-C and SIGTERM leave, which code it ends with."""
+"""The command line: precedence of settings, exit codes, Ctrl-C and SIGTERM."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def test_the_command_line_wins_over_the_environment_the_file_and_the_default(
     assert files.build_config({"config": file, **given}).storage == "sqlite:///given.db"
 
 
-def test_an_empty_variable_of_the_environment_says_nothing(
+def test_an_empty_environment_variable_is_ignored(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPTUNA_STORAGE", "")
@@ -89,7 +89,7 @@ def test_the_grid_preset_is_the_classic_table() -> None:
     assert grid[0] == REFERENCE
 
 
-def test_the_wide_preset_opens_everything_of_a_dense_network() -> None:
+def test_the_wide_preset_searches_everything_of_a_dense_network() -> None:
     config = files.build_config({"preset": "wide"})
     opened = {name for name, known in config.space.searched().items() if not is_fixed(known)}
     of_a_cnn = {"architecture", "conv_blocks", "filters"}
@@ -142,7 +142,7 @@ def test_help_is_exit_code_0(capsys: pytest.CaptureFixture[str], word: str) -> N
     assert "--n-trials" in capsys.readouterr().out
 
 
-def test_the_handlers_of_signals_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with signals.handled(lambda: None, lambda reason: None):
         assert signal.getsignal(signal.SIGINT) is not before[0]

@@ -72,21 +72,17 @@ def load(name: str) -> CustomModel:
             source = Path(str(spec.origin)).read_bytes()
             key = name, hashlib.sha256(source).hexdigest()
             if key not in _loaded:
-                module = _run(spec, source)
+                _loaded[key] = _checked(name, function_name, _run(spec, source), key[1])
     except (Exception, SystemExit) as error:  # anything that its code raises
         _restore(module_name, before)
+        if isinstance(error, ModelError):
+            raise
         why = printable(" ".join(str(error).split()))
         raise _refusal(
             name,
             f"a module that can be imported ({type(error).__name__}: {why})",
             "fix it, or run the command in its folder",
         ) from None
-    if key not in _loaded:
-        try:
-            _loaded[key] = _checked(name, function_name, module, key[1])
-        except ModelError:
-            _restore(module_name, before)
-            raise
     return _loaded[key]
 
 

@@ -73,7 +73,7 @@ def config(dataset: Path, **changed: Any) -> StudyConfig:
 
 
 def quietly(_: str) -> None:
-    """What `reproduce` says is not looked at."""
+    """Ignore what `reproduce` prints."""
 
 
 def test_each_value_is_in_a_test() -> None:
