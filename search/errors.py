@@ -1,4 +1,12 @@
-"""Errors that end a run, each one line with an exit code; text that is safe to show."""
+"""Errors that end a run, each one line with an exit code; text that is safe to show.
+
+InputError         2: the input is invalid, nothing was changed
+    ModelError     the custom model can't be used (config/custom_model.py)
+RunError           1: the run had to stop, finished work is kept
+    TakenOver      another process runs the study (study/lock.py)
+    Unfit          a worker can't run the study's trials (workers/tasks.py)
+Interrupted        128 + signal: a KeyboardInterrupt
+"""
 
 import difflib
 import re
@@ -29,7 +37,7 @@ class RunError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or a signal ended the run; `exit_code` is 128 + the signal number."""
+    """Ctrl-C or a signal ended the run; exit code 128 + the signal number."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(reason)

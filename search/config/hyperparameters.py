@@ -264,14 +264,14 @@ _FORMATS = {
 def describe(params: Mapping[str, Value]) -> str:
     """A trial's parameters for a line of the terminal, without those at their defaults."""
     custom = not set(REFERENCE) <= set(params)  # of a custom model, which may reuse a name
-    return "  ".join(_shown(n, v) for n, v in params.items() if not _is_default(n, v, custom))
 
+    def is_default(name: str, value: Value) -> bool:
+        known = HYPERPARAMETERS.get(name)
+        if known is None or name in REFERENCE or (custom and known.network):
+            return False
+        return value == known.default
 
-def _is_default(name: str, value: Value, custom: bool) -> bool:
-    known = HYPERPARAMETERS.get(name)
-    if known is None or name in REFERENCE or (custom and known.network):
-        return False
-    return value == known.default
+    return "  ".join(_shown(*item) for item in params.items() if not is_default(*item))
 
 
 def _shown(name: str, value: Value) -> str:
