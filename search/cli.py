@@ -8,16 +8,17 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import make_dataclass
 from typing import Annotated, Any
 
 import typer
 
 from search import signals
 from search.config import files
-from search.config.hyperparameters import HYPERPARAMETERS
+from search.config.files import build_config
 from search.config.options import flag
-from search.config.settings import StudyConfig, defaults, from_text, options
+from search.config.settings import options
 from search.errors import InputError, RunError, printable, redact
 from search.imports import hidden, quickly
 
@@ -27,215 +28,71 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_UsageError: type[Exception] = typer.BadParameter.__mro__[
-    1
-]  # Typer names it only in a private module
-_METAVARS = {
-    "timeout": "SECONDS",
-    "patience": "TRIALS",
-    "workers": "auto|N",
-    "scheduler": "ADDRESS",
-    "study_name": "NAME",
-    "storage": "URL",
-    "dataset": "NAME|FILE.npz",
-    "validation_split": "SHARE",
-    "model": "MODULE:FUNCTION",
-    **dict.fromkeys(HYPERPARAMETERS, "SPACE"),
-    "tracking_uri": "URL",
-    "experiment": "NAME",
-    "model_name": "NAME",
-}
+Given = Mapping[str, str | None]  # the text of every option by its setting's name
+_STORES = ("study_name", "storage", "tracking_uri", "model_name")
 
 
-def _study(
-    context: typer.Context, quiet: bool = False, **given: str | None
-) -> Callable[[], int] | None:
-    """Search the hyperparameters of a Keras network and leave the best in production.
-
-    Run the same command again to go on after an interruption: nothing is lost and nothing is done
-    twice.
-    """
-    if context.invoked_subcommand is None:
-        return functools.partial(run_study, build_config(given), quiet)
-    for name, text in given.items():
-        if text is not None:
-            raise typer.BadParameter(
-                f"{flag(name)} must come after the verb: "
-                f"python study.py {context.invoked_subcommand} {flag(name)}"
-            )
-    return None
+# ---- options -------------------------------------------------------------------------------------
 
 
-def _doctor(fix: bool = False, **given: str | None) -> Callable[[], int]:
-    """Say what the two ledgers disagree about; exit code 1 if anything."""
-    return functools.partial(run_doctor, build_config(given), fix)
-
-
-def _show(*, json: bool = False, **given: str | None) -> Callable[[], int]:
-    """Show what the study has found, from the databases alone."""
-    return functools.partial(run_show, build_config(given), json)
-
-
-def _report(output: str = "report.html", **given: str | None) -> Callable[[], int]:
-    """Write the report: one HTML file with every chart and trial."""
-    return functools.partial(run_report, build_config(given), output)
-
-
-def _reproduce(*, trial: str | None = None, **given: str | None) -> Callable[[], int]:
-    """Train a trial again and say whether every epoch is the same to the last digit."""
-    if trial is not None and not trial.isdecimal():
-        raise InputError(
-            f"--trial must be a whole number, 0 or more, but got {trial!r}; for example --trial 0"
-        )
-    number = None if trial is None else int(trial)
-    return functools.partial(run_reproduce, build_config(given), number, given["dataset"])
-
-
-def _ui(**given: str | None) -> Callable[[], int]:
-    """Open the study in MLflow's and Optuna's own user interfaces, until Ctrl-C."""
-    return functools.partial(run_ui, build_config(given))
-
-
-def _presets() -> Callable[[], int]:
-    """List the presets, searches that are ready to run with --preset NAME."""
-    return run_presets
-
-
-_PLACES = ("study_name", "storage", "tracking_uri", "model_name")
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
-
-
-def _file(name: str, metavar: str, help: str) -> inspect.Parameter:
+def _file(name: str, metavar: str, help: str) -> tuple[str, Any, Any]:
     option = typer.Option(f"--{name}", metavar=metavar, help=help, rich_help_panel="Study")
-    return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[str | None, option])
+    return name, Annotated[str | None, option], None
 
 
-def _with_options(
-    function: Callable[..., Any], names: Iterable[str], *own: inspect.Parameter
-) -> Callable[..., Any]:
-    """Give `function` an option for each of these settings, described where the setting is."""
-    parameters = [
-        *own,
-        _file("preset", "NAME", "A search that is ready to run: python study.py presets."),
-        _file("config", "FILE.toml", "Settings, the options' names as keys; they win over preset."),
-    ]
-    for name in names:
-        option = options()[name]
-        shown = option.none if defaults()[name] is None else str(defaults()[name])
-        help_text = option.help + (f" Environment: {option.env}." if option.env else "")
-        metavar = "|".join(option.choices) or _METAVARS.get(name, "N")
-        annotation = Annotated[
-            str | None,
-            typer.Option(
-                flag(name),
-                metavar=metavar,
-                help=f"{help_text} [dim]\\[default: {shown}][/dim]",
-                show_default=False,
-                rich_help_panel=option.group,
-            ),
-        ]
-        parameters.append(inspect.Parameter(name, _KEYWORD, default=None, annotation=annotation))
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
-
-
-def _own(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    return inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation)
-
-
-def _flag(name: str, help: str) -> inspect.Parameter:
-    return _own(name, Annotated[bool, typer.Option(f"--{name}", help=help)], False)
-
-
-app.callback(invoke_without_command=True)(
-    _with_options(
-        _study,
-        options(),
-        _own("context", typer.Context),
-        _flag("quiet", "Print the summary alone."),
-    )
+_FILES = (
+    _file("preset", "NAME", "A predefined search; python study.py presets lists them."),
+    _file("config", "FILE.toml", "Settings file; its values take precedence over the preset's."),
 )
 
 
-for _name, _verb, *_parameters in (
-    ("show", _show, _flag("json", "Print it as JSON, for scripts.")),
-    (
-        "report",
-        _report,
-        _own(
-            "output",
-            Annotated[
-                str, typer.Option("--output", metavar="FILE.html", help="Where to write it.")
-            ],
-            "report.html",
-        ),
-    ),
-    (
-        "reproduce",
-        _reproduce,
-        _own(
-            "trial",
-            Annotated[
-                str | None,
-                typer.Option("--trial", metavar="N", help="Which one; by default the winner."),
-            ],
-            None,
-        ),
-    ),
-    ("ui", _ui),
-    ("doctor", _doctor, _flag("fix", "Mend it: MLflow follows Optuna.")),
-):
-    _names = ("study_name", "storage", "dataset") if _name == "reproduce" else _PLACES
-    app.command(_name)(_with_options(_verb, _names, *_parameters))
+def _setting(name: str) -> tuple[str, Any, Any]:
+    """The option of a setting, as a field of a dataclass: name, type, default."""
+    option = options()[name]
+    shown = option.none if option.default is None else option.default
+    environment = f" Environment: {option.env}." if option.env else ""
+    declared = typer.Option(
+        flag(name),
+        metavar="|".join(option.choices) or option.metavar,
+        help=f"{option.help}{environment} [dim]\\[default: {shown}][/dim]",
+        show_default=False,
+        rich_help_panel=option.group,
+    )
+    return name, Annotated[str | None, declared], None
 
 
-app.command("presets")(_presets)
+def _command(function: Callable[..., int], settings: Collection[str], **methods: Any) -> Any:
+    """The command of a verb for Typer: a dataclass whose fields are the verb's options.
 
-
-def build_config(given: Mapping[str, str | None]) -> StudyConfig:
-    """The settings: the command line before the environment, the file, the preset, the defaults.
-
-    Raises InputError, also for a hyperparameter on the command line that would change nothing.
+    Typer creates an instance from the command line; calling that calls `function` with the settings
+    as a mapping, and with the verb's own options, the keyword-only parameters of `function`.
     """
-    preset, file = given.get("preset"), given.get("config")
-    values: dict[str, Any] = {} if preset is None else files.read_preset(preset)
-    values.update({} if file is None else files.read_file(file))
-    for name, option in options().items():
-        from_environment = os.environ.get(option.env) if option.env else None
-        text = given.get(name)
-        if text is None and from_environment:
-            text = from_environment
-        if text is not None:
-            values[name] = from_text(name, text)
-    if "model" not in given:  # a verb: none needs it, and to import it takes time
-        values.pop("model", None)
-    config = StudyConfig(**values)
-    for name in HYPERPARAMETERS:
-        if given.get(name) is not None:
-            _check_matters(name, config)
-    return config
+    parameters = inspect.signature(function).parameters.values()
+    own = [(p.name, p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+    def call(self: object) -> int:
+        given = dict(vars(self))
+        return function(given, **{name: given.pop(name) for name, *_ in own})
+
+    fields = [*own, *(_FILES if settings else ()), *map(_setting, settings)]
+    namespace = {"__doc__": function.__doc__, "__call__": call, **methods}
+    return make_dataclass(function.__name__, fields, namespace=namespace, repr=False, eq=False)
 
 
-def _check_matters(name: str, config: StudyConfig) -> None:
-    space = config.space
-    if name not in space.parameters or (config.model and HYPERPARAMETERS[name].network):
-        raise InputError(
-            f"{flag(name)} must be left out with --model, whose network has what its "
-            f"SPACE declares, but got {getattr(config, name)!r}; declare it there"
-        )
-    if not space.can_matter(name):
-        condition = space.conditions[name]
-        raise InputError(
-            f"{flag(name)} matters only with {condition}, but got "
-            f"{getattr(config, name)!r} and {condition.parent} "
-            f"{space.parameters[condition.parent]}; give "
-            f"{flag(condition.parent)} {condition.values[-1]}, too"
-        )
+# ---- verbs ---------------------------------------------------------------------------------------
 
 
-def run_study(config: StudyConfig, quiet: bool = False) -> int:
-    """Run the study, showing how it goes; returns the exit code."""
+def study(
+    given: Given,
+    *,
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
+) -> int:
+    """Search the hyperparameters of a Keras network and promote the best model to production.
+
+    Run the same command again to resume after an interruption: no work is lost or repeated.
+    """
+    config = build_config(given)
     from search.workers import processes
 
     processes.start_importing(config)
@@ -260,37 +117,32 @@ def run_study(config: StudyConfig, quiet: bool = False) -> int:
     return 0 if result.winner is not None else signals.EXIT_INTERRUPTED
 
 
-@contextlib.contextmanager
-def _loading(*unused: str) -> Iterator[None]:
-    """Load a verb's modules in the block, quickly and without what they load in vain.
-
-    unused: libraries that Optuna, Keras or MLflow load where they are there. Scikit-learn is one:
-    it serves importance evaluators that are not used.
-    """
-    with quickly(), hidden("sklearn", *unused):
-        import optuna.importance  # noqa: F401
-
-        yield
-
-
-def run_show(config: StudyConfig, as_json: bool) -> int:
-    """Print what the study has found; returns the exit code."""
+def show(
+    given: Given,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> int:
+    """Show the results of the study, read from the databases."""
+    config = build_config(given)
     with _loading():
         from rich.console import Console
 
-        from search.report import overview
-        from search.report.text import show
+        from search.report import overview, text
 
     found = overview.read(config)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
     else:
-        show(Console(), found)
+        text.show(Console(), found)
     return 0
 
 
-def run_report(config: StudyConfig, output: str) -> int:
-    """Write the report; returns the exit code."""
+_OUTPUT = typer.Option("--output", metavar="FILE.html", help="File to write.")
+
+
+def report(given: Given, *, output: Annotated[str, _OUTPUT] = "report.html") -> int:
+    """Write the report: one HTML file with all charts and trials."""
+    config = build_config(given)
     with _loading("pandas", "matplotlib"):
         from search.report import publish
 
@@ -298,34 +150,37 @@ def run_report(config: StudyConfig, output: str) -> int:
     return 0
 
 
-def run_reproduce(config: StudyConfig, number: int | None, moved: str | None) -> int:
-    """Train a trial again and print whether it is the same; returns the exit code."""
-    with quickly():
-        from search.workers import reproduce
+_TRIAL = typer.Option("--trial", metavar="N", help="Number of the trial; by default the winner.")
 
-    done = reproduce.reproduce(config, number, moved, functools.partial(print, flush=True))
+
+def reproduce(given: Given, *, trial: Annotated[str | None, _TRIAL] = None) -> int:
+    """Train a trial again and check that every epoch is the same to the last digit."""
+    if trial is not None and not trial.isdecimal():
+        raise InputError(
+            f"--trial must be a whole number, 0 or more, but got {trial!r}; for example --trial 0"
+        )
+    config = build_config(given)
+    with quickly():
+        from search.workers import reproduce as workers
+
+    number = None if trial is None else int(trial)
+    done = workers.reproduce(config, number, given["dataset"], functools.partial(print, flush=True))
     if not done.differences:
         print(f"the same to the last digit: val_accuracy {done.value!r}, every epoch")
     else:
         print(f"not the same: {'; '.join(done.differences)}")
     if done.changed is None:
-        print("what it ran on then was not recorded")
+        print("the packages and hardware of the original training were not recorded")
     elif done.changed:
         print(f"changed since then: {'; '.join(done.changed)}")
     elif done.differences:
-        print("nothing that is recorded of the machine's kind and the packages has changed")
+        print("the recorded packages and hardware are unchanged")
     return 1 if done.differences else 0
 
 
-def run_presets() -> int:
-    """Print the presets; returns the exit code."""
-    for name, line in files.presets().items():
-        print(f"{name:8s} {line}")
-    return 0
-
-
-def run_ui(config: StudyConfig) -> int:
-    """Serve both user interfaces until Ctrl-C; returns the exit code."""
+def ui(given: Given) -> int:
+    """Serve MLflow's and Optuna's user interfaces for the study, until Ctrl-C."""
+    config = build_config(given)
     from search.report import ui
 
     with signals.leaving():
@@ -333,28 +188,83 @@ def run_ui(config: StudyConfig) -> int:
     return 0
 
 
-def run_doctor(config: StudyConfig, fix: bool) -> int:
-    """Print what the ledgers disagree about; returns the exit code."""
+def doctor(
+    given: Given,
+    *,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Repair MLflow's runs from the Optuna study.")
+    ] = False,
+) -> int:
+    """Compare the Optuna study with its MLflow runs; exit code 1 if they differ."""
+    config = build_config(given)
     with _loading("pandas", "matplotlib"):
-        from search.tracking.sync import doctor
+        from search.tracking import sync
 
-    mended, left = doctor(config, fix=fix)
-    for line in mended:
-        print(f"mended: {line}")
+    repaired, left = sync.doctor(config, fix=fix)
+    for line in repaired:
+        print(f"repaired: {line}")
     for line in left:
         print(line)
     if left:
-        remedy = "run the study again" if fix else "mend with python study.py doctor --fix"
+        remedy = "run the study again" if fix else "repair with python study.py doctor --fix"
         print(f"{len(left)} disagreement{'s' * (len(left) > 1)}; {remedy}")
         return 1
-    print(f"study {config.study_name}: both ledgers agree")
+    print(f"study {config.study_name}: both stores agree")
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code.
+def presets(_: Given) -> int:
+    """List the presets: predefined searches, run with --preset NAME."""
+    for name, line in files.presets().items():
+        print(f"{name:8s} {line}")
+    return 0
 
-    Typer only parses: it answers with the call to make, or with None where it showed the help.
+
+def _check_order(self: Any) -> None:
+    """Refuse settings before a verb: the verb would not see them."""
+    verb = self.context.invoked_subcommand
+    for name, value in vars(self).items():
+        if verb is not None and isinstance(value, str):
+            option = flag(name)
+            raise typer.BadParameter(
+                f"{option} must come after the verb: python study.py {verb} {option}"
+            )
+
+
+app.callback(invoke_without_command=True)(_command(study, options(), __post_init__=_check_order))
+_VERBS: dict[Callable[..., int], tuple[str, ...]] = {
+    show: _STORES,
+    report: _STORES,
+    reproduce: ("study_name", "storage", "dataset"),
+    ui: _STORES,
+    doctor: _STORES,
+    presets: (),
+}
+for _verb, _settings in _VERBS.items():
+    app.command(_verb.__name__)(_command(_verb, _settings))
+
+
+@contextlib.contextmanager
+def _loading(*unused: str) -> Iterator[None]:
+    """Import a verb's modules in the block, quickly and without libraries that it does not need.
+
+    unused: libraries that Optuna, Keras or MLflow import if they are installed. Scikit-learn is
+    always one of them: its importance evaluators are not used.
+    """
+    with quickly(), hidden("sklearn", *unused):
+        import optuna.importance  # noqa: F401
+
+        yield
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Typer only parses, since it would hide why a verb was interrupted: it returns the verb's
+    command, to be called here, or an exit code after it has shown the help.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
@@ -362,10 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return call() if callable(call) else 0
     except (InputError, RunError) as error:
         return _fail(redact(str(error)), error.exit_code)
-    except _UsageError as error:
+    except typer.TyperException as error:
         message = " ".join(str(error).split()).rstrip(".")
         return _fail(f"{message}; see python study.py --help", 2)
-    except BrokenPipeError:  # nobody reads on, as after `| head`
+    except BrokenPipeError:  # the reader is gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
@@ -373,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = getattr(error, "exit_code", signals.EXIT_INTERRUPTED)
         return _fail(f"{reason}; run the same command again to go on", code)
     finally:
-        gc.freeze()  # Python would search all that was loaded for garbage once more, for a second
+        gc.freeze()  # saves a last garbage collection, about a second
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,6 +1,16 @@
-"""Errors that end a run, each one line with an exit code; text that is safe to show."""
+"""Errors that end a run, each one line with an exit code; text that is safe to show.
 
+InputError         2: the input is invalid, nothing was changed
+    ModelError     the custom model can't be used (config/custom_model.py)
+RunError           1: the run had to stop, finished work is kept
+    TakenOver      another process runs the study (study/lock.py)
+    Unfit          a worker can't run the study's trials (workers/tasks.py)
+Interrupted        128 + signal: a KeyboardInterrupt
+"""
+
+import difflib
 import re
+from collections.abc import Iterable
 from urllib.parse import unquote
 
 _UNPRINTABLE = re.compile(
@@ -9,19 +19,25 @@ _UNPRINTABLE = re.compile(
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; nothing was created or changed. Exit code 2."""
+    """User input is invalid; nothing was created or changed. Exit code 2.
+
+    Raised with one line, or with its parts: the rule, what was found instead, and the remedy.
+    """
 
     exit_code = 2
 
+    def __init__(self, rule: str, found: str = "", remedy: str = "") -> None:
+        super().__init__(f"{rule}, but {found}; {remedy}" if found else rule)
+
 
 class RunError(Exception):
-    """The run had to stop; what it had finished is kept. Exit code 1."""
+    """The run had to stop; finished work is kept. Exit code 1."""
 
     exit_code = 1
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user or the system ended the run; `exit_code` is 128 + the signal's number."""
+    """Ctrl-C or a signal ended the run; exit code 128 + the signal number."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(reason)
@@ -29,24 +45,30 @@ class Interrupted(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """`text` without what terminals obey and databases refuse: such a character becomes its escape.
+    """`text` with control characters and lone surrogates replaced by their escapes.
 
-    Letters of every language stay as they are.
+    Terminals interpret them and databases reject them. Letters of every language are unchanged.
     """
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one printable line of at most 300 characters, passwords masked."""
-    text = printable(redact(_one_line(error)))
+    """The error in one printable line of at most 300 characters, passwords masked."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    text = printable(redact(message))
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-# ---- what may be shown -------------------------------------------------------------------------
+def nearest(word: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
+    """The remedy for a misspelt `word`: the most similar of `known`, or else `otherwise`.
+
+    cutoff: the least similarity, 0 to 1, as in `difflib.get_close_matches`.
+    """
+    found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f"did you mean {found[0]}?" if found else otherwise
+
+
+# ---- masking secrets ---------------------------------------------------------------------------
 
 _SCHEME = r"[A-Za-z][\w+.-]*://"
 _SECRET = re.compile(r"password|passwd|pwd|token|secret", re.IGNORECASE)
@@ -65,9 +87,10 @@ _TOKEN = re.compile(r"(?i)(https?://)(?!\*\*\*@)[^\s/@:?#'\"]+:?@")
 
 
 def redact(text: str) -> str:
-    """`text`, a URL or words with URLs in them, with every password, token and secret masked.
+    """`text`, a URL or a message that contains URLs, with all passwords, tokens and secrets masked.
 
-    Where it ends is certain for a URL alone, and a guess in words: rather too much is masked.
+    Where a secret ends is certain in a URL alone but a guess in a message: when in doubt, more is
+    masked.
     """
     if re.match(_SCHEME, text) and text.count("://") == 1:
         return _redact_url(text)
@@ -84,7 +107,7 @@ def _without_password(match: re.Match[str]) -> str:
 
 
 def _redact_url(url: str) -> str:
-    """As SQLAlchemy's make_url reads it, but for a password with an @ in it, which is one, too."""
+    """Split the URL as SQLAlchemy's `make_url` does, except that a password may contain an @."""
     query = re.search(r"[?#](?=[\w.%-]+=)", url)
     split = query.start() if query and "@" in url[: query.start()] else len(url)
     if query and "@" not in url:

@@ -1,4 +1,4 @@
-"""The large libraries: importing them without what makes them slow or noisy, and quiet use."""
+"""Import the large libraries faster and without their log output; undo what that changed."""
 
 import contextlib
 import gc
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 _LOGGERS = ("optuna", "mlflow", "alembic", "tensorflow", "distributed")
-_VARIABLES = (  # what importing TensorFlow sets by itself is not ours
+_VARIABLES = (  # not those that importing TensorFlow sets by itself
     *("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
     *("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"),
     *("TF_CPP_MIN_LOG_LEVEL", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"),
@@ -17,7 +17,7 @@ _VARIABLES = (  # what importing TensorFlow sets by itself is not ours
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Give a Python caller back what we set: environment variables, log levels and sys.path."""
+    """Restore the environment variables, log levels and sys.path that this tool changes."""
     variables = {name: os.environ.get(name) for name in _VARIABLES}
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     path = list(sys.path)
@@ -35,7 +35,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden(*modules: str) -> Iterator[None]:
-    """What is imported meanwhile finds that `modules`, unless loaded, are not installed."""
+    """Make imports in the block see `modules` as not installed, unless they are already loaded."""
     unloaded = [module for module in modules if module not in sys.modules]
     for module in unloaded:
         sys.modules[module] = None  # type: ignore[assignment]
@@ -48,11 +48,11 @@ def hidden(*modules: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quickly() -> Iterator[None]:
-    """Import large libraries in the block a third faster, and end the process a second sooner.
+    """Import large libraries in the block a third faster, and exit the process a second sooner.
 
-    What they define stays until the end, so the garbage collector need not search it, neither
-    while it grows nor at exit. In forked processes it stays in memory that all of them share.
-    For processes of our own: what else exists is no longer searched either.
+    Their objects live until the process ends, so the garbage collector need not scan them, neither
+    during the imports nor at exit; in forked processes they stay in shared memory. Only for
+    processes that this tool owns: all other existing objects are no longer scanned either.
     """
     with uncollected():
         try:
@@ -63,7 +63,7 @@ def quickly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Do without the garbage collector in a block that makes very many objects."""
+    """Turn the garbage collector off in a block that creates very many objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -75,13 +75,13 @@ def uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """TensorFlow's native code announces CPU features and missing GPUs before any log level."""
+    """Discard stderr: TensorFlow's native code reports CPU features and missing GPUs there."""
     saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        os.close(nowhere)
+        os.close(null)

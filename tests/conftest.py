@@ -51,10 +51,10 @@ def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
     }
 
 
-def plain(
+def default_network(
     hidden_units: int = 512, dropout_rate: float = 0.2, learning_rate: float = 0.001, **others: Any
 ) -> dict[str, Any]:
-    """The plain network's hyperparameters, but for what is given."""
+    """The hyperparameters of the default network, except for those given."""
     core = {
         "hidden_units": hidden_units,
         "dropout_rate": dropout_rate,

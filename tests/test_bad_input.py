@@ -21,7 +21,8 @@ from conftest import arrays
 from numpy.typing import NDArray
 
 from search import cli, pipeline
-from search.config.settings import StudyConfig, from_text
+from search.config import files
+from search.config.settings import StudyConfig, options
 from search.data.dataset import load_dataset
 from search.errors import InputError
 from search.study import storage
@@ -216,7 +217,7 @@ def test_a_value_outside_its_rule_is_refused(
     refused: Refused, name: str, text: str, said: tuple[str, str]
 ) -> None:
     rule, remedy = said
-    got = from_text(name, text)
+    got = options()[name].parse(text)
     refused(command(**{name: text}), f"error: {rule}", f"but got {got!r}", remedy)
 
 
@@ -241,7 +242,7 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(
 def test_a_number_too_large_to_use_is_refused(refused: Refused, name: str, digits: int) -> None:
     text = "9" * digits
     with pytest.raises(InputError):  # first, since a run of so many trials would fill the memory
-        StudyConfig(**{name: from_text(name, text)})
+        StudyConfig(**{name: options()[name].parse(text)})
     option = "--" + name.replace("_", "-")
     rules = {"batch_size": "whole numbers", "epochs": "auto or a whole number"}
     rule = rules.get(name, "a whole number")
@@ -317,7 +318,7 @@ def test_a_hyperparameter_that_matters_in_no_trial_is_refused(
 
 
 def test_a_presets_own_hyperparameter_that_does_not_matter_is_left_out(folder: Path) -> None:
-    config = cli.build_config({"preset": "wide", "augmentation": "none"})
+    config = files.build_config({"preset": "wide", "augmentation": "none"})
     assert "augmentation_strength" not in config.space.searched()
 
 
@@ -344,7 +345,7 @@ def test_what_needs_images_is_refused_for_other_examples(
     [
         ("wid", "did you mean wide?"),
         ("../wide", "did you mean wide?"),
-        ("", "look with python study.py presets"),
+        ("", "list them with python study.py presets"),
     ],
 )
 def test_an_unknown_preset_is_refused(refused: Refused, name: str, said: str) -> None:
@@ -363,8 +364,8 @@ BUILD = "def build(hyperparameters, shape, classes): ...\n"
     [
         (None, ("a module that can be imported (ModuleNotFoundError: No module", "its folder")),
         ("import nothing_like_it", ("(ModuleNotFoundError: No module named 'nothing_like_it')",)),
-        ("1 / 0", ("(ZeroDivisionError: division by zero)", "mend it")),
-        ("def build(:", ("(SyntaxError: invalid syntax", "mend it")),
+        ("1 / 0", ("(ZeroDivisionError: division by zero)", "fix it")),
+        ("def build(:", ("(SyntaxError: invalid syntax", "fix it")),
         (SPACED, ("has no function build", "define it")),
         (SPACED + "build = 3", ("has no function build", "define it")),
         (BUILD, ("has no SPACE", "declare it, for example SPACE = {")),
@@ -379,7 +380,7 @@ BUILD = "def build(hyperparameters, shape, classes): ...\n"
         (BUILD + "SPACE = {'units': {32}}", ("texts, numbers or lists", "but units is {32}")),
         (BUILD + "SPACE = {'units': range(2)}", ("but units is range(0, 2)",)),
         (BUILD + "SPACE = {'units': [0.1, None]}", ("but units is [0.1, None]",)),
-        ("raise SystemExit", ("a module that can be imported (SystemExit", "mend it")),
+        ("raise SystemExit", ("a module that can be imported (SystemExit", "fix it")),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused(
@@ -401,7 +402,7 @@ def test_a_model_that_cannot_be_used_is_refused(
     refused(arguments, "error: --model must name", f"but got {name!r}", *fragments)
 
 
-def test_a_networks_option_is_refused_beside_an_own_model(
+def test_a_networks_option_is_refused_beside_a_custom_model(
     folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -423,7 +424,7 @@ def test_adamw_without_a_weight_decay_is_refused(refused: Refused) -> None:
     )
 
 
-# ---- where the ledgers lie -------------------------------------------------------------------
+# ---- URLs of the stores -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -437,7 +438,7 @@ def test_adamw_without_a_weight_decay_is_refused(refused: Refused) -> None:
         ("postgresql://u:hunter2@127.0.0.1:9/d", "postgresql://u:hunter2@127.0.0.1:9/d"),
     ],
 )
-def test_one_database_for_both_ledgers_is_refused(
+def test_one_database_for_both_stores_is_refused(
     folder: Path, refused: Refused, one: str, other: str
 ) -> None:
     (folder / "there.db").touch()
@@ -478,7 +479,7 @@ NO_DISK = "with --scheduler, because the workers of a cluster share no disk, but
         ),
     ],
 )
-def test_a_ledger_on_a_disk_is_refused_with_a_cluster(
+def test_a_store_on_a_disk_is_refused_with_a_cluster(
     refused: Refused, changed: dict[str, str], fragments: tuple[str, ...]
 ) -> None:
     given = {**SERVERS, **changed, "scheduler": "tcp://127.0.0.1:9"}
@@ -626,7 +627,7 @@ INSTEAD = "sqlite:///mlflow.db"
     ],
     ids=ascii,
 )
-def test_a_tracking_uri_that_is_no_ledger_is_refused(
+def test_a_tracking_uri_that_is_no_store_is_refused(
     folder: Path, refused: Refused, uri: str, rule: str, remedy: str
 ) -> None:
     (folder / "here").mkdir()
@@ -1092,7 +1093,7 @@ def test_a_split_that_leaves_no_examples_is_refused(refused: Refused, share: str
         command(validation_split=share),
         "error: --validation-split must leave examples to train and to validate",
         f"but {float(share)} of 40 leaves",
-        "give a share nearer to 0.5 or more data",
+        "give a fraction nearer to 0.5 or more data",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: whose word counts, what Ctrl-C and SIGTERM leave, which code it ends with."""
+"""The command line: precedence of settings, exit codes, Ctrl-C and SIGTERM."""
 
 import os
 import signal
@@ -35,30 +35,30 @@ def test_the_command_line_wins_over_the_environment_the_file_and_the_default(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, str | None] = {"storage": "sqlite:///given.db"}
-    assert cli.build_config({}).storage == "sqlite:///study.db"
-    assert cli.build_config({"config": file}).storage == "sqlite:///file.db"
+    assert files.build_config({}).storage == "sqlite:///study.db"
+    assert files.build_config({"config": file}).storage == "sqlite:///file.db"
     monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///environment.db")
-    assert cli.build_config({"config": file}).storage == "sqlite:///environment.db"
-    assert cli.build_config({"config": file, **given}).storage == "sqlite:///given.db"
+    assert files.build_config({"config": file}).storage == "sqlite:///environment.db"
+    assert files.build_config({"config": file, **given}).storage == "sqlite:///given.db"
 
 
-def test_an_empty_variable_of_the_environment_says_nothing(
+def test_an_empty_environment_variable_is_ignored(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPTUNA_STORAGE", "")
-    assert cli.build_config({"config": file}).storage == "sqlite:///file.db"
+    assert files.build_config({"config": file}).storage == "sqlite:///file.db"
 
 
 def test_the_file_gives_what_the_command_line_does_not(file: str) -> None:
-    config = cli.build_config({"config": file, "n_trials": "7", "workers": "auto"})
+    config = files.build_config({"config": file, "n_trials": "7", "workers": "auto"})
     assert (config.n_trials, config.seed, config.workers) == (7, 3, None)
     assert str(config.space.parameters["hidden_units"]) == "8,16"
 
 
 def test_a_preset_is_overruled_by_the_file_and_both_by_the_command_line(file: str) -> None:
-    config = cli.build_config({"preset": "cnn"})
+    config = files.build_config({"preset": "cnn"})
     assert (config.study_name, config.n_trials, config.hidden_units) == ("mnist-cnn", 10, "128,256")
-    config = cli.build_config({"preset": "cnn", "config": file, "n_trials": "3"})
+    config = files.build_config({"preset": "cnn", "config": file, "n_trials": "3"})
     assert (config.study_name, config.n_trials, config.hidden_units) == ("mnist-cnn", 3, "8,16")
     assert config.space.fixed()["architecture"] == "cnn"
 
@@ -67,7 +67,7 @@ def test_a_preset_is_overruled_by_the_file_and_both_by_the_command_line(file: st
 def test_every_preset_is_valid_and_has_a_line(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = cli.build_config({"preset": name})
+    config = files.build_config({"preset": name})
     assert config.study_name == ("mnist-dnn" if name == "default" else f"mnist-{name}")
     assert cli.main(["presets"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == name]
@@ -75,11 +75,11 @@ def test_every_preset_is_valid_and_has_a_line(
 
 
 def test_the_default_preset_is_what_the_command_does_without_one() -> None:
-    assert cli.build_config({"preset": "default"}) == StudyConfig()
+    assert files.build_config({"preset": "default"}) == StudyConfig()
 
 
 def test_the_grid_preset_is_the_classic_table() -> None:
-    space = cli.build_config({"preset": "grid"}).space
+    space = files.build_config({"preset": "grid"}).space
     grid = [space.grid_point(index) for index in range(space.grid_size())]
     assert {(p["hidden_units"], p["dropout_rate"]) for p in grid} == {
         (units, dropout) for units in (128, 256, 512, 1024) for dropout in (0.1, 0.2, 0.3, 0.5)
@@ -89,8 +89,8 @@ def test_the_grid_preset_is_the_classic_table() -> None:
     assert grid[0] == REFERENCE
 
 
-def test_the_wide_preset_opens_everything_of_a_dense_network() -> None:
-    config = cli.build_config({"preset": "wide"})
+def test_the_wide_preset_searches_everything_of_a_dense_network() -> None:
+    config = files.build_config({"preset": "wide"})
     opened = {name for name, known in config.space.searched().items() if not is_fixed(known)}
     of_a_cnn = {"architecture", "conv_blocks", "filters"}
     assert set(HYPERPARAMETERS) - opened - of_a_cnn == {"early_stopping"}
@@ -142,7 +142,7 @@ def test_help_is_exit_code_0(capsys: pytest.CaptureFixture[str], word: str) -> N
     assert "--n-trials" in capsys.readouterr().out
 
 
-def test_the_handlers_of_signals_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with signals.handled(lambda: None, lambda reason: None):
         assert signal.getsignal(signal.SIGINT) is not before[0]

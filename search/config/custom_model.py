@@ -1,4 +1,4 @@
-"""A network of the user's own, `--model MODULE:FUNCTION`, and the space declared beside it.
+"""A custom model, `--model MODULE:FUNCTION`, and the search space that its module declares.
 
     SPACE = {"units": "32,64,128", "kernel": "3,5", "pooling": "max,average"}
 
@@ -6,7 +6,7 @@
         ...  # an uncompiled keras.Sequential or functional keras.Model
 
 FUNCTION gets the hyperparameters by name, the shape of one example, such as (28, 28), and the
-number of classes; its model takes examples of that shape and gives a probability for every class.
+number of classes; its model takes examples of that shape and returns a probability per class.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from search.errors import InputError, printable
 from search.imports import silent_stderr
 
 NAME = r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-_TAKEN = {
+_TAKEN = {  # names with another meaning in Optuna, in MLflow or as an option
     *(name for name, known in HYPERPARAMETERS.items() if not known.network),
     *("epochs", "seed", "validation_split", "dataset", "train_samples", "validation_samples"),
     *("test_samples", "num_classes", "trainable_parameters", "loss", "model", "grid"),
@@ -35,16 +35,13 @@ _TAKEN = {
 }
 
 
-"""What the ledgers or the options call something else."""
-
-
 class ModelError(InputError):
-    """The model can't be used here."""
+    """The custom model can't be used in this process."""
 
 
 @dataclass(frozen=True)
 class CustomModel:
-    """A function that makes networks, its search space, and the digest of its module's source."""
+    """A function that builds networks, its search space, and its module source's SHA-256 digest."""
 
     name: str
     build: Callable[[dict[str, Value], tuple[int, ...], int], Any]
@@ -53,7 +50,7 @@ class CustomModel:
 
     @property
     def fingerprint(self) -> str:
-        """Its name, and what tells one version of its source from another."""
+        """Its name and the start of its digest: different for every version of the source."""
         return f"{self.name} ({self.digest[:12]})"
 
 
@@ -61,13 +58,13 @@ _loaded: dict[tuple[str, str], CustomModel] = {}  # by name and digest
 
 
 def load(name: str) -> CustomModel:
-    """The model that `--model` names, as its source is now. Raises ModelError, in one line."""
+    """The custom model `name`, from its present source. Raises ModelError, in one line."""
     module_name, function_name = name.split(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: a namesake there must not hide a package
+        sys.path.append(os.getcwd())  # last, so that no file there hides a package
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
-        os.environ.setdefault(threads, "1")  # its code may start TensorFlow before a worker does
+        os.environ.setdefault(threads, "1")  # its code may start TensorFlow first
     before = sys.modules.get(module_name)
     try:
         with silent_stderr():
@@ -75,28 +72,24 @@ def load(name: str) -> CustomModel:
             source = Path(str(spec.origin)).read_bytes()
             key = name, hashlib.sha256(source).hexdigest()
             if key not in _loaded:
-                module = _run(spec, source)
-    except (Exception, SystemExit) as error:  # whatever its code raises
+                _loaded[key] = _checked(name, function_name, _run(spec, source), key[1])
+    except (Exception, SystemExit) as error:  # anything that its code raises
         _restore(module_name, before)
+        if isinstance(error, ModelError):
+            raise
         why = printable(" ".join(str(error).split()))
         raise _refusal(
             name,
             f"a module that can be imported ({type(error).__name__}: {why})",
-            "mend it, or run the command in its folder",
+            "fix it, or run the command in its folder",
         ) from None
-    if key not in _loaded:
-        try:
-            _loaded[key] = _checked(name, function_name, module, key[1])
-        except ModelError:
-            _restore(module_name, before)
-            raise
     return _loaded[key]
 
 
 def find(name: str, fingerprint: str) -> CustomModel:
-    """The model with this fingerprint: the one in this process, or else what its source is now.
+    """The model with this fingerprint: already loaded in this process, or from its present source.
 
-    Raises ModelError where that is another one.
+    Raises ModelError if the source has another fingerprint.
     """
     for found in list(_loaded.values()):
         if found.fingerprint == fingerprint:
@@ -105,9 +98,9 @@ def find(name: str, fingerprint: str) -> CustomModel:
 
 
 def _find(name: str) -> ModuleSpec:
-    """Where the module is, looked up anew."""
+    """The module's spec, even if the module is already imported."""
     if name == "__main__":
-        raise ImportError("what Python runs as a script is no module; write it in its own file")
+        raise ImportError("__main__ is a script, not a module; write it in its own file")
     importlib.invalidate_caches()
     known = sys.modules.pop(name, None)
     try:
@@ -120,10 +113,10 @@ def _find(name: str) -> ModuleSpec:
 
 
 def _run(spec: ModuleSpec, source: bytes) -> ModuleType:
-    """The module, made anew from just this source.
+    """Import the module again, from exactly this source.
 
-    Python's own import answers with what it imported earlier in this process, and takes bytecode
-    for current where an edit kept the second and the size.
+    Python's own import would return the module imported earlier in this process, or use stale
+    bytecode if an edit kept the modification time, in seconds, and the size.
     """
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -161,12 +154,12 @@ def _checked(name: str, function_name: str, module: ModuleType, digest: str) -> 
 
 
 def check(name: str, fingerprint: str) -> CustomModel:
-    """The model as its source is now. Raises ModelError where that has another fingerprint."""
+    """The model from its present source. Raises ModelError if its fingerprint is another."""
     found = load(name)
     if found.fingerprint != fingerprint:
         raise ModelError(
             f"{name} must be the model of the study, {fingerprint}, but is now "
-            f"{found.fingerprint}; bring back its source as it was"
+            f"{found.fingerprint}; restore its source"
         )
     return found
 
@@ -192,7 +185,7 @@ def _parameter(model: str, name: Any, value: Any) -> Parameter:
     try:
         return parse(domain, text)
     except ValueError as error:
-        raise _refusal(model, f"a model whose SPACE is valid: {name} {error}", "mend it") from None
+        raise _refusal(model, f"a model whose SPACE is valid: {name} {error}", "fix it") from None
 
 
 _WHOLE_NUMBERS = Domain(int, "whole numbers", "32,64")
@@ -200,7 +193,7 @@ _NUMBERS = Domain(float, "numbers", "0.0:0.5")
 
 
 def _domain(text: str) -> Domain:
-    """What kind of values `text` is about: whole numbers, numbers, true and false, or words."""
+    """The kind of the values in `text`: whole numbers, numbers, true and false, or words."""
     words = [word.strip() for word in re.split("[,:]", text)]
     if ":" in text and words[-1] == "log":
         words.pop()
@@ -218,4 +211,4 @@ def _domain(text: str) -> Domain:
 
 
 def _refusal(name: str, rule: str, remedy: str) -> ModelError:
-    return ModelError(f"--model must name {rule}, but got {name!r}; {remedy}")
+    return ModelError(f"--model must name {rule}", f"got {name!r}", remedy)

@@ -1,6 +1,6 @@
-"""The hyperparameters: what each means, what it may be, and its value in the plain network.
+"""The hyperparameters: what each means, its search space, and its value in the default network.
 
-All but the first three are fixed at the plain network's value unless the user opens them.
+All but the first three are fixed at that value unless the user gives a search space.
 """
 
 from collections.abc import Mapping
@@ -8,191 +8,176 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.config.options import flag
-from search.config.parameter import SWITCH, Domain, Parameter, Value, parse, words
+from search.config.parameter import SWITCH, Domain, Parameter, Range, Value, parse, text_of, words
 from search.config.space import Condition, Space
+from search.errors import InputError
 
 AUGMENTATIONS = ("shift", "affine", "elastic")
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One of the recipe.
+    """One hyperparameter.
 
-    help: what it is. default: what it may be unless the user says otherwise, in the notation.
-    plain: its value in the plain network. label: what the terminal's lines call it.
-    condition: where it matters, if not always. network: it is the network's, which a model of the
-    user's own does without; the others are the training's.
+    domain: the values that it allows. default: its value in the default network. label: its name in
+    the terminal. searched: its search space unless the user gives one, in the notation; empty where
+    it is fixed at its default. condition: where it matters, if not always. network: it belongs to
+    the network, so a custom model does not use it; the others belong to the training.
     """
 
     help: str
     domain: Domain
-    default: str
-    plain: Value
-    label: str
+    default: Value
+    label: str = ""
+    searched: str = ""
     condition: Condition | None = None
     network: bool = False
+
+    @property
+    def space(self) -> str:
+        """Its default search space, in the notation."""
+        return self.searched or text_of(self.default)
 
 
 HYPERPARAMETERS = {
     "hidden_units": Hyperparameter(
-        "Width of a hidden layer.",
+        "Units of a hidden layer.",
         Domain(int, "whole numbers from 1 to 65536", "128,256,512,1024", lambda v: 1 <= v <= 65536),
-        "128,256,512,1024",
         512,
         "units",
+        searched="128,256,512,1024",
         network=True,
     ),
     "dropout_rate": Hyperparameter(
-        "Share of hidden activations dropped.",
+        "Fraction of the hidden units to drop.",
         Domain(float, "numbers from 0 to below 1", "0.0:0.5", lambda v: 0 <= v < 1),
-        "0.0:0.5",
         0.2,
         "dropout",
+        searched="0.0:0.5",
         network=True,
     ),
     "learning_rate": Hyperparameter(
-        "The optimizer's step size; a schedule's highest.",
+        "Learning rate of the optimizer; with a schedule, the highest.",
         Domain(float, "numbers above 0, at most 10", "1e-4:1e-2:log", lambda v: 0 < v <= 10),
-        "1e-4:1e-2:log",
         0.001,
         "lr",
+        searched="1e-4:1e-2:log",
     ),
     "architecture": Hyperparameter(
-        "dense: hidden layers alone; cnn: convolutions before them, for images.",
+        "dense: hidden layers only; cnn: convolutional blocks before them, for images.",
         words("dense", "cnn"),
         "dense",
-        "dense",
-        "",
         network=True,
     ),
     "conv_blocks": Hyperparameter(
-        "Blocks of a 3x3 convolution and a 2x2 max-pooling; cnn only.",
+        "Number of blocks of a 3x3 convolution and 2x2 max pooling; cnn only.",
         Domain(int, "whole numbers, 2 or 3", "2,3", lambda v: 2 <= v <= 3),
-        "2",
         2,
         "blocks",
-        Condition("architecture", ("cnn",)),
+        condition=Condition("architecture", ("cnn",)),
         network=True,
     ),
     "filters": Hyperparameter(
-        "Filters of the first block, every later one has twice as many; cnn only.",
+        "Filters of the first block, doubled in each later block; cnn only.",
         Domain(int, "whole numbers from 1 to 1024", "16,32,64", lambda v: 1 <= v <= 1024),
-        "32",
         32,
         "filters",
-        Condition("architecture", ("cnn",)),
+        condition=Condition("architecture", ("cnn",)),
         network=True,
     ),
     "hidden_layers": Hyperparameter(
-        "How many hidden layers, each of hidden-units and with the dropout.",
+        "Number of hidden layers, each with hidden-units and dropout.",
         Domain(int, "whole numbers from 1 to 5", "1:5", lambda v: 1 <= v <= 5),
-        "1",
         1,
         "layers",
         network=True,
     ),
     "activation": Hyperparameter(
-        "relu, leaky_relu, elu, gelu or silu, of convolutions and hidden layers.",
+        "Activation of convolutions and hidden layers: relu, leaky_relu, elu, gelu or silu.",
         words("relu", "leaky_relu", "elu", "gelu", "silu"),
         "relu",
-        "relu",
-        "",
         network=True,
     ),
     "batch_normalization": Hyperparameter(
-        "true: normalize over the batch before every activation.",
+        "true: batch normalization before every activation.",
         SWITCH,
-        "false",
         False,
         "batch norm",
         network=True,
     ),
     "optimizer": Hyperparameter(
-        "adam, adamw, nadam, or sgd with Nesterov momentum 0.9.",
+        "Optimizer: adam, adamw, nadam, or sgd with Nesterov momentum 0.9.",
         words("adam", "adamw", "nadam", "sgd"),
         "adam",
-        "adam",
-        "",
     ),
     "weight_decay": Hyperparameter(
-        "Decoupled weight decay, of whichever optimizer; adam with it is adamw.",
+        "Decoupled weight decay, with any optimizer; adam with it is adamw.",
         Domain(float, "numbers from 0 to 1", "1e-4:1e-1:log", lambda v: 0 <= v <= 1),
-        "0",
         0.0,
         "decay",
     ),
     "label_smoothing": Hyperparameter(
-        "Share of a label's probability spread over all classes in training.",
+        "Label smoothing in training: the fraction of a label spread over all classes.",
         Domain(float, "numbers from 0 to below 1", "0.0:0.2", lambda v: 0 <= v < 1),
-        "0",
         0.0,
         "smoothing",
     ),
     "batch_size": Hyperparameter(
-        "Examples in a step.",
+        "Number of examples per gradient update.",
         Domain(int, "whole numbers from 1 to 1000000000", "64,128,256", lambda v: 1 <= v <= 10**9),
-        "128",
         128,
         "batch",
     ),
     "schedule": Hyperparameter(
-        "Of the learning rate: constant, cosine with warm-up, one_cycle, or plateau.",
+        "Learning rate schedule: constant, cosine with warm-up, one_cycle, or plateau.",
         words("constant", "cosine", "one_cycle", "plateau"),
         "constant",
-        "constant",
-        "",
     ),
     "early_stopping": Hyperparameter(
-        "Epochs without a better val_accuracy after which a trial ends, with its best weights.",
+        "Epochs without a better val_accuracy after which training stops, with its best weights.",
         Domain(int, "off or whole numbers, 1 or more", "3", lambda v: 0 <= v <= 10**6, {"off": 0}),
-        "off",
         0,
         "stopping",
+        searched="off",
     ),
     "augmentation": Hyperparameter(
-        "Distort the training images anew in every epoch: none, shift, affine or elastic.",
+        "Random distortion of the training images in every epoch: none, shift, affine or elastic.",
         words("none", *AUGMENTATIONS),
         "none",
-        "none",
-        "",
     ),
     "augmentation_strength": Hyperparameter(
-        "How strongly, 1 being usual for digits; with an augmentation only.",
+        "Strength of the augmentation; 1 is usual for digits.",
         Domain(float, "numbers above 0, at most 4", "0.3:1.5", lambda v: 0 < v <= 4),
-        "1",
         1.0,
         "strength",
-        Condition("augmentation", AUGMENTATIONS),
+        condition=Condition("augmentation", AUGMENTATIONS),
     ),
 }
+# The configuration that most MNIST tutorials use: what a search has to beat.
 REFERENCE: dict[str, Value] = {"hidden_units": 512, "dropout_rate": 0.2, "learning_rate": 0.001}
-
-
-"""The configuration that most MNIST tutorials use: what a search has to beat."""
 LOSS = "sparse_categorical_crossentropy"
 OUTPUT_ACTIVATION = "softmax"
-_RECORDED = ("optimizer", "activation")  # even where they are plain
+_RECORDED = ("optimizer", "activation", "batch_size")  # even at their defaults
 
 
 def complete(params: Mapping[str, Value], shared: Mapping[str, Any] | None = None) -> Any:
-    """Everything that a trial tried: its `params`, what all trials share, and what is plain.
+    """All hyperparameters of a trial: its `params`, those that all trials share, and defaults.
 
-    shared: what the study's runs have in common, `facts["params"]`.
+    shared: the parameters that the study's runs have in common, `facts["params"]`.
     """
-    everything = {name: known.plain for name, known in HYPERPARAMETERS.items()}
+    everything = {name: known.default for name, known in HYPERPARAMETERS.items()}
     everything.update((k, v) for k, v in (shared or {}).items() if k in HYPERPARAMETERS)
-    everything.update(params)
-    return everything
+    return {**everything, **params}
 
 
-def space_of(notation: Mapping[str, str], own: Mapping[str, Parameter] | None = None) -> Space:
-    """The space that these options, in the notation, describe.
+def space_of(notation: Mapping[str, str], custom: Mapping[str, Parameter] | None = None) -> Space:
+    """The search space that these options, in the notation, describe.
 
-    own: the space of a model of the user's own, which takes the place of the network's part.
+    custom: the space of a custom model, which replaces the network's hyperparameters.
     Raises ValueError, which begins with the option's name.
     """
-    parameters: dict[str, Parameter] = dict(own or {})
-    known = {name: h for name, h in HYPERPARAMETERS.items() if own is None or not h.network}
+    parameters: dict[str, Parameter] = dict(custom or {})
+    known = {name: h for name, h in HYPERPARAMETERS.items() if custom is None or not h.network}
     for name, hyperparameter in known.items():
         try:
             parameters[name] = parse(hyperparameter.domain, notation[name])
@@ -201,82 +186,106 @@ def space_of(notation: Mapping[str, str], own: Mapping[str, Parameter] | None = 
     return Space(
         parameters,
         {name: h.condition for name, h in known.items() if h.condition is not None},
-        frozenset({*REFERENCE, *(own or {})} & set(parameters)),
-        {name: REFERENCE.get(name, h.plain) for name, h in known.items()},
+        frozenset({*REFERENCE, *(custom or {})} & set(parameters)),
+        {name: REFERENCE.get(name, h.default) for name, h in known.items()},
     )
 
 
+def check_space(space: Space, *, grid: bool) -> None:
+    """Raise InputError for adamw without a weight decay, and for a range in a grid search."""
+    decay = space.parameters["weight_decay"]
+    if "adamw" in space.parameters["optimizer"] and str(decay) == "0":
+        raise InputError(
+            "--optimizer adamw must have a weight decay, without which it is adam, but "
+            f"--weight-decay is {decay}; give one, for example --weight-decay 1e-4:1e-1:log"
+        )
+    try:
+        if grid:
+            space.grid_size()
+    except ValueError as error:
+        lists = " ".join(
+            f"{flag(name)} {p.low:.12g},{p.high:.12g}"
+            for name, p in space.searched().items()
+            if isinstance(p, Range) and name in HYPERPARAMETERS
+        )
+        remedy = f"give lists, for example {lists}" if lists else "write a list in SPACE"
+        raise InputError(f"--sampler grid: {error}; {remedy}") from None
+
+
 def differing(space: Space) -> dict[str, Parameter]:
-    """What of `space` is searched, or fixed at another than the plain network's value."""
+    """The part of `space` that is searched, or fixed at another value than the default."""
     return {
         name: parameter
         for name, parameter in space.parameters.items()
-        if space.asks(name)
+        if space.suggests(name)
         or (
             space.can_matter(name)
-            and (name in space.conditions or HYPERPARAMETERS[name].plain not in parameter)
+            and (name in space.conditions or HYPERPARAMETERS[name].default not in parameter)
         )
     }
 
 
 def shared(space: Space) -> dict[str, Value]:
-    """What the runs of all trials have in common, as far as it is worth a line."""
-    shown = {*differing(space), *_RECORDED, "batch_size"}
+    """The parameters that the runs of all trials have in common and that are worth recording."""
+    shown = {*differing(space), *_RECORDED}
     return {name: value for name, value in space.fixed().items() if name in shown}
 
 
 def unusual(shared: Mapping[str, Any]) -> dict[str, Value]:
-    """What of `facts["params"]` a plain network has not."""
+    """The part of `facts["params"]` that differs from the default network."""
     return {
         name: value
         for name, value in shared.items()
-        if name == "model" or (name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].plain)
+        if name == "model" or (name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].default)
     }
 
 
 def needs_images(space: Space) -> list[str]:
-    """What of `space` can be used with images only, each as on the command line."""
-    found = []
-    for child in ("filters", "augmentation_strength"):
-        condition = space.conditions.get(child)
-        if condition is not None:
-            allowed = space.parameters[condition.parent]
-            needy = [value for value in condition.values if value in allowed]
-            found += [f"{flag(condition.parent)} {value}" for value in needy]
-    return found
+    """The options in `space` that work with images only, each as on the command line."""
+    conditions = (space.conditions.get(child) for child in ("filters", "augmentation_strength"))
+    return [
+        f"{flag(condition.parent)} {value}"
+        for condition in conditions
+        if condition is not None
+        for value in condition.values
+        if value in space.parameters[condition.parent]
+    ]
+
+
+# ---- values as text ------------------------------------------------------------------------------
+
+_FORMATS = {
+    "hidden_units": "units {:4d}",
+    "dropout_rate": "dropout {:.3f}",
+    "learning_rate": "lr {:.2e}",
+}
 
 
 def describe(params: Mapping[str, Value]) -> str:
-    """What a trial tried, for a line of the terminal; what is plain there is left out."""
-    own = not set(REFERENCE) <= set(params)  # of a network of the user's own
-    shown = (_shown(name, v) for name, v in params.items() if not _is_plain(name, v, own))
-    return "  ".join(shown)
+    """A trial's parameters for a line of the terminal, without those at their defaults."""
+    custom = not set(REFERENCE) <= set(params)  # of a custom model, which may reuse a name
 
+    def is_default(name: str, value: Value) -> bool:
+        known = HYPERPARAMETERS.get(name)
+        if known is None or name in REFERENCE or (custom and known.network):
+            return False
+        return value == known.default
 
-def _is_plain(name: str, value: Value, own: bool) -> bool:
-    known = HYPERPARAMETERS.get(name)
-    if known is None or name in REFERENCE or (own and known.network):
-        return False
-    return value == known.plain
+    return "  ".join(_shown(*item) for item in params.items() if not is_default(*item))
 
 
 def _shown(name: str, value: Value) -> str:
-    fixed = {
-        "hidden_units": "units {:4d}",
-        "dropout_rate": "dropout {:.3f}",
-        "learning_rate": "lr {:.2e}",
-    }
-    if name in fixed:
+    if name in _FORMATS:
         try:
-            return fixed[name].format(value)
-        except ValueError:  # a namesake of a model of the user's own
+            return _FORMATS[name].format(value)
+        except ValueError:  # a custom model's parameter of that name, in another type
             pass
     label = HYPERPARAMETERS[name].label if name in HYPERPARAMETERS else name
     return label if value is True else f"{label} {short(value)}".strip()
 
 
 def short(value: Value | None) -> str:
-    """`value` in four digits at most, empty for None."""
+    """`value` with at most four significant digits, empty for None."""
     if value is None:
         return ""
     if isinstance(value, bool):

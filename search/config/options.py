@@ -1,24 +1,28 @@
-"""What a setting may be: the rule, and the one line for a value that breaks it."""
+"""What a setting may be: its type and rule, and the error for a value that breaks the rule."""
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from search.errors import InputError, nearest
+
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line, the settings file and docs/options.md say of a setting.
+    """One setting, as the command line, the settings file and docs/options.md describe it.
 
-    low, high: the ends of the allowed range; below: with low, an open interval instead.
-    choices, pattern: what a text may be; rule: the pattern in words. env: the environment's
-    variable for it. none: the word for None, of a setting that may be None, and example: one of
-    its other values.
+    kind: int, float or str. A setting whose default is None may be left open: `none` is the word
+    for that, and `example` one of its other values. low, high: the ends of the allowed range;
+    below: with low, an open interval instead. choices, pattern: the allowed texts; rule: the
+    pattern in words. env: its environment variable. metavar: its value's placeholder in --help.
     """
 
     group: str
     help: str
+    default: Any
+    kind: type
+    metavar: str = "N"
     low: float | None = None
     high: float | None = None
     below: float | None = None
@@ -29,59 +33,61 @@ class Option:
     none: str = "none"
     example: str = "2"
 
+    def parse(self, text: str) -> Any:
+        """The value that a text from the command line, a file or the environment stands for."""
+        if self.default is None and text == self.none:
+            return None
+        try:
+            return self.kind(text)
+        except ValueError:
+            return text  # `check` raises and names the rule
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise InputError if `value` is not allowed for the setting `name`."""
+        if value is None and self.default is None:
+            return
+        accepted = (int, float) if self.kind is float else (self.kind,)
+        if isinstance(value, accepted) and not isinstance(value, bool) and self._allows(value):
+            return
+        example = self.example if self.default is None else self.default
+        remedy = f"for example {flag(name)} {example}"
+        if isinstance(value, str):
+            remedy = nearest(value, self.choices, remedy)
+        raise InputError(f"{flag(name)} must be {self._rule()}", f"got {value!r}", remedy)
+
+    def _allows(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return (
+                value.strip() != ""
+                and "\0" not in value
+                and (not self.choices or value in self.choices)
+                and (not self.pattern or re.fullmatch(self.pattern, value) is not None)
+            )
+        return (
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.below is None or self.low is None or self.low < value < self.below)
+        )
+
+    def _rule(self) -> str:
+        if self.choices:
+            words = self.choices if self.none == "none" else (self.none, *self.choices)
+            return "one of " + ", ".join(words)
+        if self.pattern:
+            return self.rule
+        if self.kind is str:
+            return "text, not empty"
+        noun = "a whole number" if self.kind is int else "a number"
+        if self.none != "none":
+            noun = f"{self.none} or {noun}"
+        if self.below is not None:
+            return f"{noun} between {self.low:g} and {self.below:g}"
+        if self.high is not None:
+            return f"{noun} from {self.low:g} to {self.high:.10g}"
+        return f"{noun}, {self.low:g} or more"
+
 
 def flag(name: str) -> str:
-    """The command line's word for the setting `name`."""
+    """The command-line option of the setting `name`: n_trials -> --n-trials."""
     return "--" + name.replace("_", "-")
-
-
-def refusal(name: str, option: Option, kind: type, value: Any, default: Any) -> str | None:
-    """What is wrong with `value` of the setting `name`, if anything.
-
-    kind: int, float or str. default: the setting's own, which serves as an example.
-    """
-    if value is None and default is None:
-        return None
-    remedy = f"; for example {flag(name)} {option.example if default is None else default}"
-    if isinstance(value, str) and option.choices:
-        near = difflib.get_close_matches(value, option.choices, n=1)
-        remedy = f"; did you mean {near[0]}?" if near else remedy
-    accepted = (int, float) if kind is float else (kind,)
-    fits = isinstance(value, accepted) and not isinstance(value, bool)
-    if fits and _holds(value, option):
-        return None
-    return f"{flag(name)} must be {_rule(option, kind)}, but got {value!r}{remedy}"
-
-
-def _holds(value: Any, option: Option) -> bool:
-    if isinstance(value, str):
-        return (
-            value.strip() != ""
-            and "\0" not in value
-            and (not option.choices or value in option.choices)
-            and (not option.pattern or re.fullmatch(option.pattern, value) is not None)
-        )
-    return (
-        (isinstance(value, int) or math.isfinite(value))
-        and (option.low is None or value >= option.low)
-        and (option.high is None or value <= option.high)
-        and (option.below is None or option.low is None or option.low < value < option.below)
-    )
-
-
-def _rule(option: Option, kind: type) -> str:
-    if option.choices:
-        words = option.choices if option.none == "none" else (option.none, *option.choices)
-        return "one of " + ", ".join(words)
-    if option.pattern:
-        return option.rule
-    if kind is str:
-        return "text, not empty"
-    noun = "a whole number" if kind is int else "a number"
-    if option.none != "none":
-        noun = f"{option.none} or {noun}"
-    if option.below is not None:
-        return f"{noun} between {option.low:g} and {option.below:g}"
-    if option.high is not None:
-        return f"{noun} from {option.low:g} to {option.high:.10g}"
-    return f"{noun}, {option.low:g} or more"

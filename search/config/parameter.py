@@ -1,27 +1,26 @@
-"""What one hyperparameter may be.
+"""The search space of one hyperparameter, and the notation that its option takes:
 
-Every hyperparameter option takes one notation:
-
-    0.2                 a value: fixed
-    128,256,512,1024    a list: one of these
-    0.0:0.5             a range, both ends included
-    1e-4:1e-2:log       a range sampled on a logarithmic scale
-    64:1024:64          a range with a step
-    relu,gelu           words: a value or a list
+0.2                 a fixed value
+128,256,512,1024    a list of choices
+0.0:0.5             a range, both ends included
+1e-4:1e-2:log       a range, sampled on a logarithmic scale
+64:1024:64          a range with a step
+relu,gelu           words: a value or a list
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
+
+from search.errors import nearest
 
 Number = int | float
 Value = Number | str  # bool is an int
 
 
 class Suggests(Protocol):
-    """The part of `optuna.Trial` that sampling needs; its arguments are Optuna's."""
+    """The part of `optuna.Trial` that sampling needs, with Optuna's arguments."""
 
     def suggest_categorical(self, name: str, choices: tuple[Any, ...]) -> Any:
         """One of `choices`."""
@@ -38,7 +37,7 @@ class Suggests(Protocol):
 
 
 def text_of(value: Value) -> str:
-    """`value` in the notation; a study's settings are compared by it."""
+    """`value` in the notation. Stored settings are compared by it, so it must not change."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -47,14 +46,25 @@ def text_of(value: Value) -> str:
     return str(value) if isinstance(value, int) and float(text) != value else text
 
 
+def in_notation(value: Any) -> Any:
+    """A list, a number, True or False in the notation; any other value unchanged."""
+
+    def text(item: Any) -> str:
+        return str(item).lower() if isinstance(item, bool) else str(item)
+
+    if isinstance(value, list | tuple):
+        return ",".join(map(text, value))
+    return text(value) if isinstance(value, int | float) else value
+
+
 @dataclass(frozen=True)
 class Choice:
-    """One of `values`; a single value is a fixed hyperparameter."""
+    """One of `values`; with a single value, the hyperparameter is fixed."""
 
     values: tuple[Value, ...]
 
     def suggest(self, trial: Suggests, name: str) -> Value:
-        """Let `trial` choose."""
+        """Suggest a value for `trial`."""
         return cast(Value, trial.suggest_categorical(name, self.values))
 
     def __contains__(self, value: Value) -> bool:
@@ -66,7 +76,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from `low` to `high`, both included, on a grid of `step` where one is given."""
+    """All numbers from `low` to `high`, both included, or those in steps of `step`."""
 
     low: Number
     high: Number
@@ -74,7 +84,7 @@ class Range:
     log: bool = False
 
     def suggest(self, trial: Suggests, name: str) -> Number:
-        """Let `trial` choose: an integer where the ends are integers, else a float."""
+        """Suggest a value for `trial`: an integer if both ends are integers, else a float."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             step = 1 if self.step is None else int(self.step)
             return trial.suggest_int(name, self.low, self.high, step=step, log=self.log)
@@ -101,12 +111,12 @@ def _divides(step: Number, length: Number) -> bool:
 
 
 def is_fixed(parameter: Parameter) -> bool:
-    """Whether it can be one thing only."""
+    """Whether it has a single value."""
     return isinstance(parameter, Choice) and len(parameter.values) == 1
 
 
 def only(parameter: Parameter) -> Value:
-    """The one thing that a fixed parameter can be."""
+    """The value of a fixed parameter."""
     return cast(Choice, parameter).values[0]
 
 
@@ -115,9 +125,10 @@ def only(parameter: Parameter) -> Value:
 
 @dataclass(frozen=True)
 class Domain:
-    """The values for which a hyperparameter means anything, whatever the user searches.
+    """All valid values of a hyperparameter, of which the user searches a part.
 
-    kind: of its numbers; None where it has none. words: its values that are words, by word.
+    kind: the type of its numbers, None if it has none. rule: the valid values in words. holds:
+    whether a number is valid. words: the values that are written as words.
     """
 
     kind: type[int] | type[float] | None
@@ -129,34 +140,27 @@ class Domain:
 
 def words(*names: str) -> Domain:
     """The domain of a hyperparameter that is one of these words."""
-    return Domain(
-        None,
-        f"one of {', '.join(names)}",
-        ",".join(names[:2]),
-        words={name: name for name in names},
-    )
+    rule = f"one of {', '.join(names)}"
+    return Domain(None, rule, ",".join(names[:2]), words={name: name for name in names})
 
 
 SWITCH = Domain(None, "true or false", "true,false", words={"false": False, "true": True})
 
 
 def parse(domain: Domain, text: str) -> Parameter:
-    """Read `text`, in the notation above.
-
-    Raises ValueError with the rule, the value and an example.
-    """
+    """Read `text` in the notation. Raises ValueError with the rule, the value and an example."""
 
     def fail(rule: str, near: str = "") -> ValueError:
-        return ValueError(f"{rule}, but got {text!r}{near}; for example {domain.example}")
+        found = f"{text!r}, {near}" if near else repr(text)
+        return ValueError(f"{rule}, but got {found}; for example {domain.example}")
 
     def value(word: str) -> Value:
         if word in domain.words:
             return domain.words[word]
-        close = difflib.get_close_matches(word, domain.words, n=1)
-        near = f", did you mean {close[0]}?" if close else ""
+        remedy = nearest(word, domain.words)
         if domain.kind is None:
-            raise fail(f"must be {domain.rule} (a value or a list)", near)
-        return number(word, near)
+            raise fail(f"must be {domain.rule} (a value or a list)", remedy)
+        return number(word, remedy)
 
     def number(word: str, near: str = "") -> Number:
         assert domain.kind is not None

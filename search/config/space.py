@@ -1,4 +1,4 @@
-"""The search space: which hyperparameters matter where, and how a trial samples them."""
+"""The search space: which hyperparameters exist, when they matter, and the grid of all choices."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -30,30 +30,30 @@ class Condition:
 
 @dataclass(frozen=True)
 class Space:
-    """What each hyperparameter may be, parents before the children that depend on them.
+    """The space of each hyperparameter, parents before the children that depend on them.
 
-    asked: those that a trial is asked for in any case. The others are asked for only where they
-    may be more than one thing or matter in some trials only: what is fixed for all needs no asking.
-    start: the configuration to begin with, of those that have a usual value.
+    always: hyperparameters that are suggested, and so recorded, even if they are fixed. The others
+    are suggested only if they have several values or matter in some trials only.
+    start: the values of the first trial, for hyperparameters that have a usual value.
     """
 
     parameters: Mapping[str, Parameter]
     conditions: Mapping[str, Condition] = field(default_factory=dict)
-    asked: frozenset[str] = frozenset()
+    always: frozenset[str] = frozenset()
     start: Mapping[str, Value] = field(default_factory=dict)
 
     def suggest(self, trial: Suggests) -> dict[str, Value]:
-        """Let `trial` choose what is searched; returns that and what is fixed, where it matters."""
-        tried: dict[str, Value] = {}
-        for name, parameter in self.parameters.items():
-            if self._matters(name, tried):
-                tried[name] = parameter.suggest(trial, name) if self.asks(name) else only(parameter)
-        return tried
+        """All hyperparameters that matter in `trial`: those it suggests, and the fixed ones."""
+        values: dict[str, Value] = {}
+        for name, p in self.parameters.items():
+            if self._matters(name, values):
+                values[name] = p.suggest(trial, name) if self.suggests(name) else only(p)
+        return values
 
-    def asks(self, name: str) -> bool:
-        """Whether a trial is asked for `name`, where it matters."""
+    def suggests(self, name: str) -> bool:
+        """Whether trials in which `name` matters suggest a value for it."""
         return self.can_matter(name) and (
-            name in self.asked
+            name in self.always
             or not is_fixed(self.parameters[name])
             or not self.always_matters(name)
         )
@@ -78,28 +78,28 @@ class Space:
             and all(value in condition.values for value in parent.values)
         )
 
-    def _matters(self, name: str, tried: Mapping[str, Value]) -> bool:
+    def _matters(self, name: str, values: Mapping[str, Value]) -> bool:
         condition = self.conditions.get(name)
-        return condition is None or tried.get(condition.parent) in condition.values
+        return condition is None or values.get(condition.parent) in condition.values
 
     def searched(self) -> dict[str, Parameter]:
-        """What trials are asked for, by name."""
-        return {name: p for name, p in self.parameters.items() if self.asks(name)}
+        """The spaces of the hyperparameters that trials suggest, by name."""
+        return {name: p for name, p in self.parameters.items() if self.suggests(name)}
 
     def fixed(self) -> dict[str, Value]:
-        """What is the same for all trials and matters in all of them, by name."""
+        """The values that are the same in all trials and matter in all of them, by name."""
         return {
             name: only(parameter)
             for name, parameter in self.parameters.items()
-            if self.always_matters(name) and not self.asks(name)
+            if self.always_matters(name) and not self.suggests(name)
         }
 
     def is_conditional(self) -> bool:
-        """Whether trials are asked for different things."""
+        """Whether trials differ in the hyperparameters that they suggest."""
         return not all(self.always_matters(name) for name in self.searched())
 
     def __contains__(self, params: Mapping[str, Value]) -> bool:
-        """Whether a trial may have been asked for just `params`."""
+        """Whether a trial can have exactly the parameters `params`."""
         everything = {**self.fixed(), **params}
         wanted = [name for name in self.searched() if self._matters(name, everything)]
         return sorted(params) == sorted(wanted) and all(
@@ -107,34 +107,31 @@ class Space:
         )
 
     def reference(self) -> dict[str, Value] | None:
-        """What a trial is asked for in the configuration to begin with; None: it is not in here.
+        """The parameters of the first trial: `start`, as far as it is searched.
 
-        What is fixed stays as it is fixed.
+        None if one of its values is missing or outside the space.
         """
-        tried: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for name, parameter in self.parameters.items():
-            if not self._matters(name, tried):
+            if not self._matters(name, values):
                 continue
-            if name in self.asked or not is_fixed(parameter):
+            if name in self.always or not is_fixed(parameter):
                 if name not in self.start or self.start[name] not in parameter:
                     return None
-                tried[name] = self.start[name]
+                values[name] = self.start[name]
             else:
-                tried[name] = only(parameter)
-        return {name: value for name, value in tried.items() if self.asks(name)}
+                values[name] = only(parameter)
+        return {name: value for name, value in values.items() if self.suggests(name)}
 
     def grid_size(self) -> int:
-        """How many different things a trial may be asked for.
-
-        Raises ValueError where a parameter is a range.
-        """
+        """The number of points of the grid. Raises ValueError if a parameter is a range."""
         return self._grid.size
 
     def grid_point(self, index: int) -> dict[str, Value]:
-        """One of the `grid_size` things that a trial may be asked for, the reference first.
+        """The parameters of point `index` of the grid; the reference, if it is in it, comes first.
 
-        The others follow in the order of a product, the last parameter changing fastest.
-        Raises ValueError where a parameter is a range.
+        The others follow in the order of `itertools.product`, the last parameter changing fastest.
+        Raises ValueError if a parameter is a range.
         """
         first = self._grid_start
         if index == 0 and first is not None:
@@ -161,8 +158,8 @@ class Space:
 class _Grid:
     """All combinations of choices, by index: a number whose digits are the parameters' values.
 
-    What a digit is worth depends on the digits before it, because some parameters matter only for
-    some values of an earlier one. No combination is made until it is asked for.
+    The weight of a digit depends on the digits before it, because some parameters matter only for
+    some values of an earlier one. Combinations are computed on demand.
     """
 
     def __init__(
@@ -181,29 +178,29 @@ class _Grid:
             elif condition is None or fixed.get(condition.parent) in condition.values:
                 roots.append(name)
         self._roots = frozenset(roots)
-        self._below: dict[str, int] = {}  # combinations of a parameter and all that hang from it
+        self._below: dict[str, int] = {}  # combinations of a parameter and its descendants
         for name in reversed(list(choices)):  # children before their parents
-            self._below[name] = sum(self._worth(name, value) for value in choices[name])
+            self._below[name] = sum(self._combinations(name, value) for value in choices[name])
         self.size = math.prod(self._below[name] for name in roots)
 
-    def _worth(self, name: str, value: Value) -> int:
-        """How many combinations hang from `name` where it is `value`."""
+    def _combinations(self, name: str, value: Value) -> int:
+        """The number of combinations of the descendants of `name` when it is `value`."""
         return math.prod(self._below[child] for child in self._matter(name, value))
 
     def _matter(self, name: str, value: Value) -> list[str]:
         return [child for child, condition in self._children[name] if value in condition.values]
 
     def _walk(self, choose: Callable[[str, list[int]], int]) -> dict[str, Value]:
-        """A combination. `choose` picks a value of a parameter by its place.
+        """One combination. `choose` returns the position of a parameter's value.
 
-        It gets the number of combinations that go on from each of the values.
+        It gets the parameter's name and the number of combinations with each of its values.
         """
         point: dict[str, Value] = {}
         matter, left = set(self._roots), self.size
         for name, values in self._choices.items():
             if name in matter:
                 left //= self._below[name]
-                sizes = [left * self._worth(name, value) for value in values]
+                sizes = [left * self._combinations(name, value) for value in values]
                 chosen = choose(name, sizes)
                 point[name] = values[chosen]
                 matter.update(self._matter(name, values[chosen]))
@@ -217,23 +214,23 @@ class _Grid:
 
         def choose(_: str, sizes: list[int]) -> int:
             nonlocal index
-            for place, size in enumerate(sizes):
+            for position, size in enumerate(sizes):
                 if index < size:
-                    return place
+                    return position
                 index -= size
             raise AssertionError("the sizes add up to what is left")
 
         return self._walk(choose)
 
     def index(self, point: Mapping[str, Value]) -> int:
-        """Where the combination `point` is."""
+        """The index of the combination `point`."""
         found = 0
 
         def choose(name: str, sizes: list[int]) -> int:
             nonlocal found
-            place = self._choices[name].index(point[name])
-            found += sum(sizes[:place])
-            return place
+            position = self._choices[name].index(point[name])
+            found += sum(sizes[:position])
+            return position
 
         self._walk(choose)
         return found

@@ -1,24 +1,22 @@
-"""The dataset: load it, check it, split it, scale it."""
+"""The dataset: load it, split it, scale it."""
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config.settings import KERAS_DATASETS, StudyConfig
+from search.config.settings import StudyConfig
 from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
-from search.data.sources import ARRAYS, MNIST, is_own, read_file, read_keras, refusal
+from search.data.sources import ARRAYS, Images, flat, is_own, read
 from search.errors import InputError
 
-UINT8_SCALE = np.float32(1 / 255)  # a factor: TensorFlow turns a division into one anyway
+UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
 _CHANNELS = (1, 3)
-_STEPS, _MOST = 100, 20  # optimizer steps that a trial needs, and the epochs that they may take
-Images = NDArray[np.uint8] | NDArray[np.float32]
+_STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
 Labels = NDArray[np.int32]
 
 
@@ -26,14 +24,13 @@ Labels = NDArray[np.int32]
 class Dataset:
     """Examples and labels, ready to train on.
 
-    x: shape (n, features). uint8 stays uint8, a quarter of the memory, and is scaled to [0, 1]
+    x: shape (n, features). uint8 stays uint8, for a quarter of the memory, and is scaled to [0, 1]
     where it is used (`scaled`, and in the graph); all else is float32.
     y: int32 of shape (n,), from 0 to `classes` - 1.
-    `x_all`, `y_all` are the training part, the first `train_size` examples, and the validation
-    part. `split` tells which examples validate. Where there is a `normalization`, `x_all` is
-    normalized and `x_test` is not: the registered model takes raw values. `repeated` counts the
-    test examples that are training or validation examples, too; `digest` is the SHA-256 of the
-    source arrays.
+    `x_all`, `y_all`: the training part, the first `train_size` examples, then the validation part.
+    `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
+    but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
+    test examples that also occur in the training data. `digest`: SHA-256 of the source arrays.
     """
 
     name: str
@@ -51,17 +48,17 @@ class Dataset:
 
     @property
     def features(self) -> int:
-        """Numbers in one flat example."""
+        """Number of features of a flat example."""
         return int(self.x_all.shape[1])
 
     @property
     def train(self) -> tuple[Images, Labels]:
-        """What trials train on."""
+        """The examples and labels that trials train on."""
         return self.x_all[: self.train_size], self.y_all[: self.train_size]
 
     @property
     def validation(self) -> tuple[Images, Labels]:
-        """What trials are judged by."""
+        """The examples and labels that trials are compared on."""
         return self.x_all[self.train_size :], self.y_all[self.train_size :]
 
     def __str__(self) -> str:
@@ -76,10 +73,10 @@ class Dataset:
 
     @property
     def problem(self) -> str | None:
-        """Why the split can't be trusted, in one line; None where it can.
+        """Why the split is unusable, in one line; None if it is usable.
 
-        The training part needs every class, and the validation part every class of which there
-        are enough examples.
+        The training part needs examples of every class, the validation part of every class that
+        has at least ENOUGH.
         """
         counts = np.bincount(self.y_all, minlength=self.classes)
         for part, (_, labels), needed in (
@@ -104,7 +101,7 @@ class Dataset:
 
 
 def scaled(x: Images) -> NDArray[np.float32]:
-    """`x` as the network sees it: float32, uint8 from 0 to 1."""
+    """`x` as the network takes it: float32, with uint8 scaled to [0, 1]."""
     if x.dtype == np.uint8:
         return x.astype(np.float32) * UINT8_SCALE
     return x.astype(np.float32, copy=False)
@@ -120,29 +117,63 @@ def load_dataset(
 ) -> Dataset:
     """The dataset `name`: mnist, one of Keras', or the path of an .npz file.
 
-    validation_split: fraction of the training data that validates: with `split` "last" its end, as
-    in Keras; with "stratified" a random choice, by `seed`, with the same fraction of every class.
+    validation_split: fraction of the training data used for validation: with `split` "last" its
+    end, as in Keras; with "stratified" a random sample, by `seed`, with the same class proportions.
     normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
-    training part. Raises InputError, in one line, where it cannot be used.
+    training part. Raises InputError, in one line, if it cannot be used.
     """
-    if name == "mnist":
-        arrays = read_file(MNIST, name)
-    elif name in KERAS_DATASETS:
-        arrays = read_keras(name)
-    elif name.endswith(".npz") or "/" in name:
-        arrays = read_file(Path(name), name)
-    else:
+    arrays = read(name)
+    digest = hashlib.sha256()
+    for key in ARRAYS:
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).data)
+    x_train = arrays["x_train"]
+    train_size = int(len(x_train) * (1 - validation_split))  # Keras' own rounding
+    if not 0 < train_size < len(x_train):
         raise InputError(
-            f"--dataset must be mnist, {', '.join(KERAS_DATASETS)} or the path of an .npz file, "
-            f"but got {name!r}; check the spelling"
+            f"--validation-split must leave examples to train and to validate, but "
+            f"{validation_split} of {len(x_train)} leaves {train_size} and "
+            f"{len(x_train) - train_size}; give a fraction nearer to 0.5 or more data"
         )
-    return _prepare(name, arrays, validation_split, split, seed, normalize)
+    x_all, x_test = (flat(name, key, arrays[key]) for key in ("x_train", "x_test"))
+    y_all, y_test = (arrays[key].ravel().astype(np.int32) for key in ("y_train", "y_test"))
+    repeated = _count_repeated(x_test, x_all)
+    if split == "stratified":
+        validates = stratified(y_all, len(x_all) - train_size, seed)
+        order = np.argsort(validates, kind="stable")
+        x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
+    normalization = None
+    if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
+        numbers = x_all.astype(np.float32, copy=False)
+        normalization = fit(name, numbers[:train_size])
+        x_all = normalization.apply(numbers)
+    return Dataset(
+        name=name,
+        digest=digest.hexdigest(),
+        x_all=x_all,
+        y_all=y_all,
+        x_test=x_test,
+        y_test=y_test,
+        train_size=train_size,
+        classes=int(y_all.max()) + 1,
+        sample_shape=x_train.shape[1:],
+        split=split,
+        normalization=normalization,
+        repeated=repeated,
+    )
+
+
+def _count_repeated(x_test: Images, x_train: Images) -> int:
+    """How many rows of `x_test` also occur in `x_train`, byte for byte."""
+    tested = {row.tobytes() for row in x_test}
+    repeated = {key for row in x_train if (key := row.tobytes()) in tested}
+    return sum(row.tobytes() in repeated for row in x_test) if repeated else 0
 
 
 def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dataset:
-    """The dataset; where nothing else is asked for, prepared as the study that exists has it.
+    """The dataset, prepared as in the existing study unless the settings say otherwise.
 
-    stored: the settings of that study, which may be from before there was a choice.
+    stored: the settings of that study, which may be older than these options; None for a new study.
     """
     own = is_own(config.dataset)
     split, normalize = ("stratified" if own else "last"), own
@@ -159,10 +190,10 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
 
 
 def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None) -> int:
-    """The epochs of a trial: as asked for, or as the study that exists has them.
+    """The epochs of a trial: as in the settings, or else as in the existing study.
 
-    Five of a file of a thousand examples are 40 steps, too few to tell one trial from another. On
-    scikit-learn's digits ten of them gain 0.009 test accuracy (mean of four splits of 50 trials).
+    With a thousand examples, 5 epochs are 40 steps, too few to tell trials apart. On scikit-learn's
+    digits, 10 epochs gain 0.009 test accuracy (mean of four splits of 50 trials).
     """
     known = (stored or {}).get("epochs")
     if config.epochs is None and isinstance(known, int):
@@ -174,7 +205,7 @@ def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, An
 
 
 def check_images(dataset: Dataset, for_images: list[str]) -> None:
-    """Raise InputError where options that need images, `for_images`, meet other examples."""
+    """Raise InputError if options need images, `for_images`, but the examples are none."""
     if for_images and not is_image(dataset.sample_shape):
         raise InputError(
             f"{for_images[0]} needs images, examples of shape (height, width) or (height, width, "
@@ -186,112 +217,3 @@ def check_images(dataset: Dataset, for_images: list[str]) -> None:
 def is_image(shape: tuple[int, ...]) -> bool:
     """Whether an example of this shape is a grey or a colour image."""
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in _CHANNELS)
-
-
-def _prepare(
-    name: str,
-    arrays: dict[str, NDArray[Any]],
-    validation_split: float,
-    split: str,
-    seed: int,
-    normalize: bool,
-) -> Dataset:
-    refuse = refusal(name)
-    for part in ("train", "test"):
-        _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
-    digest = hashlib.sha256()
-    for key in ARRAYS:
-        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
-        digest.update(np.ascontiguousarray(arrays[key]).data)
-
-    x_train, x_test = arrays["x_train"], arrays["x_test"]
-    if x_train.shape[1:] != x_test.shape[1:] or (x_train.dtype == np.uint8) != (
-        x_test.dtype == np.uint8
-    ):
-        raise refuse(
-            "x_train and x_test must hold examples of one shape and type",
-            f"{x_train.dtype}{x_train.shape[1:]} and {x_test.dtype}{x_test.shape[1:]}",
-            "rows",
-        )
-    y_train, y_test = arrays["y_train"].ravel(), arrays["y_test"].ravel()
-    present = np.unique(y_train)
-    if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
-        shown = ", ".join(map(str, present[:12])) + (", ..." if len(present) > 12 else "")
-        raise refuse("y_train must hold labels 0 to C-1, C >= 2", f"labels {shown}", "labels")
-    if y_test.min() < 0 or y_test.max() >= len(present):
-        raise refuse(
-            f"y_test must hold labels 0 to {len(present) - 1}, as y_train does",
-            f"labels from {y_test.min()} to {y_test.max()}",
-            "labels",
-        )
-    train_size = int(len(x_train) * (1 - validation_split))  # Keras' own rounding
-    if not 0 < train_size < len(x_train):
-        raise InputError(
-            f"--validation-split must leave examples to train and to validate, but "
-            f"{validation_split} of {len(x_train)} leaves {train_size} and "
-            f"{len(x_train) - train_size}; give a share nearer to 0.5 or more data"
-        )
-    x_all, y_all = _flat(x_train, "x_train", refuse), y_train.astype(np.int32)
-    test = _flat(x_test, "x_test", refuse)
-    repeated = _count_repeated(test, x_all)
-    if split == "stratified":
-        validates = stratified(y_all, len(x_all) - train_size, seed)
-        order = np.argsort(validates, kind="stable")
-        x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
-    normalization = None
-    if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
-        numbers = x_all.astype(np.float32, copy=False)
-        normalization = fit(name, numbers[:train_size])
-        x_all = normalization.apply(numbers)
-    return Dataset(
-        name=name,
-        digest=digest.hexdigest(),
-        x_all=x_all,
-        y_all=y_all,
-        x_test=test,
-        y_test=y_test.astype(np.int32),
-        train_size=train_size,
-        classes=len(present),
-        sample_shape=x_train.shape[1:],
-        split=split,
-        normalization=normalization,
-        repeated=repeated,
-    )
-
-
-def _count_repeated(x_test: Images, x_train: Images) -> int:
-    """How many rows of `x_test` stand in `x_train`, too, byte for byte."""
-    tested = {row.tobytes() for row in x_test}
-    repeated = {key for row in x_train if (key := row.tobytes()) in tested}
-    return sum(row.tobytes() in repeated for row in x_test) if repeated else 0
-
-
-def _check_part(
-    part: str, x: NDArray[Any], y: NDArray[Any], refuse: Callable[[str, str, str], InputError]
-) -> None:
-    if x.dtype.kind not in "buif" or x.ndim < 2:
-        raise refuse(
-            f"x_{part} must hold numbers in shape (n, ...)", f"{x.dtype}{x.shape}", "numeric"
-        )
-    if y.dtype.kind not in "ui" or (y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1)):
-        raise refuse(
-            f"y_{part} must hold whole numbers in shape (n,)", f"{y.dtype}{y.shape}", "numeric"
-        )
-    if len(x) != len(y):
-        raise refuse(
-            f"x_{part} and y_{part} must be of one length", f"{len(x)} and {len(y)}", "rows"
-        )
-    if x.size == 0:
-        raise refuse(f"x_{part} must have examples", f"none (shape {x.shape})", "rows")
-
-
-def _flat(x: NDArray[Any], key: str, refuse: Callable[[str, str, str], InputError]) -> Images:
-    """One row an example; float32 unless it is uint8, the usual type of images."""
-    flat = x.reshape(len(x), -1)
-    if x.dtype == np.uint8:
-        return flat
-    with np.errstate(over="ignore"):
-        numbers = flat.astype(np.float32)
-    if not np.isfinite(numbers).all():
-        raise refuse(f"{key} must hold finite numbers (float32)", "NaN or infinity", "rows")
-    return numbers

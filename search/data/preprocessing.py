@@ -1,4 +1,4 @@
-"""What is done to examples before they are trained on: the stratified split, normalization."""
+"""Preprocessing of the training data: the stratified split and normalization."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,30 @@ from numpy.typing import NDArray
 
 from search.errors import InputError
 
-ENOUGH = 20  # examples of a class, from which it has to be validated, too
-_DEVIATIONS = 1e-7, 1e19  # Keras divides by 1e-7 at least; a variance has to fit into float32
+ENOUGH = 20  # a class with this many examples must also be in the validation part
+_DEVIATIONS = 1e-7, 1e19  # Keras divides by at least 1e-7; a variance must fit into float32
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What brings every feature to mean 0 and variance 1: float32 of shape (features,) each.
+    """Mean and variance of every feature of the training part, float32 of shape (features,).
 
-    A feature that does not vary keeps variance 1, so that another value in later data stays small.
+    A constant feature has variance 1 here, so that other values in later data stay small.
     """
 
     mean: NDArray[np.float32]
     variance: NDArray[np.float32]
 
     def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`x` of shape (n, features) as `keras.layers.Normalization` would give it."""
+        """`x` of shape (n, features), normalized as `keras.layers.Normalization` does."""
         return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
 
 
 def stratified(y: NDArray[np.int32], size: int, seed: int) -> NDArray[np.bool_]:
-    """Which of the examples validate: about `size`, chosen at random, the same share of each class.
+    """A mask of about `size` validation examples, a random sample with the class proportions of y.
 
-    Every class keeps an example to train on, and as far as `size` allows every class with enough
-    examples has one that validates.
+    Every class keeps at least one training example; as far as `size` allows, every class with
+    ENOUGH examples has a validation example.
     """
     counts = np.bincount(y)
     share = counts * (size / len(y))
@@ -38,7 +38,7 @@ def stratified(y: NDArray[np.int32], size: int, seed: int) -> NDArray[np.bool_]:
     least = np.minimum(counts >= ENOUGH, most)
     take = np.clip(np.floor(share).astype(int), least, most)
     size = min(size, int(most.sum()))
-    while (missing := size - int(take.sum())) != 0:  # to where rounding has cost the most
+    while (missing := size - int(take.sum())) != 0:  # where the rounding error is largest
         step = 1 if missing > 0 else -1
         open_to_it = np.flatnonzero(take < most if step > 0 else take > 0)
         gain = (share - take)[open_to_it] * step
@@ -50,7 +50,7 @@ def stratified(y: NDArray[np.int32], size: int, seed: int) -> NDArray[np.bool_]:
 
 
 def fit(name: str, x: NDArray[np.float32]) -> Normalization:
-    """The normalization of the training part `x`. Raises InputError where float32 can't hold it."""
+    """The normalization for the training part `x`. Raises InputError if float32 can't hold it."""
     mean, deviation = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
     constant = deviation <= 2 * np.finfo(np.float32).eps * np.abs(x).max(axis=0)
     deviation[constant] = 1

@@ -1,5 +1,6 @@
-"""Where data come from: the bundled MNIST, Keras' datasets, .npz files."""
+"""Read a dataset's arrays from the bundled MNIST, Keras or an .npz file, and check them."""
 
+import functools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +14,69 @@ from search.errors import InputError, one_line
 
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+Images = NDArray[np.uint8] | NDArray[np.float32]
+_Refuse = Callable[[str, str, str], InputError]
+_REMEDIES = {
+    "np.savez": "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)",
+    "path": "check the path",
+    "numeric": "convert it with .astype('float32') and .astype('int64') before saving",
+    "labels": "number the classes 0, 1, 2, ... without a gap, each with training examples",
+    "rows": "check how the arrays were made",
+}
 
 
 def is_own(name: str) -> bool:
-    """Whether the dataset `name` is a file of the user's own, in an order and in units of its own.
+    """Whether the dataset is the user's own file, with examples in any order and unit.
 
-    MNIST and Keras' datasets are images, 0 to 255, in a random order.
+    MNIST and Keras' datasets are images, 0 to 255, in random order.
     """
     return name != "mnist" and name not in KERAS_DATASETS
 
 
-def read_file(path: Path, name: str) -> dict[str, NDArray[Any]]:
+def read(name: str) -> dict[str, NDArray[Any]]:
+    """The arrays x_train, y_train, x_test and y_test of the dataset `name`, as they are stored.
+
+    x is numeric, of shape (n, ...); y integer, of shape (n,) or (n, 1), from 0 to classes - 1.
+    Raises InputError, in one line.
+    """
+    if name == "mnist":
+        arrays = _read_file(MNIST, name)
+    elif name in KERAS_DATASETS:
+        arrays = _read_keras(name)
+    elif name.endswith(".npz") or "/" in name:
+        arrays = _read_file(Path(name), name)
+    else:
+        raise InputError(
+            f"--dataset must be mnist, {', '.join(KERAS_DATASETS)} or the path of an .npz file, "
+            f"but got {name!r}; check the spelling"
+        )
+    _check(arrays, functools.partial(_refusal, name))
+    return arrays
+
+
+def flat(name: str, key: str, x: NDArray[Any]) -> Images:
+    """`x`, the array `key`, with one row per example: uint8 as it is, all else as float32.
+
+    Raises InputError for numbers that are not finite in float32.
+    """
+    rows = x.reshape(len(x), -1)
+    if x.dtype == np.uint8:
+        return rows
+    with np.errstate(over="ignore"):
+        numbers = rows.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise _refusal(name, f"{key} must hold finite numbers (float32)", "NaN or infinity", "rows")
+    return numbers
+
+
+def _refusal(name: str, rule: str, found: str, remedy: str) -> InputError:
+    """The error for the dataset `name`; remedy: a key of `_REMEDIES`."""
+    return InputError(f"--dataset {name}: {rule}", f"has {found}", _REMEDIES[remedy])
+
+
+def _read_file(path: Path, name: str) -> dict[str, NDArray[Any]]:
     """The four arrays in an .npz file; objects are never unpickled."""
-    refuse = refusal(name)
+    refuse = functools.partial(_refusal, name)
     try:
         with path.open("rb") as file:
             magic = file.read(6)
@@ -46,44 +97,61 @@ def read_file(path: Path, name: str) -> dict[str, NDArray[Any]]:
         return arrays
     except InputError:
         raise
-    except OSError as error:
-        if error.strerror:
+    except Exception as error:  # zlib.error, struct.error, SyntaxError, ...: any damaged archive
+        if isinstance(error, OSError) and error.strerror:
             raise refuse("must be a readable .npz file", error.strerror.lower(), "path") from None
-        raise refuse("must be a whole .npz file", one_line(error), "np.savez") from None
-    except Exception as error:
         if "allow_pickle" in str(error):
             raise refuse("must hold arrays of numbers", "an array of objects", "numeric") from None
-        # zlib.error, struct.error, SyntaxError, ...: any damaged archive
         raise refuse("must be a whole .npz file", one_line(error), "np.savez") from None
 
 
-_REMEDIES = {
-    "np.savez": "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)",
-    "path": "check the path",
-    "numeric": "convert it with .astype('float32') and .astype('int64') before saving",
-    "labels": "number the classes 0, 1, 2, ... without a gap, each with training examples",
-    "rows": "check how the arrays were made",
-}
-
-
-def refusal(name: str) -> Callable[[str, str, str], InputError]:
-    """What makes the error for a dataset: the rule, what was found, which of the remedies."""
-
-    def refuse(rule: str, found: str, remedy: str) -> InputError:
-        return InputError(f"--dataset {name}: {rule}, but has {found}; {_REMEDIES[remedy]}")
-
-    return refuse
-
-
-def read_keras(name: str) -> dict[str, NDArray[Any]]:
-    """The four arrays of one of Keras' datasets, which it downloads."""
+def _read_keras(name: str) -> dict[str, NDArray[Any]]:
+    """The four arrays of a Keras dataset, which Keras downloads."""
     import keras
 
     try:
         (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, name).load_data()
-    except Exception as error:  # the download raises whatever the network does
+    except Exception as error:  # the download raises any network error
         raise InputError(
             f"--dataset {name}: Keras must be able to download it, but {one_line(error)}; "
             "connect to the internet once, or give the path of an .npz file"
         ) from None
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+
+
+def _check(arrays: dict[str, NDArray[Any]], refuse: _Refuse) -> None:
+    """Raise InputError unless the arrays are a classification dataset."""
+    for part in ("train", "test"):
+        _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
+    x_train, y_train, x_test, y_test = (arrays[key] for key in ARRAYS)
+    same_type = (x_train.dtype == np.uint8) == (x_test.dtype == np.uint8)
+    if x_train.shape[1:] != x_test.shape[1:] or not same_type:
+        raise refuse(
+            "x_train and x_test must hold examples of one shape and type",
+            f"{x_train.dtype}{x_train.shape[1:]} and {x_test.dtype}{x_test.shape[1:]}",
+            "rows",
+        )
+    present = np.unique(y_train)
+    if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
+        shown = ", ".join(map(str, present[:12])) + (", ..." if len(present) > 12 else "")
+        raise refuse("y_train must hold labels 0 to C-1, C >= 2", f"labels {shown}", "labels")
+    if y_test.min() < 0 or y_test.max() >= len(present):
+        raise refuse(
+            f"y_test must hold labels 0 to {len(present) - 1}, as y_train does",
+            f"labels from {y_test.min()} to {y_test.max()}",
+            "labels",
+        )
+
+
+def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], refuse: _Refuse) -> None:
+    if x.dtype.kind not in "buif" or x.ndim < 2:
+        rule = f"x_{part} must hold numbers in shape (n, ...)"
+        raise refuse(rule, f"{x.dtype}{x.shape}", "numeric")
+    if y.dtype.kind not in "ui" or (y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1)):
+        rule = f"y_{part} must hold whole numbers in shape (n,)"
+        raise refuse(rule, f"{y.dtype}{y.shape}", "numeric")
+    if len(x) != len(y):
+        rule = f"x_{part} and y_{part} must be of one length"
+        raise refuse(rule, f"{len(x)} and {len(y)}", "rows")
+    if x.size == 0:
+        raise refuse(f"x_{part} must have examples", f"none (shape {x.shape})", "rows")

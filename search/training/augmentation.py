@@ -1,9 +1,9 @@
-"""Distort training images anew in every step, inside the graph of an epoch.
+"""Random distortions of the training images, new in every step, inside the graph of an epoch.
 
-An image is sampled where a grid of points lies: shifted, turned and stretched (affine), or pulled
-about by a smooth random field (elastic). The sampling is Keras'. Its layers do one of these each: a
-row of three takes ten times as long as one sampling here and blurs three times, and its
-`RandomElasticTransform` (3.15) takes ten times as long, too (`tests/benchmarks/augmentation.py`).
+An image is sampled at a grid of points that is shifted, rotated and scaled (affine) or displaced by
+a smooth random field (elastic), by Keras' `map_coordinates`. Keras' layers do one of these each:
+three in a row take ten times as long as one sampling here and blur three times;
+`RandomElasticTransform` (3.15) also takes ten times as long (`tests/benchmarks/augmentation.py`).
 """
 
 import functools
@@ -15,19 +15,19 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-SHIFT = 0.1  # of the side: 2.8 pixels of a digit
+SHIFT = 0.1  # of the side: 2.8 pixels for MNIST
 ROTATION = 15.0  # degrees
-SCALE = 0.15  # either way
-SIGMA, ALPHA = 4 / 29, 34.0  # Simard et al. 2003: of the side, their digits having 29; pixels of 29
+SCALE = 0.15  # up or down
+SIGMA, ALPHA = 4 / 29, 34.0  # Simard et al. 2003: 4 of the side's 29 pixels; 34 of such pixels
 _NEGLIGIBLE = 2e-3  # of the smoothing's largest singular value
 
 
 def augment(kind: str, images: Any, strength: Any, seed: Any) -> Any:
     """Distorted `images`, float32 of shape (n, height, width, channels) with n known.
 
-    kind: shift, affine (shift, rotation, scale) or elastic (Simard et al. 2003). strength: scales
-    the constants above, which it takes at 1. seed: two int32, which decide everything.
-    Points outside an image get the value at its nearest edge.
+    kind: shift, affine (shift, rotation, scale) or elastic (Simard et al. 2003). strength: a factor
+    for the constants above. seed: two int32, which determine all random numbers.
+    Points outside an image get the value of its nearest edge.
     """
     count, height, width, _ = images.shape
     if kind == "elastic":
@@ -38,7 +38,7 @@ def augment(kind: str, images: Any, strength: Any, seed: Any) -> Any:
 
 @tf.function(jit_compile=True)  # type: ignore[untyped-decorator]  # fused: five times as fast
 def _sampled(kind: str, images: Any, drawn: Any) -> Any:
-    """The images at the points where `drawn`, a field or an affine's numbers, moves the grid."""
+    """The images, sampled where `drawn`, a field or affine parameters, moves the grid."""
     count, height, width, channels = images.shape
     rows, columns = np.mgrid[:height, :width].astype(np.float32)[:, None]
     if kind == "elastic":
@@ -57,7 +57,7 @@ def _sampled(kind: str, images: Any, drawn: Any) -> Any:
 
 
 def _affine(kind: str, rows: Any, columns: Any, drawn: Any) -> tuple[Any, Any]:
-    """Where the points of every image lie after its own shift, rotation and scale."""
+    """The grid of every image after its own shift, rotation and scaling."""
     height, width = rows.shape[1:]
     down, right = drawn[0] * SHIFT * height, drawn[1] * SHIFT * width
     if kind == "shift":
@@ -76,8 +76,8 @@ def field(count: int, height: int, width: int, seed: Any) -> Any:
     """Elastic displacements in pixels, of shape (count, 2, height, width).
 
     Simard et al. 2003: uniform noise in [-1, 1], smoothed by a Gaussian of SIGMA, times ALPHA. Here
-    the noise is normal with the variance of theirs, 1/3, so that it can be drawn along the
-    smoothing's singular vectors: of 784 only some 50 matter.
+    the noise is normal with the same variance, 1/3, so that it can be drawn along the singular
+    vectors of the smoothing: only about 50 of 784 matter.
     """
     smoothing = _smoothing(height, width)
     noise = tf.random.stateless_normal([2 * count, len(smoothing)], seed)
@@ -87,9 +87,9 @@ def field(count: int, height: int, width: int, seed: Any) -> Any:
 
 @functools.cache
 def _smoothing(height: int, width: int) -> NDArray[np.float32]:
-    """A Gaussian filter's left singular vectors, as rows, times its singular values.
+    """The left singular vectors, as rows, of a 2-D Gaussian filter, times its singular values.
 
-    In two dimensions they are products of those in one.
+    They are products of those of the 1-D filters.
     """
     (down, tall), (across, wide) = _singular(height), _singular(width)
     values = np.outer(tall, wide)

@@ -1,4 +1,4 @@
-"""What the digits of a training depend on beside its seed: the machine's kind and the packages."""
+"""The environment of a training, which its digits depend on: package versions and hardware."""
 
 import functools
 import importlib.metadata
@@ -11,7 +11,7 @@ PACKAGES = ("tensorflow", "keras", "numpy", "optuna", "optuna-integration", "mlf
 
 @functools.cache
 def here() -> dict[str, str]:
-    """This process's: the versions of Python and the packages, and the machine's kind."""
+    """The environment of this process: the versions of Python and packages, and the hardware."""
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -24,16 +24,14 @@ def here() -> dict[str, str]:
 
 
 def gpu_device() -> str | None:
-    """The file of a GPU of NVIDIA's or AMD's, None where there is none: whether to look closer."""
+    """The device file of an NVIDIA or AMD GPU; None if there is none."""
     return next(filter(os.path.exists, ("/dev/nvidia0", "/dev/kfd")), None)
 
 
 def _gpu() -> str | None:
     if gpu_device() is None:
         return None
-    from search.training.train import (
-        gpu_name,  # imports TensorFlow, so only where there is a device
-    )
+    from search.training.train import gpu_name  # imports TensorFlow, so only with a GPU
 
     return gpu_name()
 

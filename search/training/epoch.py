@@ -1,8 +1,7 @@
-"""A network whose `train_step` is a whole epoch, in one graph that networks alike share.
+"""A network whose `train_step` is a whole epoch, in one graph that similar networks share.
 
-Learning rate, dropout rate, weight decay, label smoothing, the augmentation's strength, the
-training set and the seeds are variables of the graph, so that only what changes the graph itself
-costs a new one.
+Learning rate, dropout rate, weight decay, label smoothing, augmentation strength, training set and
+seeds are variables of the graph, so that only a change of the graph itself requires a new one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,16 +12,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from search.data.dataset import UINT8_SCALE, Images, Labels
+from search.data.dataset import UINT8_SCALE, Labels
+from search.data.sources import Images
 from search.training import augmentation
 from search.training.fused import Dropout, fused
 from search.training.network import decay_weights, image_shape, is_of_layers
 
-_OTHER_STREAM = 0x2545F491  # augmentation draws other numbers than dropout with the same seed
+_OTHER_STREAM = 0x2545F491  # so that augmentation and dropout draw different numbers
 
 
 def _up_and_down(start: float, up: float) -> keras.optimizers.schedules.LearningRateSchedule:
-    """From `start` times the learning rate to it over a share of the steps, and down to nothing."""
+    """From `start` times the learning rate up to it in a fraction `up` of the steps, then to 0."""
     return keras.optimizers.schedules.CosineDecay(
         start, decay_steps=1 - up, warmup_target=1.0, warmup_steps=up
     )
@@ -37,11 +37,11 @@ Examples = tuple[Images, Labels]
 
 @dataclass(frozen=True)
 class Plan:
-    """What, beside the network, makes one graph different from another.
+    """Everything, beside the network, that changes the graph.
 
     dtype: of the examples. decays, smooths: whether there is weight decay, label smoothing.
-    schedule: None where the learning rate does not change within an epoch. augmentation: None, or
-    which, of images of `shape`.
+    schedule: None if the learning rate is constant within an epoch. augmentation: None, or its kind
+    for images of `shape`.
     """
 
     dtype: str
@@ -54,23 +54,23 @@ class Plan:
     shape: tuple[int, ...] | None
 
 
-def plan_of(tried: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]) -> Plan:
-    """The plan for training what was `tried` on `examples` of this shape."""
-    distorted = tried["augmentation"] != "none"
+def plan_of(hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]) -> Plan:
+    """The plan for training with the hyperparameters `hp` on `examples` of this shape."""
+    distorted = hp["augmentation"] != "none"
     return Plan(
         dtype=np.dtype(examples[0].dtype).name,
-        batch_size=min(tried["batch_size"], len(examples[0])),
-        optimizer=tried["optimizer"],
-        decays=tried["weight_decay"] > 0,
-        smooths=tried["label_smoothing"] > 0,
-        schedule=tried["schedule"] if tried["schedule"] in _SCHEDULES else None,
-        augmentation=tried["augmentation"] if distorted else None,
+        batch_size=min(hp["batch_size"], len(examples[0])),
+        optimizer=hp["optimizer"],
+        decays=hp["weight_decay"] > 0,
+        smooths=hp["label_smoothing"] > 0,
+        schedule=hp["schedule"] if hp["schedule"] in _SCHEDULES else None,
+        augmentation=hp["augmentation"] if distorted else None,
         shape=image_shape(shape) if distorted else None,
     )
 
 
 class EpochInGraph(keras.Model):  # type: ignore[misc]
-    """A network like `model`, trained an epoch a step on the training set that it has taken."""
+    """A network like `model`, whose training step is an epoch on the training set it has taken."""
 
     def __init__(self, model: keras.Sequential, plan: Plan) -> None:
         super().__init__()
@@ -87,11 +87,11 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         if plan.decays:
             decay_weights(optimizer, self._decay)
         self.compile(optimizer, model.loss, metrics=["accuracy"], jit_compile=False)
-        # Variables that the first trace of an epoch made would cost a second one.
+        # Variables created during the first trace of an epoch would require a second trace.
         probabilities = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
         self.compute_metrics(None, tf.zeros(1, tf.int32), probabilities)
-        # All begin with zeros but for numbers such as Nadam's product of momentums.
+        # All start as zeros except scalars such as Nadam's product of momentums.
         self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
 
     def call(self, x: Any, training: bool = False) -> Any:
@@ -102,50 +102,50 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         self,
         model: keras.Sequential,
         examples: Examples,
-        tried: Mapping[str, Any],
+        hp: Mapping[str, Any],
         seed: int,
         epochs: int,
     ) -> None:
-        """Become `model`: its weights and rates, a fresh optimizer, its randomness from `seed`.
+        """Take over the weights and rates of `model`, with a new optimizer state and this seed.
 
-        epochs: over which a schedule goes.
+        epochs: the length of a schedule.
         """
         self._x.assign(examples[0])
         self._y.assign(examples[1])
         dropouts = 0
-        for mine, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
-            if isinstance(mine, Dropout):
-                mine.set(theirs.rate, seed, dropouts)
+        for own, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
+            if isinstance(own, Dropout):
+                own.set(theirs.rate, seed, dropouts)
                 dropouts += 1
             else:
-                _assign(theirs.variables, mine.variables)
+                _assign(theirs.variables, own.variables)
         for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
             variable.assign(tf.fill(variable.shape, tf.cast(value, variable.dtype)))
         self.optimizer.learning_rate.assign(model.optimizer.learning_rate)
         self._rate.assign(model.optimizer.learning_rate)
-        self._decay.assign(tried["weight_decay"])
-        self._smoothing.assign(tried["label_smoothing"])
-        self._strength.assign(tried.get("augmentation_strength", 0))
+        self._decay.assign(hp["weight_decay"])
+        self._smoothing.assign(hp["label_smoothing"])
+        self._strength.assign(hp.get("augmentation_strength", 0))
         self._seed.assign(seed)
         self._epoch.assign(0)
         self._steps.assign(-(-len(examples[0]) // self._plan.batch_size) * epochs)
 
     def give(self, model: keras.Sequential) -> None:
-        """Hand what was learnt back to `model`, its optimizer's state included.
+        """Copy the trained weights and the optimizer's state back to `model`.
 
-        Its learning rate stays what it was, so that it can be trained on.
+        Its learning rate is the original one, so that it can be trained further.
         """
         self._x.assign(self._x[:0])
         self._y.assign(self._y[:0])
-        for mine, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
-            if not isinstance(mine, Dropout):
-                _assign(mine.variables, theirs.variables)
+        for own, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
+            if not isinstance(own, Dropout):
+                _assign(own.variables, theirs.variables)
         model.optimizer.build(model.trainable_variables)
         _assign(self.optimizer.variables, model.optimizer.variables)
         model.optimizer.learning_rate.assign(self._rate)
 
     def train_step(self, data: Any) -> Any:
-        """One epoch; `data` only counts it."""
+        """One epoch; `data` is ignored."""
         x, y = self._x.read_value(), self._y.read_value()
         examples = tf.shape(y)[0]
         order = epoch_order(examples, self._seed, self._epoch)
@@ -188,9 +188,9 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """The loss; in training by smoothed labels (Szegedy et al. 2016), where so tried.
+        """The loss, in training with label smoothing (Szegedy et al. 2016) if there is any.
 
-        Validation and test losses are by the labels as they are, so that they can be compared.
+        Validation and test losses use the original labels, so that they can be compared.
         """
         if not training or not self._plan.smooths:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -214,7 +214,7 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Any:
 
 
 def scaled(x: Any) -> Any:
-    """What `data.scaled` does, in the graph."""
+    """The same as `data.dataset.scaled`, in the graph."""
     return tf.cast(x, tf.float32) * UINT8_SCALE if x.dtype == tf.uint8 else x
 
 
@@ -224,7 +224,7 @@ def _assign(sources: Any, targets: Any) -> None:
 
 
 def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    """The layers of a network, those of networks within it one by one."""
+    """The layers of a network, including those of nested networks."""
     for layer in model.layers:
         if is_of_layers(layer):
             yield from _leaves(layer)
@@ -239,5 +239,5 @@ def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 
 def has_variable_rate(layer: Any) -> bool:
-    """Whether a layer is a dropout layer whose rate can be a variable of the graph."""
+    """Whether it is a dropout layer whose rate can be a variable of the graph."""
     return type(layer) is keras.layers.Dropout and layer.noise_shape is None

@@ -1,4 +1,4 @@
-"""Adam and dropout as Keras has them, in fewer and faster kernels, their rates variables."""
+"""Keras' Adam and dropout in fewer, faster kernels, with variable rates."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ _STEP_BITS = 24  # of a dropout layer's counter: 16 million steps
 
 
 def fused(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """A fresh one that does what `optimizer` does, but for weight decay."""
+    """A new optimizer equal to `optimizer`, but without weight decay."""
     adam = isinstance(optimizer, keras.optimizers.Adam)  # or AdamW
     kind = FusedAdam if adam else type(optimizer)
     return kind.from_config({**optimizer.get_config(), "weight_decay": None})
 
 
 class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]
-    """Keras' Adam, a variable's whole update in TensorFlow's one kernel for it.
+    """Keras' Adam (Kingma and Ba 2015), with one TensorFlow kernel per variable.
 
-    The same numbers (Kingma and Ba 2015) in a third of the time.
+    The same numbers in a third of the time.
     """
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -48,22 +48,22 @@ def _handle(variable: Any) -> Any:
 class Dropout(keras.layers.Layer):  # type: ignore[misc]
     """Dropout (Srivastava et al. 2014) whose rate and seed are variables of a compiled graph.
 
-    Keras' layer draws a float32 an activation and selects by it, a tenth of a step's time. Sixteen
-    random bits an activation and a product take half as long; the rate is rounded to 1/65536.
+    Keras' layer draws a float32 per activation and selects by it, a tenth of a step's time. Sixteen
+    random bits per activation and a product take half as long; the rate is rounded to 1/65536.
     """
 
     def build(self, input_shape: Any) -> None:
-        """Make the variables."""
+        """Create the variables."""
         self._threshold = tf.Variable(0, dtype=tf.int32)
         self._state = tf.Variable([0, 0], dtype=tf.int32)
 
     def set(self, rate: float, seed: int, index: int) -> None:
-        """Become a network's dropout layer number `index`, from 0."""
+        """Act as the dropout layer number `index`, from 0, of a network."""
         self._threshold.assign(min(round(rate * 2**16), 2**16 - 1))
         self._state.assign([seed, index << _STEP_BITS])
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        """In training, `inputs` with some dropped and the others scaled up; else as they are."""
+        """In training, `inputs` with some dropped and the others scaled up; else unchanged."""
         if not training:
             return inputs
         seed = self._state.assign_add([0, 1])

@@ -17,29 +17,29 @@ _seeding = threading.Lock()
 
 
 def build_network(
-    tried: Mapping[str, Any],
+    hp: Mapping[str, Any],
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    own: CustomModel | None = None,
+    custom: CustomModel | None = None,
 ) -> keras.Sequential:
-    """The compiled network of `tried`, which has a value for every hyperparameter that matters.
+    """The compiled network with the hyperparameters `hp`: all that matter, by name.
 
-    shape: of one example; the network takes them made flat, float32 of shape (n, features), and
-    gives probabilities of shape (n, classes). own: the user's own model (`--model`), if any.
-    Its initial weights depend on `seed` alone.
+    shape: of one example; the network takes flat examples, float32 of shape (n, features), and
+    returns probabilities of shape (n, classes). custom: the custom model (`--model`), if any.
+    The initial weights depend on `seed` alone.
     """
-    if own is None:
-        layers = list(_layers(tried, shape, classes, seed))
-        name = f"{tried['architecture']}_network"
+    if custom is None:
+        layers = list(_layers(hp, shape, classes, seed))
+        name = f"{hp['architecture']}_network"
     else:
-        layers = [keras.layers.Reshape(shape), _custom(own, tried, shape, classes, seed)]
+        layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, classes, seed)]
         name = "own_network"
     model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
-    if own is not None:
-        model.source = own.fingerprint
+    if custom is not None:
+        model.source = custom.fingerprint
     model.compile(
-        optimizer=_optimizer(tried),
+        optimizer=_optimizer(hp),
         loss=LOSS,
         metrics=["accuracy"],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
@@ -50,11 +50,11 @@ def build_network(
 def network_to_register(
     network: keras.Sequential, normalization: Normalization | None
 ) -> keras.Model:
-    """The trained `network` as it is registered: it takes raw values, and NaN gives NaN.
+    """The trained `network` as it is registered: it takes raw values and returns NaN for NaN.
 
-    What a kernel makes of NaN depends on the processor: ReLU may give 0. So a product with zero is
-    added to the probabilities, which is 0 for every number, and NaN for NaN and infinity.
-    The layers and the optimizer are `network`'s own.
+    The result of a kernel for NaN depends on the processor: ReLU may return 0. So the input times
+    zero is added to the probabilities: 0 for finite numbers, NaN for NaN and infinity.
+    The layers and the optimizer are shared with `network`.
     """
     example = keras.Input(network.input_shape[1:], name="example")
     outputs = example
@@ -83,20 +83,20 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _layers(
-    tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+    hp: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
 ) -> Iterator[keras.layers.Layer]:
-    """Convolutional blocks, for a cnn; hidden layers, each with its dropout; probabilities.
+    """Convolutional blocks for a cnn, hidden layers with dropout, and the probabilities.
 
-    Every layer has a seed of its own. The weights begin as by Glorot and Bengio 2010, Keras'
+    Every layer has its own seed. The weights are initialized as in Glorot and Bengio 2010, Keras'
     default.
     """
-    if tried["architecture"] == "cnn":
+    if hp["architecture"] == "cnn":
         yield keras.layers.Reshape(image_shape(shape), name="image")
-        for block in range(tried["conv_blocks"]):
+        for block in range(hp["conv_blocks"]):
             yield from _activated(
-                tried,
+                hp,
                 keras.layers.Conv2D,
-                tried["filters"] * 2**block,
+                hp["filters"] * 2**block,
                 3,
                 padding="same",
                 kernel_initializer=keras.initializers.GlorotUniform(seed + 100 + block),
@@ -104,18 +104,16 @@ def _layers(
             )
             yield keras.layers.MaxPooling2D(padding="same", name=f"pooling_{block + 1}")
         yield keras.layers.Flatten(name="flat")
-    for layer in range(tried["hidden_layers"]):
+    for layer in range(hp["hidden_layers"]):
         suffix = f"_{layer + 1}" if layer else ""
         yield from _activated(
-            tried,
+            hp,
             keras.layers.Dense,
-            tried["hidden_units"],
+            hp["hidden_units"],
             kernel_initializer=keras.initializers.GlorotUniform(seed + layer + bool(layer)),
             name=f"hidden{suffix}",
         )
-        yield keras.layers.Dropout(
-            tried["dropout_rate"], seed=seed + layer, name=f"dropout{suffix}"
-        )
+        yield keras.layers.Dropout(hp["dropout_rate"], seed=seed + layer, name=f"dropout{suffix}")
     yield keras.layers.Dense(
         classes,
         activation=OUTPUT_ACTIVATION,
@@ -125,26 +123,26 @@ def _layers(
 
 
 def _activated(
-    tried: Mapping[str, Any], kind: Any, *arguments: Any, name: str, **options: Any
+    hp: Mapping[str, Any], kind: Any, *arguments: Any, name: str, **options: Any
 ) -> Iterator[keras.layers.Layer]:
-    """A layer with its activation, and between them, if so tried, batch normalization."""
-    if not tried["batch_normalization"]:
-        yield kind(*arguments, activation=tried["activation"], name=name, **options)
+    """A layer with its activation and, if enabled, batch normalization between them."""
+    if not hp["batch_normalization"]:
+        yield kind(*arguments, activation=hp["activation"], name=name, **options)
         return
     yield kind(*arguments, use_bias=False, name=name, **options)  # the normalization has one
     yield keras.layers.BatchNormalization(name=f"{name}_normalization")
-    yield keras.layers.Activation(tried["activation"], name=f"{name}_activation")
+    yield keras.layers.Activation(hp["activation"], name=f"{name}_activation")
 
 
-def _optimizer(tried: Mapping[str, Any]) -> keras.optimizers.Optimizer:
-    """Keras' own; its learning rate is the schedule's highest."""
-    rate, decay = tried["learning_rate"], tried["weight_decay"]
-    if tried["optimizer"] == "sgd":
+def _optimizer(hp: Mapping[str, Any]) -> keras.optimizers.Optimizer:
+    """The optimizer; its learning rate is the highest of the schedule."""
+    rate, decay = hp["learning_rate"], hp["weight_decay"]
+    if hp["optimizer"] == "sgd":
         optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True)
-    elif tried["optimizer"] == "adamw":
+    elif hp["optimizer"] == "adamw":
         optimizer = keras.optimizers.AdamW(rate, weight_decay=decay)
     else:
-        kind = keras.optimizers.Nadam if tried["optimizer"] == "nadam" else keras.optimizers.Adam
+        kind = keras.optimizers.Nadam if hp["optimizer"] == "nadam" else keras.optimizers.Adam
         optimizer = kind(rate)
     if decay:
         decay_weights(optimizer, decay)
@@ -152,19 +150,19 @@ def _optimizer(tried: Mapping[str, Any]) -> keras.optimizers.Optimizer:
 
 
 def decay_weights(optimizer: keras.optimizers.Optimizer, decay: Any) -> None:
-    """Let weights decay, a number or a variable; biases and the normalization's scales do not."""
+    """Set the weight decay, a number or a variable, of all weights but biases and scales."""
     optimizer.weight_decay = decay
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
 
 
-def _custom(
-    own: CustomModel, tried: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+def _custom_network(
+    custom: CustomModel, hp: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
 ) -> keras.Model:
-    """The user's own network. Raises ValueError where it is none that can be trained and saved."""
-    name = own.name
-    with _seeding:  # Keras draws the seeds of layers that have none from Python's global generator
+    """The network of a custom model. Raises ValueError if it can't be trained and saved."""
+    name = custom.name
+    with _seeding:  # layers without a seed draw one from Python's global generator
         keras.utils.set_random_seed(seed)
-        network = own.build({name: tried[name] for name in own.space}, shape, classes)
+        network = custom.build({name: hp[name] for name in custom.space}, shape, classes)
     if not is_of_layers(network):
         raise ValueError(
             f"{name} must return a keras.Sequential or a functional keras.Model, but returned a "
@@ -173,7 +171,7 @@ def _custom(
     _check_loads(name, network)
     try:
         gives = tuple(network.compute_output_shape((None, *shape)))
-    except Exception as error:  # whatever its layers raise
+    except Exception as error:  # anything that its layers raise
         raise ValueError(
             f"{name} must return a model that takes examples of shape {shape}, but it raised "
             f"{type(error).__name__}: {error}"
@@ -186,39 +184,39 @@ def _custom(
     return network
 
 
-def check_probabilities(own: CustomModel, network: keras.Sequential) -> None:
-    """Raise ValueError where what `build` made of the user's own model gives no probabilities.
+def check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
+    """Raise ValueError if the network of a custom model does not return probabilities.
 
-    A few random examples pass through it, which changes nothing: neither its variables nor the
-    state of any random generator.
+    Tested with a few random examples; this changes neither its variables nor the state of any
+    random generator.
     """
     examples = np.random.default_rng(0).random((4, *network.input_shape[1:]), np.float32)
     try:
         given, _ = network.stateless_call(
             network.trainable_variables, network.non_trainable_variables, examples, training=False
         )
-    except Exception:  # whatever its layers raise: training will say it
+    except Exception:  # anything that its layers raise: training will report it
         return
     rows = np.asarray(given, np.float32)
     sums = rows.sum(axis=1)
     if not (np.all(rows >= 0) and np.allclose(sums, 1, rtol=0, atol=1e-3)):
         raise ValueError(
-            f"{own.name} must return a model that gives probabilities, each row from 0 up and 1 in "
-            f"all, but it gives {rows.min():.4g} to {rows.max():.4g} and {sums[0]:.4g} in all; end "
-            f"it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
+            f"{custom.name} must return a model that gives probabilities, with sum 1 and none "
+            f"negative, but it gives {rows.min():.4g} to {rows.max():.4g} with sum {sums[0]:.4g}; "
+            f"end it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
             'activation="softmax") or keras.layers.Softmax()'
         )
 
 
 def is_of_layers(network: Any) -> bool:
-    """Whether it is a network that is nothing but its layers, sequential or functional."""
+    """Whether it is a network defined by its layers alone, sequential or functional."""
     return isinstance(network, keras.Sequential) or (
         isinstance(network, keras.Model) and hasattr(network, "operations")
     )
 
 
 def _check_loads(name: str, network: keras.Model) -> None:
-    """Raise ValueError where the saved network could not be loaded again."""
+    """Raise ValueError if the saved network could not be loaded again."""
     for layer in network._flatten_layers():
         kind = type(layer)
         if kind is keras.layers.Lambda:
@@ -235,5 +233,5 @@ def _check_loads(name: str, network: keras.Model) -> None:
 
 
 def trainable_parameters(model: keras.Model) -> int:
-    """How many numbers training adjusts."""
+    """The number of trainable parameters."""
     return sum(int(weight.shape.num_elements()) for weight in model.trainable_weights)

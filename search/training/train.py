@@ -1,8 +1,8 @@
-"""The hot loop: a whole epoch inside one TensorFlow graph, under Keras' own `fit`.
+"""Train and evaluate: Keras' own `fit`, with a whole epoch inside one TensorFlow graph.
 
-A Python loop over 422 small steps spends much of an epoch between the steps. `graph` makes one
-`train_step` of a whole epoch, which loops over the mini-batches in the graph, so `fit`, its metrics
-and every callback still work.
+A Python loop over 422 small steps spends much of an epoch between the steps. In `epoch`, one
+`train_step` is a whole epoch that loops over the mini-batches in the graph, so `fit`, its metrics
+and all callbacks still work.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from search.data.dataset import Images, Labels
+from search.data.dataset import Labels
+from search.data.sources import Images
 from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of, scaled
 from search.training.network import is_of_layers
 
 _VALIDATION_BATCH = 2_000
 _CLEAR_EVERY = 10  # trainings
-_PLATEAU = {"monitor": "val_loss", "patience": 2, "factor": 0.3}  # Keras' are for 100s of epochs
+_PLATEAU = {"monitor": "val_loss", "patience": 2, "factor": 0.3}  # Keras' suit 100s of epochs
 History = dict[str, list[float]]
 
 
@@ -32,21 +33,21 @@ class TrainingDiverged(Exception):
 
 
 def use_one_thread_each(trainings: int) -> None:
-    """Give TensorFlow a thread for each of so many trainings at once, in as many threads.
+    """Let TensorFlow use one thread for each of `trainings` concurrent trainings.
 
-    It takes a GPU's memory only as it needs it. Has no effect on TensorFlow once it has run.
+    It allocates a GPU's memory only as needed. No effect once TensorFlow has started.
     """
     global _alone
     _alone = trainings == 1
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(trainings)
-        for device in tf.config.list_physical_devices("GPU"):  # other workers may use it, too
+        for device in tf.config.list_physical_devices("GPU"):  # other workers may use it as well
             tf.config.experimental.set_memory_growth(device, True)
 
 
 def gpu_name() -> str | None:
-    """The name of the GPU that this process trains on, None where TensorFlow sees none."""
+    """The name of the GPU that this process trains on; None if TensorFlow finds none."""
     found = tf.config.list_physical_devices("GPU")
     if not found:
         return None
@@ -57,7 +58,7 @@ def gpu_name() -> str | None:
 def train(
     model: keras.Sequential,
     examples: Examples,
-    tried: Mapping[str, Any],
+    hp: Mapping[str, Any],
     *,
     epochs: int,
     seed: int,
@@ -67,29 +68,29 @@ def train(
     rates: Sequence[float] = (),
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> History:
-    """Train `model` in place, as `fit` would, and return the history: a list an epoch a metric.
+    """Train `model` in place, as `fit` would, and return the history: for each metric, its epochs.
 
     examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,).
-    tried: a value for every hyperparameter of the training. shape: of one example, not flat, which
-    augmentation needs. seed: decides the order of the examples in every epoch, the dropout masks
-    and the augmentation. Early stopping and plateaus go by `validation`, and are off without it.
-    only: end after so many epochs of the `epochs` over which a schedule goes.
-    rates: the learning rate of every epoch, as an earlier training's plateaus made them.
-    Raises TrainingDiverged, and whatever a callback raises.
+    hp: a value for every hyperparameter of the training. shape: of one example, not flattened,
+    for augmentation. seed: determines the order of the examples in every epoch, the dropout masks
+    and the augmentation. Early stopping and plateaus monitor `validation`; without it they are off.
+    only: stop after this many of the `epochs`, which remain the length of a schedule.
+    rates: the learning rate of every epoch, as set by the plateaus of an earlier training.
+    Raises TrainingDiverged, and any exception of a callback.
     """
-    _clear_now_and_then()
-    graph = graph_for(model, plan_of(tried, examples, shape))
-    graph.take(model, examples, tried, seed, epochs)
+    _clear_regularly()
+    graph = graph_for(model, plan_of(hp, examples, shape))
+    graph.take(model, examples, hp, seed, epochs)
     try:
         history = graph.fit(
-            tf.data.Dataset.from_tensors(0),  # one step an epoch; `take` brought the examples
+            tf.data.Dataset.from_tensors(0),  # one step per epoch; `take` has set the examples
             epochs=only or epochs,
             shuffle=False,
             verbose=0,
             validation_data=None if validation is None else _batched(*validation),
             callbacks=[
                 _StopAtNaN(),
-                *_by_validation(tried, validation is not None),
+                *_monitors(hp, validation is not None),
                 *([keras.callbacks.LearningRateScheduler(lambda e, _: rates[e])] if rates else []),
                 *callbacks,
             ],
@@ -99,18 +100,15 @@ def train(
     return {name: [float(value) for value in values] for name, values in history.history.items()}
 
 
-def _by_validation(tried: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Callback]:
-    """What watches the validation set: they come before those that record an epoch."""
+def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Callback]:
+    """The callbacks that monitor the validation set; they run before those that record an epoch."""
     callbacks: list[keras.callbacks.Callback] = []
-    if validated and tried["schedule"] == "plateau":
+    if validated and hp["schedule"] == "plateau":
         callbacks.append(keras.callbacks.ReduceLROnPlateau(**_PLATEAU))
-    if validated and tried["early_stopping"]:
+    if validated and hp["early_stopping"]:
         callbacks.append(
             keras.callbacks.EarlyStopping(
-                "val_accuracy",
-                mode="max",
-                patience=tried["early_stopping"],
-                restore_best_weights=True,
+                "val_accuracy", mode="max", patience=hp["early_stopping"], restore_best_weights=True
             )
         )
     return callbacks
@@ -128,7 +126,7 @@ class _StopAtNaN(keras.callbacks.Callback):  # type: ignore[misc]
         for name, value in (logs or {}).items():
             if not np.isfinite(value):
                 raise TrainingDiverged(f"{name} became {value} in epoch {epoch}")
-        # Keras clips probabilities, so that a loss can stay finite over weights that did not.
+        # Keras clips probabilities, so a loss can stay finite although a weight did not.
         for weight in self.model.trainable_weights:
             total = float(tf.reduce_sum(weight.value))
             if not np.isfinite(total):
@@ -139,12 +137,12 @@ _alone = True  # no other thread of this process trains
 _trained = 0  # networks
 
 
-def _clear_now_and_then() -> None:
-    """TensorFlow keeps a kernel for every variable ever made, and Keras' networks are cycles that
-    Python collects late: without this a worker grows by a megabyte a network of MNIST's size."""
+def _clear_regularly() -> None:
+    """TensorFlow keeps a kernel for every variable, and Keras' networks are reference cycles that
+    Python collects late: without this a worker grows by a megabyte per network of MNIST's size."""
     global _trained
     if _trained % _CLEAR_EVERY == _CLEAR_EVERY - 1 and _alone:
-        keras.backend.clear_session()  # of all threads, also of one that builds a network
+        keras.backend.clear_session()  # of all threads, even one that is building a network
     _trained += 1
 
 
@@ -152,14 +150,13 @@ def _batched(x: Images, y: Labels) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
 
 
-_GRAPHS = 8  # kept; a graph and its variables take a few MB
+# ---- the cache of graphs -------------------------------------------------------------------------
 
-
-# ---- graphs are kept -----------------------------------------------------------------------------
+_GRAPHS = 8  # cached per thread; a graph and its variables take a few MB
 
 
 class _OfThread(threading.local):
-    """What no two threads may share: a graph holds the state of one training."""
+    """The cache of one thread: a graph holds the state of one training."""
 
     def __init__(self) -> None:
         self.graphs: OrderedDict[str, EpochInGraph] = OrderedDict()
@@ -169,8 +166,8 @@ _of_thread = _OfThread()
 
 
 def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
-    """The graph for networks like `model`, the least recently used one dropped."""
-    source = getattr(model, "source", "")  # of the user's own layers, whose code may change
+    """The cached graph for networks like `model`; drops the least recently used one."""
+    source = getattr(model, "source", "")  # of a custom model, whose layers' code may change
     key = source + _architecture(model) + json.dumps(astuple(plan))
     graphs = _of_thread.graphs
     if key not in graphs:
@@ -185,7 +182,7 @@ _REFERENCES = ("keras_history", "input_layers", "output_layers")  # to layers, b
 
 
 def _architecture(model: keras.Sequential) -> str:
-    """What networks that can share a graph have alike: all but seeds, variable rates, names."""
+    """The configuration without seeds, variable rates and names: equal if a graph can be shared."""
     names: dict[str, str] = {}
 
     def alike(config: Any, key: str = "", kind: str = "") -> Any:
@@ -205,7 +202,7 @@ def _architecture(model: keras.Sequential) -> str:
 
 
 def _leave_out_rates(config: dict[str, Any], network: keras.Model) -> None:
-    """Take the dropout rates that are variables of a graph out of the network's configuration."""
+    """Remove the dropout rates that are variables of a graph from the network's configuration."""
     layers = {layer.name: layer for layer in network.layers}
     for entry in config.get("layers", ()):
         layer = layers.get(entry["config"].get("name"))

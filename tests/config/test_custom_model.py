@@ -1,4 +1,4 @@
-"""A network of the user's own, as docs/your-model.md writes it, through the real command."""
+"""A custom model, as in docs/your-model.md, through the real command."""
 
 import hashlib
 import importlib
@@ -55,7 +55,7 @@ def test_the_pages_example_has_twenty_lines_or_so() -> None:
 
 
 @pytest.mark.slow
-def test_the_pages_own_network_is_searched_registered_and_reproduced(folder: Path) -> None:
+def test_the_pages_custom_model_is_searched_registered_and_reproduced(folder: Path) -> None:
     assert COMMAND is not None
     options = COMMAND[1].split()
     name = options[options.index("--study-name") + 1]
@@ -86,7 +86,7 @@ def test_the_pages_own_network_is_searched_registered_and_reproduced(folder: Pat
     assert accuracy == pytest.approx(found["winner"].data.metrics["test_accuracy"], abs=1e-6)
 
 
-def test_no_name_that_means_something_else_in_a_ledger_is_free(
+def test_no_name_with_another_meaning_in_a_store_is_free(
     in_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(folder)
@@ -119,7 +119,7 @@ def test_another_source_is_another_model(folder: Path) -> None:
     code, out, err = command(folder, "reproduce")
     assert (code, err.count("\n")) == (2, 1)
     assert "mine:build must be the model of the study" in err
-    assert "bring back its source as it was" in err
+    assert "restore its source" in err
     assert invariants.dump(folder) == before
 
 
@@ -144,7 +144,7 @@ EDITED = DENSE.replace("4,8", "5,9")  # of the same size
 
 
 def loaded_units(config: StudyConfig) -> object:
-    """What the model of `config` makes for the first of its units."""
+    """The network that the model of `config` builds for the first of its units."""
     found = config.custom_model
     assert found is not None
     units = next(iter(found.space["units"].values))  # type: ignore[union-attr]
@@ -178,7 +178,7 @@ def test_what_was_imported_before_an_edit_is_imported_again(
     assert loaded_units(StudyConfig(model="imported_before:build")) == 5
 
 
-def test_settings_keep_the_model_that_they_were_made_with_and_refuse_to_run_another(
+def test_settings_keep_the_model_that_they_were_created_with_and_refuse_to_run_another(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(in_folder)
@@ -187,7 +187,7 @@ def test_settings_keep_the_model_that_they_were_made_with_and_refuse_to_run_anot
     (in_folder / "edited_later.py").write_text(EDITED)
     assert loaded_units(config) == 4
     before = sorted(in_folder.iterdir())
-    with pytest.raises(InputError, match="must be as it was when these settings were made"):
+    with pytest.raises(InputError, match="must be as it was when these settings were created"):
         run(config)
     assert sorted(in_folder.iterdir()) == before
 
@@ -317,4 +317,4 @@ def test_a_network_that_does_not_fit_fails_its_trials_with_the_reason(folder: Pa
     assert "2 configurations in a row failed" in err
     assert "mine:build must return a model that gives a probability for each of 10 classes" in err
     found = invariants.check(folder, 1, registered=False)
-    assert len(found["trials"]) == 3  # the first configuration was tried twice
+    assert len(found["trials"]) == 3  # the first configuration was run twice

@@ -1,4 +1,4 @@
-"""Every value of every hyperparameter trains, is saved and loaded, is trained anew, reproduces."""
+"""Every value of every hyperparameter trains, is saved and loaded, is retrained, reproduces."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def config(dataset: Path, **changed: Any) -> StudyConfig:
 
 
 def quietly(_: str) -> None:
-    """What `reproduce` says is not looked at."""
+    """Ignore what `reproduce` prints."""
 
 
 def test_each_value_is_in_a_test() -> None:
@@ -81,13 +81,13 @@ def test_each_value_is_in_a_test() -> None:
     assert tried | {"hidden_units", "dropout_rate", "learning_rate"} == set(HYPERPARAMETERS)
     for name, known in HYPERPARAMETERS.items():
         for word, value in known.domain.words.items():
-            if value != known.plain:
+            if value != known.default:
                 assert any(changed.get(name) == value for changed in VALUES.values()), word
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", VALUES.values(), ids=VALUES)
-def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
+def test_a_value_trains_is_saved_loaded_retrained_and_reproduces(
     client: MlflowClient, in_folder: Path, small: Path, changed: dict[str, Any]
 ) -> None:
     settings = config(small, **changed)
@@ -99,7 +99,7 @@ def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
     for name, value in changed.items():
         assert params[name] == str(value)
         assert f'"{name}": ' in found["winner"].data.tags["lineage.hyperparameters"] or (
-            value == HYPERPARAMETERS[name].plain
+            value == HYPERPARAMETERS[name].default
         )
 
     assert result.winner is not None
@@ -111,7 +111,7 @@ def test_a_value_trains_is_saved_loaded_trained_anew_and_reproduces(
             hits = loaded(x, training=False).numpy().argmax(axis=1) == arrays["y_test"]
             assert hits.mean() == pytest.approx(result.winner.test_accuracy, abs=1e-6)
     assert result.winner.test_accuracy > 0.15  # a tenth by chance
-    unusual = {n: v for n, v in changed.items() if v != HYPERPARAMETERS[n].plain}
+    unusual = {n: v for n, v in changed.items() if v != HYPERPARAMETERS[n].default}
     assert overview.read(settings).fixed == {"batch_size": 64, **unusual}
 
     again = reproduce.reproduce(settings, None, None, quietly)
@@ -184,7 +184,7 @@ def test_the_retraining_lowers_its_rate_where_the_trials_plateaus_did(
 
 
 @pytest.mark.slow
-def test_both_ledgers_show_what_a_trial_used_and_nothing_else(in_folder: Path, small: Path) -> None:
+def test_both_stores_show_what_a_trial_used_and_nothing_else(in_folder: Path, small: Path) -> None:
     pipeline.run(
         config(
             small,
@@ -214,7 +214,7 @@ def test_both_ledgers_show_what_a_trial_used_and_nothing_else(in_folder: Path, s
     assert len(kinds) > 2
 
 
-def test_a_line_of_the_terminal_leaves_out_what_is_plain() -> None:
+def test_a_line_of_the_terminal_leaves_out_the_defaults() -> None:
     params = {
         "hidden_units": 64,
         "dropout_rate": 0.25,

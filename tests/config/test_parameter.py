@@ -102,7 +102,7 @@ def test_a_step_too_small_to_count_is_refused() -> None:
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_an_example_is_accepted(name: str) -> None:
     parse(name, HYPERPARAMETERS[name].domain.example)
-    parse(name, HYPERPARAMETERS[name].default)
+    parse(name, HYPERPARAMETERS[name].space)
 
 
 def test_a_misspelt_word_is_refused_with_the_nearest() -> None:

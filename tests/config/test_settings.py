@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import make_url
 
 from search.config import files
-from search.config.settings import StudyConfig, defaults, differences, from_text, options
+from search.config.settings import StudyConfig, defaults, differences, options
 from search.config.urls import same_database, sqlite_path
 from search.errors import InputError, RunError, one_line, printable, redact
 
@@ -162,7 +162,7 @@ def test_what_may_change_leaves_the_fingerprint(changed: dict[str, Any]) -> None
     assert fingerprint() == fingerprint(**changed)
 
 
-def test_a_study_of_before_the_recipe_was_open_has_the_same_fingerprint() -> None:
+def test_a_study_of_before_all_hyperparameters_were_searched_has_the_same_fingerprint() -> None:
     assert fingerprint() == {
         "hidden_units": "128,256,512,1024",
         "dropout_rate": "0:0.5",
@@ -213,7 +213,7 @@ def test_differences_name_what_was_stored_and_what_is_given() -> None:
 def test_text_becomes_a_settings_own_type_or_stays_to_be_refused(
     name: str, text: str, value: Any
 ) -> None:
-    read = from_text(name, text)
+    read = options()[name].parse(text)
     assert (read, type(read)) == (value, type(value))
 
 

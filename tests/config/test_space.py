@@ -9,7 +9,7 @@ from search.config.hyperparameters import HYPERPARAMETERS, REFERENCE, space_of
 from search.config.parameter import Choice, Value
 from search.config.space import Condition, Space
 
-DEFAULTS = {name: known.default for name, known in HYPERPARAMETERS.items()}
+DEFAULTS = {name: known.space for name, known in HYPERPARAMETERS.items()}
 SPACE = space_of(DEFAULTS)
 
 
@@ -23,7 +23,7 @@ def space_with(**changed: str) -> Space:
 
 
 def ask(space: Space, seed: int = 0) -> tuple[dict[str, Value], dict[str, Value]]:
-    """What a random trial of `space` tries, and what of it is recorded."""
+    """The hyperparameters of a random trial of `space`, and its recorded parameters."""
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
     return space.suggest(trial), trial.params
 
@@ -34,9 +34,9 @@ def test_a_trial_gets_all_hyperparameters_in_their_types() -> None:
     assert {name: tried[name] for name in params} == params
     assert [type(value) for value in params.values()] == [int, float, float]
     assert list(params) == ["hidden_units", "dropout_rate", "learning_rate"]
-    plain = {name: known.plain for name, known in HYPERPARAMETERS.items()}
+    usual = {name: known.default for name, known in HYPERPARAMETERS.items()}
     conditional = {"conv_blocks", "filters", "augmentation_strength"}
-    assert tried == {**{k: v for k, v in plain.items() if k not in conditional}, **params}
+    assert tried == {**{k: v for k, v in usual.items() if k not in conditional}, **params}
 
 
 def test_the_reference_lies_in_the_default_space() -> None:
@@ -55,7 +55,7 @@ BRANCHING = {
 }
 
 
-def test_a_conditional_hyperparameter_is_asked_for_only_where_it_matters() -> None:
+def test_a_conditional_hyperparameter_is_suggested_only_where_it_matters() -> None:
     space = space_with(**BRANCHING)
     assert space.is_conditional()
     seen = set()
@@ -71,7 +71,7 @@ def test_a_conditional_hyperparameter_is_asked_for_only_where_it_matters() -> No
     assert len(seen) == 4
 
 
-def test_what_is_the_same_for_all_trials_is_not_asked_for() -> None:
+def test_what_is_the_same_for_all_trials_is_not_suggested() -> None:
     space = space_with(optimizer="sgd", architecture="cnn", filters="16")
     _, params = ask(space)
     assert set(params) == set(REFERENCE)
@@ -82,7 +82,7 @@ def test_what_is_the_same_for_all_trials_is_not_asked_for() -> None:
     assert "augmentation_strength" not in fixed
 
 
-def test_a_fixed_child_of_an_open_parent_is_recorded_where_it_matters() -> None:
+def test_a_fixed_child_of_a_searched_parent_is_recorded_where_it_matters() -> None:
     space = space_with(architecture="dense,cnn")
     for seed in range(9):
         tried, params = ask(space, seed)
@@ -100,7 +100,7 @@ def test_a_fixed_child_of_an_open_parent_is_recorded_where_it_matters() -> None:
         ({"weight_decay": "0:0.1"}, {"weight_decay": 0.0}),
     ],
 )
-def test_the_reference_is_plain_but_for_what_is_fixed(
+def test_the_reference_has_the_defaults_except_for_fixed_values(
     changed: dict[str, str], more: dict[str, Value]
 ) -> None:
     space = space_with(**changed)
@@ -117,7 +117,7 @@ def test_the_reference_is_plain_but_for_what_is_fixed(
         {"architecture": "cnn", "filters": "8,16"},
     ],
 )
-def test_a_space_without_the_plain_value_has_no_reference(changed: dict[str, str]) -> None:
+def test_a_space_without_the_default_value_has_no_reference(changed: dict[str, str]) -> None:
     assert space_with(**changed).reference() is None
 
 
@@ -168,7 +168,7 @@ def test_a_grid_refuses_a_range_by_name() -> None:
 
 
 def all_at_once(space: Space) -> list[dict[str, Value]]:
-    """A grid as it was made before its points had an index: every point from those before."""
+    """The grid, built at once: the points of each parameter from those of the earlier ones."""
     made: list[dict[str, Value]] = [space.fixed()]
     for name, parameter in space.searched().items():
         assert isinstance(parameter, Choice)
@@ -224,7 +224,7 @@ NESTED = Space(
         NESTED,
     ],
 )
-def test_a_grid_has_the_points_and_the_order_of_one_that_is_made_all_at_once(space: Space) -> None:
+def test_a_grid_has_the_points_and_the_order_of_one_that_is_built_at_once(space: Space) -> None:
     expected = all_at_once(space)
     found = points(space)
     assert found == expected

@@ -1,4 +1,4 @@
-"""Datasets: the bundled digits, files of one's own, scaling and splitting."""
+"""Datasets: the bundled digits, .npz files, scaling and splitting."""
 
 import hashlib
 import os
@@ -179,7 +179,9 @@ def test_the_digest_depends_on_the_type_and_the_shape(tmp_path: Path) -> None:
 # ---- splits ----------------------------------------------------------------------------------
 
 
-def test_a_stratified_split_gives_both_parts_the_same_share_of_every_class(tmp_path: Path) -> None:
+def test_a_stratified_split_gives_both_parts_the_same_proportion_of_every_class(
+    tmp_path: Path,
+) -> None:
     dataset = load(tmp_path, split="stratified", **labelled(150, 150, 30))
     assert dataset.problem is None
     assert np.bincount(dataset.train[1]).tolist() == [135, 135, 27]
@@ -256,7 +258,7 @@ def test_features_are_normalized_by_the_training_part_alone(tmp_path: Path) -> N
     assert ", normalized," in str(dataset)
 
 
-def test_a_feature_that_does_not_vary_is_not_blown_up(tmp_path: Path) -> None:
+def test_a_constant_feature_is_not_blown_up(tmp_path: Path) -> None:
     x = arrays()["x_train"]
     x[:, 1], x[:, 2] = 7, np.float32(0.1) + np.arange(40) % 2 * np.float32(7e-9)
     x[38, 1] = 8  # in the validation part alone

@@ -281,16 +281,16 @@ def test_the_doctor_says_what_disagrees_and_mends_it_only_when_told_to(
 
 def test_the_doctor_on_the_command_line(study: Damaged, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
-    assert capsys.readouterr().out == "study mnist-dnn: both ledgers agree\n"
+    assert capsys.readouterr().out == "study mnist-dnn: both stores agree\n"
     left_running(study)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "trial 1: its run has status RUNNING in place of FINISHED\n" in out
-    assert "1 disagreement; mend with python study.py doctor --fix\n" in out
+    assert "1 disagreement; repair with python study.py doctor --fix\n" in out
     assert cli.main(["doctor", "--fix"]) == 0
     out = capsys.readouterr().out
-    assert "mended: trial 1: its run has status RUNNING in place of FINISHED\n" in out
-    assert out.endswith("both ledgers agree\n")
+    assert "repaired: trial 1: its run has status RUNNING in place of FINISHED\n" in out
+    assert out.endswith("both stores agree\n")
     assert cli.main(["doctor", "--study-name", "other"]) == 2
     assert "has none named other" in capsys.readouterr().err
     assert cli.main(["--study-name", "other", "doctor"]) == 2

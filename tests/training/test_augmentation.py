@@ -1,4 +1,4 @@
-"""Distorted images: how they move, by how much, and that the seed decides it."""
+"""Distorted images: how they move, by how much, and that the seed determines it."""
 
 import tracemalloc
 from typing import Any

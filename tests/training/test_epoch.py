@@ -1,4 +1,4 @@
-"""Each way to train in the graph is Keras' own, to float precision; graphs are shared rightly."""
+"""Each way to train in the graph is Keras' own, to float precision; graphs are shared correctly."""
 
 import contextlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from conftest import plain
+from conftest import default_network
 from test_train import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
 
 from search.config import custom_model
@@ -24,7 +24,9 @@ Tried = dict[str, Any]
 
 
 def tried(**changed: Any) -> Tried:
-    return plain(**{"hidden_units": 16, "dropout_rate": 0.0, "learning_rate": RATE, **changed})
+    return default_network(
+        **{"hidden_units": 16, "dropout_rate": 0.0, "learning_rate": RATE, **changed}
+    )
 
 
 def build(what: Tried, shape: tuple[int, ...] = (FEATURES,)) -> keras.Sequential:
@@ -74,7 +76,7 @@ def no_graphs() -> None:
     ],
     ids=str,
 )
-def test_a_recipe_learns_what_the_plain_loop_learns(no_graphs: None, changed: Tried) -> None:
+def test_a_training_learns_what_the_plain_loop_learns(no_graphs: None, changed: Tried) -> None:
     what = tried(**changed)
     train(build(tried(**{**changed, "learning_rate": 0.3})), what, examples(WHOLE))  # used before
     ours, theirs = build(what), build(what)
@@ -140,11 +142,11 @@ def test_a_schedule_is_keras_own_over_all_steps(
     assert float(ours.optimizer.learning_rate) == pytest.approx(RATE)  # to train on with
 
 
-def test_a_training_that_ends_early_is_the_beginning_of_the_whole_one() -> None:
+def test_a_training_that_ends_early_is_the_start_of_the_whole_one() -> None:
     what = tried(schedule="one_cycle", dropout_rate=0.2)
     whole = train(build(what), what, examples(RAGGED), epochs=5)
-    begun = train(build(what), what, examples(RAGGED), epochs=5, only=2)
-    assert begun["loss"] == whole["loss"][:2]
+    start = train(build(what), what, examples(RAGGED), epochs=5, only=2)
+    assert start["loss"] == whole["loss"][:2]
 
 
 def test_early_stopping_gives_back_the_best_weights() -> None:
@@ -264,13 +266,13 @@ def own() -> Callable[..., keras.Sequential]:
 
     def make(seed: int = 3, **rates: float) -> keras.Sequential:
         what = {**tried(), "drop": 0.1, "spatial": 0.1, "whole": 0.1, **rates}
-        return build_network(what, (FEATURES,), CLASSES, seed, own=made)
+        return build_network(what, (FEATURES,), CLASSES, seed, custom=made)
 
     return make
 
 
 @pytest.mark.slow
-def test_an_own_model_reproduces_whatever_was_trained_before(
+def test_a_custom_model_reproduces_whatever_was_trained_before(
     own: Callable[..., keras.Sequential],
 ) -> None:
     def losses(seed: int = 3) -> Any:
@@ -284,7 +286,7 @@ def test_an_own_model_reproduces_whatever_was_trained_before(
 
 
 @pytest.mark.slow
-def test_own_models_share_a_graph_unless_a_rate_is_built_into_it(
+def test_custom_models_share_a_graph_unless_a_rate_is_built_into_it(
     no_graphs: None, own: Callable[..., keras.Sequential]
 ) -> None:
     for drop in (0.1, 0.4):
@@ -323,7 +325,7 @@ def test_networks_that_differ_share_no_graph(
             return keras.Sequential([keras.Input(shape), *layers(other), last])
 
         found = custom_model.CustomModel("here:made", made, {}, "0")
-        net = build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
+        net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
         train(net, tried(), examples(WHOLE))
         assert len(_of_thread.graphs) == count
 
@@ -334,7 +336,7 @@ def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) ->
         return keras.Sequential([keras.Input(shape), Scaled(), last])
 
     found = custom_model.CustomModel("here:made", made, {}, "0")
-    ours, theirs = (build_network(tried(), (FEATURES,), CLASSES, 3, own=found) for _ in "ab")
+    ours, theirs = (build_network(tried(), (FEATURES,), CLASSES, 3, custom=found) for _ in "ab")
     before = ours.get_weights()
     train(ours, tried(), examples(WHOLE))
     plain_fit(theirs, examples(WHOLE))
@@ -342,7 +344,7 @@ def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) ->
     assert close(ours.get_weights(), theirs.get_weights())
 
 
-def test_an_own_model_learns_and_is_plain_keras(
+def test_a_custom_model_learns_and_is_plain_keras(
     own: Callable[..., keras.Sequential], tmp_path: Path
 ) -> None:
     net = own(spatial=0.0, whole=0.0)
@@ -376,10 +378,10 @@ keras.saving.register_keras_serializable("here")(Jumps)
     [
         (keras.layers.Softmax, None),
         (lambda: keras.layers.Activation("linear"), "but it gives -"),
-        (lambda: keras.layers.Activation("sigmoid"), "in all; end it with a softmax, for example"),
+        (lambda: keras.layers.Activation("sigmoid"), "; end it with a softmax, for example"),
     ],
 )
-def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
+def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
     last: Any, said: str | None
 ) -> None:
     def made(_: Any, shape: Any, classes: int) -> keras.Model:
@@ -391,7 +393,7 @@ def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_chang
         return [v.numpy().tolist() for v in (*net.variables, shared)]
 
     found = custom_model.CustomModel("here:made", made, {}, "0")
-    net = build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
+    net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
     before = state(net)
     with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
         check_probabilities(found, net)
@@ -420,7 +422,7 @@ def test_an_own_model_that_gives_no_probabilities_is_refused_and_the_check_chang
         ),
     ],
 )
-def test_an_own_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
+def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
     found = custom_model.CustomModel("here:made", made, {}, "0")
     with pytest.raises(ValueError, match=said):
-        build_network(tried(), (FEATURES,), CLASSES, 3, own=found)
+        build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)

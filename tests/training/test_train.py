@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import plain
+from conftest import default_network
 from numpy.typing import NDArray
 
 from search.data.dataset import scaled
@@ -43,15 +43,15 @@ def examples(count: int, seed: int = 0) -> Examples:
 
 
 def network(dropout: float = 0.0, rate: float = 0.001, units: int = 16) -> keras.Sequential:
-    return build_network(plain(units, dropout, rate), (FEATURES,), CLASSES, seed=3)
+    return build_network(default_network(units, dropout, rate), (FEATURES,), CLASSES, seed=3)
 
 
 def train(
     net: keras.Sequential, data: Examples, batch_size: int = BATCH, **options: Any
 ) -> History:
-    """Train a plain network; what it is told of its rates are the network's own."""
+    """Train a default network with its own rates."""
     return training.train(
-        net, data, plain(batch_size=batch_size), **{"epochs": 1, "seed": 7, **options}
+        net, data, default_network(batch_size=batch_size), **{"epochs": 1, "seed": 7, **options}
     )
 
 
@@ -168,7 +168,7 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
 
 
 def keep(units: int) -> None:
-    graph_for(network(units=units), plan_of(plain(), examples(9), (FEATURES,)))
+    graph_for(network(units=units), plan_of(default_network(), examples(9), (FEATURES,)))
 
 
 def test_the_graph_not_used_for_longest_is_dropped_first(no_graphs: None) -> None:
@@ -293,7 +293,7 @@ assert int(net.optimizer.iterations) == 102
 
 @pytest.fixture
 def grown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """TensorFlow sees two GPUs; whose memory is to grow."""
+    """Let TensorFlow see two GPUs; returns those whose memory may grow."""
     names: list[str] = []
     gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(2)]
     monkeypatch.setattr(environment, "gpu_device", lambda: "/dev/nvidia0")
@@ -325,5 +325,5 @@ def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
     without = here()
     assert "gpu" not in without
     monkeypatch.setattr(environment, "gpu_device", lambda: None)
-    monkeypatch.setattr(training, "gpu_name", None)  # is not asked
+    monkeypatch.setattr(training, "gpu_name", None)  # is not called
     assert here() == without

@@ -90,7 +90,7 @@ def test_the_command_says_so(here: Path) -> None:
     code, out, err = command(here, "reproduce", "--trial", "1")
     assert (code, err) == (1, "")
     assert "not the same: epoch 0: train_loss " in out
-    assert "nothing that is recorded of the machine's kind and the packages has changed" in out
+    assert "the recorded packages and hardware are unchanged" in out
 
 
 @pytest.mark.slow
