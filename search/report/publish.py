@@ -61,7 +61,8 @@ def check_report(config: StudyConfig, given: str) -> None:
         rule = f"a file whose name has at most 255 bytes, but got {path.name!r}"
         raise refused(rule, "give a shorter one")
     if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
-        raise refused(f"a file in a writable folder, but got {str(path)!r}", "give another file")
+        rule = f"a file in a folder that can be written to, but got {str(path)!r}"
+        raise refused(rule, "give another file")
     other = "give another file, for example report-2.html"
     databases = [sqlite_path(url) for url in (config.storage, config.tracking_uri)]
     if path.resolve() in [
