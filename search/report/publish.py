@@ -53,16 +53,17 @@ def _study_of(path: Path) -> tuple[str, str] | None:
 def check_report(config: StudyConfig, given: str) -> None:
     """Raise InputError if the report can't be written to `given`, or would overwrite a file."""
     path = report_path(given, config.study_name)
+
+    def refused(rule: str, remedy: str) -> InputError:
+        return InputError(f"the report must be {rule}; {remedy}")
+
     if len(os.fsencode(path.name)) > 255:  # the limit of Linux file systems
-        raise InputError(
-            f"the report must be a file whose name has at most 255 bytes, but got {path.name!r}; "
-            "give a shorter one"
-        )
+        rule = f"a file whose name has at most 255 bytes, but got {path.name!r}"
+        raise refused(rule, "give a shorter one")
     if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
-        raise InputError(
-            f"the report must be a file in a writable folder, but got {str(path)!r}; "
-            "give another file"
-        )
+        rule = f"a file in a folder that can be written to, but got {str(path)!r}"
+        raise refused(rule, "give another file")
+    other = "give another file, for example report-2.html"
     databases = [sqlite_path(url) for url in (config.storage, config.tracking_uri)]
     if path.resolve() in [
         Path(f"{file.resolve()}{end}")
@@ -70,15 +71,10 @@ def check_report(config: StudyConfig, given: str) -> None:
         if file is not None
         for end in ("", "-wal", "-shm", "-journal")
     ]:
-        raise InputError(
-            f"the report must be a file of its own, but {str(path)!r} is a database's; "
-            "give another file, for example report-2.html"
-        )
+        raise refused(f"a file of its own, but {str(path)!r} is a database's", other)
     if path.exists() and _study_of(path) is None:
-        raise InputError(
-            f"the report must be a new file or replace a report, but {str(path)!r} is something "
-            "else; move it away or give another file, for example report-2.html"
-        )
+        rule = f"a new file or replace a report, but {str(path)!r} is something else"
+        raise refused(rule, f"move it away or {other}")
 
 
 def draw(study: optuna.Study, config: StudyConfig) -> "list[Chart]":

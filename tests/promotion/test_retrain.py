@@ -55,7 +55,7 @@ STEPS = (
 
 @pytest.fixture(scope="module")
 def retrained(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
-    """A study whose best trial is trained anew, and whose run was stopped right there."""
+    """A study whose best trial was retrained, and whose run was stopped right then."""
     folder = tmp_path_factory.mktemp("retrained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
