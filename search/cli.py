@@ -184,7 +184,7 @@ for _name, _verb, *_parameters in (
         ),
     ),
     ("ui", _ui),
-    ("doctor", _doctor, _flag("fix", "Mend it: MLflow follows Optuna.")),
+    ("doctor", _doctor, _flag("fix", "Repair it: make the MLflow runs follow Optuna.")),
 ):
     _names = ("study_name", "storage", "dataset") if _name == "reproduce" else _PLACES
     app.command(_name)(_with_options(_verb, _names, *_parameters))
@@ -334,20 +334,20 @@ def run_ui(config: StudyConfig) -> int:
 
 
 def run_doctor(config: StudyConfig, fix: bool) -> int:
-    """Print what the ledgers disagree about; returns the exit code."""
+    """Print where the Optuna study and the MLflow runs disagree; returns the exit code."""
     with _loading("pandas", "matplotlib"):
         from search.tracking.sync import doctor
 
-    mended, left = doctor(config, fix=fix)
-    for line in mended:
-        print(f"mended: {line}")
+    repaired, left = doctor(config, fix=fix)
+    for line in repaired:
+        print(f"repaired: {line}")
     for line in left:
         print(line)
     if left:
-        remedy = "run the study again" if fix else "mend with python study.py doctor --fix"
+        remedy = "run the study again" if fix else "repair with python study.py doctor --fix"
         print(f"{len(left)} disagreement{'s' * (len(left) > 1)}; {remedy}")
         return 1
-    print(f"study {config.study_name}: both ledgers agree")
+    print(f"study {config.study_name}: Optuna and MLflow agree")
     return 0
 
 

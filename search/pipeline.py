@@ -101,8 +101,8 @@ def _run(config: StudyConfig, listener: Progress) -> Result:
         tracking, parent = stores.tracking, stores.parent
         stack.callback(tracking.disconnect)
         try:
-            mended = stores.reconcile()
-            listener.mended(mended)
+            repaired = stores.sync()
+            listener.repaired(repaired)
             missing = missing_slots(study, sampling.budget(config))
             listener.start(study, dataset, len(missing))
             if dataset.problem is not None:
@@ -114,27 +114,27 @@ def _run(config: StudyConfig, listener: Progress) -> Result:
                 stopped = job.search(missing)
                 if not listener.stopping():
                     job.train_finalists()
-                mended += _patiently(stores.reconcile)
+                repaired += _patiently(stores.sync)
                 if listener.stopping():
                     stopped = executor.INTERRUPTED
                 winner = None if stopped == executor.INTERRUPTED else job.register_winner()
         except KeyboardInterrupt as interruption:
             with contextlib.suppress(Exception):  # the next start does it
-                stores.reconcile(str(interruption) or "interrupted")
+                stores.sync(str(interruption) or "interrupted")
                 tracking.close(parent, "KILLED")
             raise
         except TakenOver:
             raise  # its trials and its parent run are another process's now
         except Exception as error:
             with contextlib.suppress(Exception):  # a database or server may be what failed
-                stores.reconcile(f"stopped with the run: {one_line(error)}")
+                stores.sync(f"stopped with the run: {one_line(error)}")
             with contextlib.suppress(Exception):
                 tracking.close(parent, "FAILED")
             raise
         _patiently(lambda: tracking.close(parent, "KILLED" if winner is None else "FINISHED"))
         if winner is not None:
             _present(stores, winner, job.charts, listener)
-        return job.result(winner, stopped, tuple(mended), time.monotonic() - began)
+        return job.result(winner, stopped, tuple(repaired), time.monotonic() - began)
 
 
 def _present(
@@ -187,7 +187,7 @@ def abandon(config: StudyConfig, reason: str) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         fail_trial(study, trial, reason)
     stores = Stores(study, config)
-    stores.reconcile(reason)
+    stores.sync(reason)
     stores.tracking.close(stores.parent, "KILLED")
 
 
@@ -260,7 +260,7 @@ class _Job:
             trial, name = by_number[number], repeat_attr(repeat)
             amend_trial(self.study, trial, name, kept, self.config.storage)
             seen = repeats_of(trial)[repeat]
-            with contextlib.suppress(*TRACKING_ERRORS):  # reconcile writes it later
+            with contextlib.suppress(*TRACKING_ERRORS):  # `sync` writes it later
                 self.stores.write(seen)
             self.listener.repeat(number, repeat, seen.value, len(missing()))
 
@@ -269,7 +269,7 @@ class _Job:
 
     def register_winner(self) -> Winner:
         """Retrain, test, register and promote the winner, as far as that is not yet done."""
-        return _patiently(self._register, before_again=self.stores.reconcile)
+        return _patiently(self._register, before_again=self.stores.sync)
 
     def _register(self) -> Winner:
         best = self.winner()
@@ -309,7 +309,7 @@ class _Job:
 
     def _after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the places that are missing now."""
-        self.listener.mended(_patiently(self.stores.reconcile))
+        self.listener.repaired(_patiently(self.stores.sync))
         return missing_slots(self.study, sampling.budget(self.config))
 
     def winner(self) -> FrozenTrial:
@@ -323,7 +323,7 @@ class _Job:
         return best
 
     def result(
-        self, winner: Winner | None, stopped: str | None, mended: tuple[str, ...], seconds: float
+        self, winner: Winner | None, stopped: str | None, repaired: tuple[str, ...], seconds: float
     ) -> Result:
         """What the run leaves."""
         trials = self.study.get_trials(deepcopy=False)
@@ -342,7 +342,7 @@ class _Job:
             ran=self.ran,
             seconds=seconds,
             stopped=stopped,
-            mended=mended,
+            repaired=repaired,
             report=None
             if self.config.report == "none"
             else publish.report_path(self.config.report, self.config.study_name),

@@ -69,17 +69,17 @@ FINALISTS = {
     ),
     "finalists compared": Point("search.study.ranking", "settle"),
 }
-RECONCILIATION = {
-    "mid-reconcile, trial failed": Point("search.study.trials", "fail_trial"),
-    "mid-reconcile, run not mended": Point(TRACKING, "mend", before=True),
-    "mid-reconcile, run mended": Point(TRACKING, "mend"),
+REPAIRS = {
+    "mid-sync, trial failed": Point("search.study.trials", "fail_trial"),
+    "mid-sync, run not repaired": Point(TRACKING, "repair", before=True),
+    "mid-sync, run repaired": Point(TRACKING, "repair"),
 }
 PRESENTATION = {
     "report written": Point("search.report.html", "write_html"),
     "report logged": Point(CLIENT, "log_artifact", word="report.html"),
     "note written": Point("search.study.storage", "write_note"),
 }
-POINTS = FIRST_START | TRIALS | FINALISTS | REGISTRATION | RECONCILIATION | PRESENTATION
+POINTS = FIRST_START | TRIALS | FINALISTS | REGISTRATION | REPAIRS | PRESENTATION
 
 
 def die_twice(folder: str, number: int) -> int:

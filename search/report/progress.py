@@ -35,8 +35,8 @@ class Progress:
     def workers(self, line: str) -> None:
         """Something about the workers is worth a line."""
 
-    def mended(self, lines: list[str]) -> None:
-        """The ledgers disagreed and were mended."""
+    def repaired(self, lines: list[str]) -> None:
+        """The Optuna study and the MLflow runs disagreed and were repaired."""
 
     def stopping(self) -> bool:
         """Whether no more trials shall start; those that run are waited for."""
@@ -66,7 +66,7 @@ class Result:
     complete, pruned, failed: trials of the study in all; `ran` of them in this run. given_up: slots
     whose configuration failed by itself twice; they count as finished.
     stopped: why the search ended before its budget, if it did.
-    mended: what the reconciliation had to mend. report: its file, None where none is written.
+    repaired: the inconsistencies that were repaired. report: its file, None where none is written.
     """
 
     config: StudyConfig
@@ -82,5 +82,5 @@ class Result:
     ran: int
     seconds: float
     stopped: str | None
-    mended: tuple[str, ...]
+    repaired: tuple[str, ...]
     report: Path | None

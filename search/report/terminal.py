@@ -95,10 +95,10 @@ class Lines(Quiet):
         """The line."""
         self._print(line)
 
-    def mended(self, lines: list[str]) -> None:
+    def repaired(self, lines: list[str]) -> None:
         """Say what an earlier run had left behind."""
         for line in lines:
-            self._print(f"mended: {line}", "yellow")
+            self._print(f"repaired: {line}", "yellow")
 
     def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
         """Say what takes the time now."""

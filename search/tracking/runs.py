@@ -179,12 +179,12 @@ class Tracking:
         name: str,
         number: int,
         tags: Mapping[str, str] | None = None,
-        began: int | None = None,
+        start_ms: int | None = None,
     ) -> str:
         """A new nested run of trial `number`, begun now or then (ms); returns its id."""
         run = self.client.create_run(
             self.experiment_id,
-            start_time=began,
+            start_time=start_ms,
             run_name=name,
             tags={PARENT: parent, NUMBER: str(number), **_author(), **(tags or {})},
         )
@@ -212,7 +212,7 @@ class Tracking:
         """The nested runs of a study, trials' and others', newest first."""
         return self._search(f"tags.`{PARENT}` = '{parent}'")
 
-    def mend(self, run_id: str, trial: FrozenTrial, facts: Metadata) -> None:
+    def repair(self, run_id: str, trial: FrozenTrial, facts: Metadata) -> None:
         """Write all of a finished trial into its run; what is there already stays as it is."""
         self.log_start(run_id, trial, facts)
         self._log(run_id, metrics=_metrics(history_of(trial)))

@@ -59,7 +59,7 @@ def tags_of(trial: FrozenTrial) -> dict[str, str]:
     if "model_version" in trial.user_attrs:
         tags[MODEL] = trial.user_attrs["model_version"]
     if trial.state is TrialState.FAIL:
-        # `reconcile` writes one; what an earlier version wrote may hold what databases refuse
+        # `Stores.sync` writes one; what an earlier version wrote may hold what databases refuse
         tags[FAILURE] = printable(trial.user_attrs.get("failure", "unknown"))
     return tags
 

@@ -1,7 +1,7 @@
 """One trial: suggest, train, report, prune, mirror.
 
 A worker process builds a `Worker` once and runs one trial a task. The Optuna trial is written
-first and is the truth; the MLflow run follows as well as it can, and `reconcile` writes later
+first and is the truth; the MLflow run follows as well as it can, and `Stores.sync` writes later
 what a failing tracking server did not take.
 """
 
@@ -34,7 +34,7 @@ from search.tracking.schema import STATE, Metadata
 from search.training.network import build_network, check_probabilities, trainable_parameters
 from search.training.train import train
 
-_PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `reconcile`
+_PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
 _REST = 20  # times as long as a failure of MLflow took, it is left alone
 
 
@@ -219,7 +219,7 @@ class Attempt:
         began = time.monotonic()
         try:
             write(*arguments)
-        except Exception:  # whatever the server does, the trial goes on; reconcile repairs the run
+        except Exception:  # the trial goes on; `Stores.sync` repairs the run
             self._mirrored = False
         spent = time.monotonic() - began
         self._spent += spent

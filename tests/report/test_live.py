@@ -69,7 +69,7 @@ RESULT = Result(
     ran=51,
     seconds=125.4,
     stopped=None,
-    mended=(),
+    repaired=(),
     report=Path("report.html"),
 )
 
@@ -251,9 +251,9 @@ def test_the_start_says_what_will_be_done(done: int, missing: int, expected: str
 
 def test_every_mend_is_a_line() -> None:
     to, text = lines()
-    to.mended(["run [1] mended", "trial 2 had no run"])
-    to.mended([])
-    assert text.getvalue() == "mended: run [1] mended\nmended: trial 2 had no run\n"
+    to.repaired(["run [1] repaired", "trial 2 had no run"])
+    to.repaired([])
+    assert text.getvalue() == "repaired: run [1] repaired\nrepaired: trial 2 had no run\n"
 
 
 # ---- the panel, in a pseudo-terminal -------------------------------------------------------------

@@ -375,7 +375,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
         cutting.join()
     assert cuts > 30
     found = invariants.check(in_folder, 7, url=url)
-    assert pipeline.run(config).mended == ()
+    assert pipeline.run(config).repaired == ()
     begun = {TrialState.COMPLETE, TrialState.PRUNED}
     unheard = [trial for trial in found["trials"] if trial.state not in begun]
     assert all("a cut connection hid" in trial.user_attrs["failure"] for trial in unheard)

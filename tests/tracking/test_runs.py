@@ -52,7 +52,7 @@ def test_a_run_is_written_from_its_trial_and_writing_it_again_changes_nothing(
     trial = finished_trial(epochs=400)  # 1,600 metrics: more than MLflow takes in a call
     run_id = ledger.create_run(parent, "trial-0000", 0)
     for _ in range(2):
-        ledger.mend(run_id, trial, facts)
+        ledger.repair(run_id, trial, facts)
         (run,) = ledger.runs_of(parent)
         assert run.info.status == "FINISHED"
         assert run.info.end_time == int(trial.datetime_complete.timestamp() * 1000)  # type: ignore[union-attr]

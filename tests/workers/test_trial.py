@@ -62,7 +62,7 @@ def test_a_trial_outlives_a_failing_tracking_server_and_its_run_is_written_later
     monkeypatch.setattr(MlflowClient, method, failing)
     result = run(config(clouds), outcomes)
     assert [outcome.state for outcome in outcomes.seen] == ["COMPLETE"] * 3
-    assert any("trial 1" in line for line in result.mended)
+    assert any("trial 1" in line for line in result.repaired)
     invariants.check(in_folder, 3)
 
 
