@@ -21,6 +21,7 @@ from search.report import publish
 from search.report.progress import Progress, Result
 from search.study import ranking, sampling, storage
 from search.study.lock import TakenOver, check_promotion_lock, holds_study, study_lock
+from search.study.storage import METADATA, SLOT
 from search.study.trials import (
     FINISHED,
     TrialSummary,
@@ -95,8 +96,8 @@ def _run(config: StudyConfig, listener: Progress) -> Result:
         check_promotion_lock(config)  # not after all the training
         study = storage.open_study(config, settings)
         stack.callback(storage.close_study, study)
-        if "facts" not in study.user_attrs:
-            study.set_user_attr("facts", study_metadata(config, dataset))
+        if METADATA not in study.user_attrs:
+            study.set_user_attr(METADATA, study_metadata(config, dataset))
         stores = Stores(study, config)
         tracking, parent = stores.tracking, stores.parent
         stack.callback(tracking.disconnect)
@@ -351,4 +352,4 @@ class _Job:
     def _finished(self) -> list[FrozenTrial]:
         trials = self.study.get_trials(deepcopy=False, states=FINISHED)
         trials += given_up(self.study).values()
-        return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))
+        return sorted(trials, key=lambda trial: trial.user_attrs.get(SLOT, trial.number))

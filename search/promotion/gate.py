@@ -14,6 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from search.config.settings import StudyConfig
 from search.promotion.comparison import SIGNIFICANT, SMALLEST_P, Comparison
 from search.study.lock import promotion_lock
+from search.study.storage import RUN_ID, VERSION
 from search.tracking.registered_model import (
     ALIAS,
     _follow_alias,
@@ -208,9 +209,9 @@ def _is_decided(version: ModelVersion, config: StudyConfig, champion: ModelVersi
 def _link(stores: "Stores", number: int, version: str) -> None:
     """Let the trial, and its run, name the version that was made of it."""
     trial = stores.study.get_trials(deepcopy=False)[number]
-    if trial.user_attrs.get("model_version") != version:
-        stores.amend(trial, "model_version", version)
-        stores.tracking.client.set_tag(trial.user_attrs["mlflow_run_id"], MODEL, version)
+    if trial.user_attrs.get(VERSION) != version:
+        stores.amend(trial, VERSION, version)
+        stores.tracking.client.set_tag(trial.user_attrs[RUN_ID], MODEL, version)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, scaled
 from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
+from search.study.storage import METADATA, SEED, SETTINGS, UID
 from search.study.trials import METRICS, best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
 from search.tracking.schema import COMMIT, DATASET, MODEL_URI, NOT_MADE, NUMBER, STUDY, STUDY_UID
@@ -39,16 +40,16 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
 
     lineage.settings is the fingerprint of the study's settings, a SHA-256 of their JSON.
     """
-    settings = json.dumps(study.user_attrs["settings"], sort_keys=True)
-    shared = study.user_attrs["facts"]["params"]
+    settings = json.dumps(study.user_attrs[SETTINGS], sort_keys=True)
+    shared = study.user_attrs[METADATA]["params"]
     commit = find_commit()
     return {
         STUDY: study.study_name,
-        STUDY_UID: study.user_attrs["study_uid"],
+        STUDY_UID: study.user_attrs[UID],
         NUMBER: str(trial.number),
         "lineage.hyperparameters": json.dumps({**unusual(shared), **trial.params}),
         "lineage.val_accuracy": repr(trial.value),
-        "lineage.seed": str(trial.user_attrs["seed"]),
+        "lineage.seed": str(trial.user_attrs[SEED]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
         DATASET: dataset.digest,
         "lineage.environment": json.dumps(environment.here()),
@@ -82,9 +83,9 @@ def retrain(
     trial = read_trial(study, number)
     whence = lineage(study, trial, dataset)
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, whence)
-    tracking.log_start(run_id, trial, study.user_attrs["facts"])
-    tried = complete(trial.params, study.user_attrs["facts"]["params"])
-    then, seed = history_of(trial), trial.user_attrs["seed"]
+    tracking.log_start(run_id, trial, study.user_attrs[METADATA])
+    tried = complete(trial.params, study.user_attrs[METADATA]["params"])
+    then, seed = history_of(trial), trial.user_attrs[SEED]
     epochs = best_epoch(then, stopping=bool(tried["early_stopping"])) + 1
     network = build_network(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
     losses = train(

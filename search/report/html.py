@@ -24,6 +24,7 @@ from search.promotion.evaluation import MANY, Confusion, Evaluation
 from search.report import overview
 from search.report.overview import Overview
 from search.report.text import in_production, sentences
+from search.study.storage import OWNER, UID
 from search.study.trials import FINISHED
 
 _STATES = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
@@ -103,7 +104,7 @@ def build_html(
     )
     return environment.get_template("report.html.j2").render(
         found=found,
-        uid=study.user_attrs.get("study_uid", ""),
+        uid=study.user_attrs.get(UID, ""),
         sentences=sentences(found),
         production=in_production(found),
         charts=charts,
@@ -200,7 +201,7 @@ def _timeline(trials: list[FrozenTrial]) -> Chart:
     begun = [trial for trial in trials if trial.datetime_start is not None]
     workers: dict[Any, str] = {}
     for trial in begun:
-        mark = trial.user_attrs.get("owner", {})
+        mark = trial.user_attrs.get(OWNER, {})
         key = (mark.get("host"), mark.get("pid"), mark.get("started"))
         workers.setdefault(key, f"worker {len(workers) + 1}")
     figure = go.Figure()
@@ -208,7 +209,7 @@ def _timeline(trials: list[FrozenTrial]) -> Chart:
         rows = []
         for trial in begun:
             if trial.state.name == state:
-                mark = trial.user_attrs.get("owner", {})
+                mark = trial.user_attrs.get(OWNER, {})
                 worker = workers[mark.get("host"), mark.get("pid"), mark.get("started")]
                 rows.append((worker, trial.datetime_start, trial.duration, trial.number))
         if rows:

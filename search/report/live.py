@@ -22,6 +22,7 @@ from rich.text import Text
 from search.config.hyperparameters import describe
 from search.config.parameter import Value
 from search.report.terminal import COLOURS, Lines, Quiet
+from search.study.storage import OWNER, SETTINGS
 from search.study.trials import TrialSummary
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Panel(Lines):
         self._before = self._counts["COMPLETE"] + self._counts["PRUNED"]
         self._before += len(given_up(study))
         self._total = self._before + missing
-        self._epochs = int(study.user_attrs["settings"]["epochs"])
+        self._epochs = int(study.user_attrs[SETTINGS]["epochs"])
         self._began = time.monotonic()
         self._terminal.enter_context(_no_echo_of_control_keys())
         screen = self._terminal.enter_context(_lines_to(self._waiting))
@@ -202,7 +203,7 @@ class Panel(Lines):
         running = sorted(self._running, key=lambda trial: trial.number)
         for trial in running[:_SHOWN]:
             history = history_of(trial)
-            worker = trial.user_attrs.get("owner", {}).get("pid", "")
+            worker = trial.user_attrs.get(OWNER, {}).get("pid", "")
             last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
             epoch = min(len(history) + 1, self._epochs)
             yield f"worker {worker}  trial {trial.number}  epoch {epoch}/{self._epochs}  {last}"

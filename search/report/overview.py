@@ -15,6 +15,7 @@ from search.imports import undisturbed
 from search.study import ranking, storage
 from search.study.lock import find_holder, holds_study
 from search.study.ranking import Finalist
+from search.study.storage import METADATA, REASON, RUN_ID, SETTINGS, VERSION
 from search.study.trials import FINISHED, history_of
 from search.tracking.address import check_uri
 from search.tracking.registered_model import Production, find_production
@@ -120,15 +121,15 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
     trials = study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
     complete = ranking.ranked(trials)
-    settings = study.user_attrs["settings"]
-    facts = study.user_attrs.get("facts", {})
+    settings = study.user_attrs[SETTINGS]
+    facts = study.user_attrs.get(METADATA, {})
     epochs = int(settings["epochs"])
     first, won = ranking.reference(study), ranking.winner(study)
     return Overview(
         study=study.study_name,
         storage=redact(config.storage),
         tracking_uri=redact(config.tracking_uri),
-        parent_run_id=study.user_attrs.get("mlflow_run_id"),
+        parent_run_id=study.user_attrs.get(RUN_ID),
         running=None if holds_study(config) else find_holder(config),
         complete=len(complete),
         pruned=states.count(TrialState.PRUNED),
@@ -140,7 +141,7 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         reference=None if first is None else row(first),
         top=[row(trial) for trial in complete[:_TOP]],
         finalists=ranking.standing(study),
-        registered=None if won is None else won.user_attrs.get("model_version"),
+        registered=None if won is None else won.user_attrs.get(VERSION),
         importances=importances_of(study) if importances else None,
         saved=_saved(trials, epochs),
         failures=[row(trial) for trial in trials if trial.state is TrialState.FAIL],
@@ -152,7 +153,7 @@ def row(trial: FrozenTrial) -> Row:
     """What is shown of a trial."""
     history = history_of(trial)
     last = history[-1]["val_accuracy"] if history else None
-    failure = trial.user_attrs.get("failure")
+    failure = trial.user_attrs.get(REASON)
     return Row(
         number=trial.number,
         state=trial.state.name,
@@ -160,7 +161,7 @@ def row(trial: FrozenTrial) -> Row:
         hyperparameters=dict(trial.params),
         epochs=len(history),
         seconds=None if trial.duration is None else trial.duration.total_seconds(),
-        run_id=trial.user_attrs.get("mlflow_run_id"),
+        run_id=trial.user_attrs.get(RUN_ID),
         failure=None if failure is None else printable(failure),
     )
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from search.config.hyperparameters import describe
 from search.errors import Interrupted
 from search.report.progress import Progress
+from search.study.storage import SETTINGS
 from search.study.trials import TrialSummary
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Lines(Quiet):
         if not missing:
             self._print(f"study {study.study_name}: all trials are there, nothing to search")
         else:
-            trials = f"{missing} trials of {study.user_attrs['settings']['epochs']} epochs"
+            trials = f"{missing} trials of {study.user_attrs[SETTINGS]['epochs']} epochs"
             self._print(f"study {study.study_name}: {trials} to {'go on with' if done else 'run'}")
 
     def trial(self, outcome: TrialSummary, best: float | None) -> None:

@@ -21,10 +21,10 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
 from search.study.postgres import retry_if_cut
+from search.study.storage import BY_ITSELF, OWNER, SLOT
 
-BY_ITSELF = "failed_by_itself"  # user attribute of a FAIL trial: its own training raised an error
-_KEPT = ("place", BY_ITSELF)  # user attributes
-_KEPT_WHILE_RUNNING = (*_KEPT, "owner")
+_KEPT = (SLOT, BY_ITSELF)  # user attributes
+_KEPT_WHILE_RUNNING = (*_KEPT, OWNER)
 _PROPOSED = "tpe:relative_params:"  # system attributes: what TPE proposed for a trial that runs
 _number = attrgetter("number")
 _AT_ONCE = 500  # trials; a first look at a long study takes no more memory than its result
@@ -99,7 +99,7 @@ class Outlines:
     def at(self, slot: int) -> list[FrozenTrial]:
         """Read what is new; the trials of a slot that run or have finished, failed ones too."""
         running = self._read_new([TrialState.RUNNING])
-        found = [trial for trial in running if trial.user_attrs.get("place") == slot]
+        found = [trial for trial in running if trial.user_attrs.get(SLOT) == slot]
         return sorted([*self._by_slot.get(slot, ()), *found], key=_number)
 
     @retry_if_cut
@@ -129,7 +129,7 @@ class Outlines:
             self._known.add(trial._trial_id)
             for key in (None, trial.state):
                 insort(self._finished[key], trial, key=_number)
-            self._by_slot[trial.user_attrs.get("place")].append(trial)
+            self._by_slot[trial.user_attrs.get(SLOT)].append(trial)
             if trial.state is not TrialState.FAIL:
                 self.columns.add(trial)
                 first = self._distinct.setdefault(id(trial.distributions), trial)

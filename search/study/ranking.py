@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config.hyperparameters import REFERENCE
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
+from search.study.storage import METADATA
 from search.study.trials import repeat_attr, repeats_of
 
 _CHOICE = "finalists"  # the study's user attribute: which trials were compared, on how many seeds
@@ -51,7 +52,7 @@ def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
 
 def reference_params(study: optuna.Study) -> Mapping[str, Value]:
     """What a trial of the reference configuration has for params; nothing where there is none."""
-    found: Mapping[str, Value] = study.user_attrs.get("facts", {}).get("reference", REFERENCE)
+    found: Mapping[str, Value] = study.user_attrs.get(METADATA, {}).get("reference", REFERENCE)
     return found
 
 

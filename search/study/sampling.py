@@ -27,6 +27,7 @@ from search.config.settings import StudyConfig
 from search.config.space import Space
 from search.study import tpe
 from search.study.outline import OutlineStorage
+from search.study.storage import SLOT
 
 
 def seeds(seed: int, place: int) -> tuple[int, int]:
@@ -232,7 +233,7 @@ class _SlotHyperband(HyperbandPruner):
         return super().prune(study, trial)
 
     def _get_bracket_id(self, study: Any, trial: FrozenTrial) -> int:
-        place = trial.user_attrs.get("place")
+        place = trial.user_attrs.get(SLOT)
         if place is None or trial.state is TrialState.FAIL:
             return -1
         if place not in self._brackets:  # all trials are asked for theirs at each rung

@@ -29,6 +29,12 @@ from search.study.sqlite import (
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
 _BEFORE = {"split": "last", "normalize": "none"}  # of a study whose settings do not name them
+# Keys of user attributes of studies and trials: stored, so they never change.
+SETTINGS, METADATA = "settings", "facts"  # as given by the user; what all trials share
+UID, RUN_ID = "study_uid", "mlflow_run_id"  # the latter is a trial's run or the study's parent run
+SLOT, OWNER, SEED, ENVIRONMENT = "place", "owner", "seed", "environment"
+REASON, BY_ITSELF = "failure", "failed_by_itself"  # of a FAIL trial; its own training raised
+VERSION = "model_version"  # of the registered model
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 
@@ -87,7 +93,7 @@ def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
         if study is None:
             return None
         _refuse_foreign(study, config)
-        settings: dict[str, Any] | None = study.user_attrs.get("settings")
+        settings: dict[str, Any] | None = study.user_attrs.get(SETTINGS)
         return settings
 
 
@@ -131,7 +137,7 @@ def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
             f"--study-name {config.study_name} must be a study that maximizes val_accuracy, but "
             f"direction: {', '.join(directions)} -> maximize; {_remedy(config)}"
         )
-    stored = study.user_attrs.get("settings")
+    stored = study.user_attrs.get(SETTINGS)
     foreign = stored is not None or study.get_trials(deepcopy=False)
     if not isinstance(stored, dict) and foreign:
         raise InputError(
@@ -143,7 +149,7 @@ def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
 def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
     """Raise InputError where `study` is another program's or has other settings."""
     _refuse_foreign(study, config)
-    stored = study.user_attrs.get("settings", settings)
+    stored = study.user_attrs.get(SETTINGS, settings)
     if _digest(stored) == _digest(settings):  # its file may have another name by now
         settings = {**settings, "dataset": stored.get("dataset")}
     changed = differences({**_BEFORE, **stored}, {**_BEFORE, **settings})
@@ -198,10 +204,10 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["val_accuracy"])  # for optuna-dashboard
-    if "study_uid" not in study.user_attrs:
-        study.set_user_attr("study_uid", uuid.uuid4().hex)
-    if "settings" not in study.user_attrs:
-        study.set_user_attr("settings", settings)
+    if UID not in study.user_attrs:
+        study.set_user_attr(UID, uuid.uuid4().hex)
+    if SETTINGS not in study.user_attrs:
+        study.set_user_attr(SETTINGS, settings)
     return study
 
 
@@ -211,7 +217,7 @@ def load_study(config: StudyConfig) -> optuna.Study:
         storage = open_storage(config.storage)
         with contextlib.suppress(KeyError):
             study = optuna.load_study(study_name=config.study_name, storage=storage)
-            if "facts" in study.user_attrs:
+            if METADATA in study.user_attrs:
                 return study
         close(storage)
     raise InputError(

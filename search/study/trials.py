@@ -17,9 +17,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.config.parameter import Value
 from search.errors import printable
-from search.study.outline import BY_ITSELF, OutlineStorage
+from search.study.outline import OutlineStorage
 from search.study.postgres import server_storage
-from search.study.storage import close, open_storage
+from search.study.storage import BY_ITSELF, OWNER, REASON, SLOT, close, open_storage
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -49,14 +49,12 @@ class SlottedStudy(optuna.Study):
         return trial
 
     def _check_place(self, number: int) -> None:
-        begun = {
-            t.number: t for t in trials_in_slot(self, self.marks["place"]) if t.number <= number
-        }
+        begun = {t.number: t for t in trials_in_slot(self, self.marks[SLOT]) if t.number <= number}
         mine = begun.pop(number, None)
         if mine is None:  # ended from outside, as by a second Ctrl-C
             raise SlotTaken
         for trial in begun.values():
-            if trial.state.is_finished() or trial.user_attrs["owner"] != self.marks["owner"]:
+            if trial.state.is_finished() or trial.user_attrs[OWNER] != self.marks[OWNER]:
                 fail_trial(
                     self, mine, f"trial {trial.number} was begun in its place a moment earlier"
                 )
@@ -71,7 +69,7 @@ def trials_in_slot(study: optuna.Study, place: int) -> list[FrozenTrial]:
     else:
         trials = study.get_trials(deepcopy=False)
     states = (TrialState.RUNNING, *FINISHED)
-    return [t for t in trials if t.user_attrs.get("place") == place and t.state in states]
+    return [t for t in trials if t.user_attrs.get(SLOT) == place and t.state in states]
 
 
 def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -80,7 +78,7 @@ def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
     A study has one runner at a time. In a file, it alone runs trials, but for what is left of a
     killed one. On a server, workers on other hosts may run them too, and give signs of life.
     """
-    mark = trial.user_attrs.get("owner")
+    mark = trial.user_attrs.get(OWNER)
     if mark is None:
         return True
     here = is_of_this_host(mark)
@@ -106,7 +104,7 @@ def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
     found = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
         if trial.user_attrs.get(BY_ITSELF):
-            slot = trial.user_attrs["place"]
+            slot = trial.user_attrs[SLOT]
             if slot in first:
                 found[slot] = trial
             first.add(slot)
@@ -119,7 +117,7 @@ def fail_trial(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
     The reason is written first, so that no failure lacks one.
     """
     with contextlib.suppress(UpdateFinishedTrialError):
-        study._storage.set_trial_user_attr(trial._trial_id, "failure", printable(reason))
+        study._storage.set_trial_user_attr(trial._trial_id, REASON, printable(reason))
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
@@ -143,7 +141,7 @@ def missing_slots(study: optuna.Study, total: int) -> list[int]:
     A slot (stored as `place`) is finished by a COMPLETE or PRUNED trial, or by being given up.
     """
     finished = study.get_trials(deepcopy=False, states=FINISHED)
-    taken = {trial.user_attrs.get("place") for trial in finished} | set(given_up(study))
+    taken = {trial.user_attrs.get(SLOT) for trial in finished} | set(given_up(study))
     missing = [place for place in range(total) if place not in taken]
     return missing[: max(0, total - len(taken))]  # fewer where the budget was lowered
 
@@ -304,13 +302,13 @@ def summarize(trial: FrozenTrial, *, given_up: bool = False) -> TrialSummary:
     history = history_of(trial)
     return TrialSummary(
         number=trial.number,
-        place=trial.user_attrs["place"],
+        place=trial.user_attrs[SLOT],
         state=trial.state.name,
         value=trial.value if trial.state is TrialState.COMPLETE else None,
         last=history[-1]["val_accuracy"] if history else None,
         hyperparameters=dict(trial.params) or None,
         epochs=len(history),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
-        failure=trial.user_attrs.get("failure"),
+        failure=trial.user_attrs.get(REASON),
         given_up=given_up,
     )

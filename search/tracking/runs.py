@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial
 from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path, sqlite_url
 from search.study.sqlite import create_sqlite, tune_sqlite
+from search.study.storage import RUN_ID, UID
 from search.study.trials import METRICS, history_of
 from search.tracking.address import configure_client, in_trash
 from search.tracking.schema import (
@@ -110,7 +111,7 @@ class Tracking:
                 run_name=study.study_name,
                 tags={
                     STUDY: study.study_name,
-                    STUDY_UID: study.user_attrs["study_uid"],
+                    STUDY_UID: study.user_attrs[UID],
                     **_author(),
                 },
             ).info.run_id
@@ -118,9 +119,9 @@ class Tracking:
             run_id = known.info.run_id
             if known.info.lifecycle_stage == "deleted":
                 self.client.restore_run(run_id)
-        if study.user_attrs.get("mlflow_run_id") != run_id:
+        if study.user_attrs.get(RUN_ID) != run_id:
             self._log(run_id, params=params)
-            study.set_user_attr("mlflow_run_id", run_id)
+            study.set_user_attr(RUN_ID, run_id)
         return str(run_id)
 
     def has_parent(self, study: optuna.Study) -> bool:
@@ -129,16 +130,16 @@ class Tracking:
         return (
             known is not None
             and known.info.lifecycle_stage == "active"
-            and known.info.run_id == study.user_attrs.get("mlflow_run_id")
+            and known.info.run_id == study.user_attrs.get(RUN_ID)
         )
 
     def _find_parent(self, study: optuna.Study) -> Run | None:
         """The parent run that the study names, in the trash or not; else the oldest made for it."""
-        named = study.user_attrs.get("mlflow_run_id")
+        named = study.user_attrs.get(RUN_ID)
         known = None if named is None else self.find(named)
         if known is not None:
             return known
-        runs = self._search(f"tags.`{STUDY_UID}` = '{study.user_attrs['study_uid']}'")
+        runs = self._search(f"tags.`{STUDY_UID}` = '{study.user_attrs[UID]}'")
         parents = [run for run in runs if PARENT not in run.data.tags]
         return parents[-1] if parents else None
 

@@ -10,6 +10,7 @@ from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION, shared
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import printable
+from search.study.storage import REASON, VERSION
 from search.study.trials import repeats_of
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
@@ -56,11 +57,11 @@ def tags_of(trial: FrozenTrial) -> dict[str, str]:
         tags[STATE] = trial.state.name
     if "best_epoch" in trial.user_attrs:
         tags[BEST_EPOCH] = str(trial.user_attrs["best_epoch"])
-    if "model_version" in trial.user_attrs:
-        tags[MODEL] = trial.user_attrs["model_version"]
+    if VERSION in trial.user_attrs:
+        tags[MODEL] = trial.user_attrs[VERSION]
     if trial.state is TrialState.FAIL:
         # `Stores.sync` writes one; what an earlier version wrote may hold what databases refuse
-        tags[FAILURE] = printable(trial.user_attrs.get("failure", "unknown"))
+        tags[FAILURE] = printable(trial.user_attrs.get(REASON, "unknown"))
     return tags
 
 

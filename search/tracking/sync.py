@@ -15,6 +15,7 @@ from search.errors import printable
 from search.imports import undisturbed
 from search.study import storage
 from search.study.lock import study_lock
+from search.study.storage import METADATA, REASON, RUN_ID, SETTINGS
 from search.study.trials import (
     LOST,
     METRICS,
@@ -61,7 +62,7 @@ def existing(config: StudyConfig) -> tuple[optuna.Study, StudyConfig]:
     storage.check(config)
     check_tracking(config.tracking_uri)
     study = storage.load_study(config)
-    return study, replace(config, experiment=study.user_attrs["settings"]["experiment"])
+    return study, replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
 
 
 class Stores:
@@ -74,8 +75,8 @@ class Stores:
         self.study = study
         self.config = config
         self.tracking = Tracking(config).open()
-        self.parent = self.tracking.parent_run(study, study.user_attrs["settings"])
-        self._metadata = study.user_attrs["facts"]
+        self.parent = self.tracking.parent_run(study, study.user_attrs[SETTINGS])
+        self._metadata = study.user_attrs[METADATA]
         self._repaired: set[Key] = set()
 
     def sync(self, interruption: str | None = None, *, at_rest: bool = False) -> list[str]:
@@ -119,7 +120,7 @@ class Stores:
         by_id = {run.info.run_id: run for run in runs}
         by_key = {_key_of(run): run for run in runs if _is_mirror(run) and not _is_orphan(run)}
         for trial in trials:
-            named = trial.user_attrs.get("mlflow_run_id")
+            named = trial.user_attrs.get(RUN_ID)
             run = by_id.get(named)
             if run is None and _key(trial) in by_key:
                 run = by_key[_key(trial)]
@@ -136,10 +137,10 @@ class Stores:
     def _lost(self, trials: list[FrozenTrial], interruption: str | None) -> Iterator[Disagreement]:
         """Trials whose process is gone, and failures without a recorded reason."""
         for trial in trials:
-            if trial.state is TrialState.FAIL and "failure" not in trial.user_attrs:
+            if trial.state is TrialState.FAIL and REASON not in trial.user_attrs:
                 yield Disagreement(
                     f"trial {trial.number}: failed without a reason",
-                    partial(self.amend, trial, "failure", UNKNOWN),
+                    partial(self.amend, trial, REASON, UNKNOWN),
                 )
             if trial.state is not TrialState.RUNNING:
                 continue
@@ -193,7 +194,7 @@ class Stores:
                     partial(self.tracking.adopt, run_id, self.parent),
                 )
                 continue
-            if trial.user_attrs.get("mlflow_run_id") != run_id:
+            if trial.user_attrs.get(RUN_ID) != run_id:
                 yield Disagreement(
                     f"{label}: not linked to its run", partial(self._link, trial, run_id)
                 )
@@ -250,7 +251,7 @@ class Stores:
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
         if "repeat" not in trial.user_attrs:
-            self.amend(trial, "mlflow_run_id", run_id)
+            self.amend(trial, RUN_ID, run_id)
             return
         own = self.study.get_trials(deepcopy=False)[trial.number]
         name = repeat_attr(trial.user_attrs["repeat"])

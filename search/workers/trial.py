@@ -20,7 +20,8 @@ from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import one_line, printable
-from search.study import outline, sampling, storage
+from search.study import sampling, storage
+from search.study.storage import BY_ITSELF, REASON, RUN_ID, SEED
 from search.study.trials import (
     HISTORY_BLOCK,
     METRICS,
@@ -163,17 +164,17 @@ class Attempt:
         except optuna.TrialPruned:
             raise
         except KeyboardInterrupt as interruption:
-            trial.set_user_attr("failure", printable(str(interruption)) or "interrupted")
+            trial.set_user_attr(REASON, printable(str(interruption)) or "interrupted")
             raise
         except Exception as error:
-            trial.set_user_attr("failure", reason_of(error))
+            trial.set_user_attr(REASON, reason_of(error))
             if not isinstance(error, storage.ERRORS):  # those say nothing of the configuration
-                trial.set_user_attr(outline.BY_ITSELF, True)
+                trial.set_user_attr(BY_ITSELF, True)
             raise
 
     def _train(self, trial: optuna.Trial) -> float:
         context, config = self._context, self._context.config
-        seed = context.study.marks["seed"]
+        seed = context.study.marks[SEED]
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), context.dataset
         own = config.custom_model
@@ -204,7 +205,7 @@ class Attempt:
         self._run_id = context.tracking.create_run(
             context.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
         )
-        trial.set_user_attr("mlflow_run_id", self._run_id)
+        trial.set_user_attr(RUN_ID, self._run_id)
         frozen = context.study._storage.get_trial(trial._trial_id)
         context.tracking.log_start(self._run_id, frozen, context.facts)
 

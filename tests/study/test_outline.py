@@ -18,7 +18,8 @@ from test_sqlite import SETTINGS
 
 from search import StudyConfig
 from search.study import storage
-from search.study.outline import BY_ITSELF, OutlineStorage
+from search.study.outline import OutlineStorage
+from search.study.storage import BY_ITSELF
 from search.study.trials import FINISHED, SlottedStudy, given_up, read_trial, trials_in_slot
 
 DISTRIBUTIONS = {
