@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from search.config.settings import StudyConfig, differences
 from search.config.urls import sqlite_path, sqlite_url
 from search.errors import InputError, RunError, one_line, redact
-from search.study.postgres import check_server, escape_braces, open_server_storage
+from search.study.postgres import backend_of, check_server, escape_braces, open_server_storage
 from search.study.sqlite import (
     check_sqlite,
     create_sqlite,
@@ -252,7 +252,7 @@ def failure(error: BaseException) -> RunError:
 
 def close_study(study: optuna.Study) -> None:
     """Close every connection of the storage behind `study`."""
-    backend = getattr(study._storage, "_backend", study._storage)
+    backend = backend_of(study)
     if isinstance(backend, RDBStorage):
         close(backend)
 

@@ -84,8 +84,10 @@ def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
     here = is_of_this_host(mark)
     if here and has_ended(mark):
         return True
-    behind = server_storage(study)
-    return not here if behind is None else trial._trial_id in behind.silent(study._study_id)
+    server = server_storage(study)
+    return (
+        not here if server is None else trial._trial_id in server.without_heartbeat(study._study_id)
+    )
 
 
 def read_trial(study: optuna.Study, number: int) -> FrozenTrial:
