@@ -29,8 +29,6 @@ from search.study.trials import (
     fail_trial,
     given_up,
     missing_slots,
-    repeat_attr,
-    repeats_of,
 )
 from search.tracking.address import check_experiment, check_tracking
 from search.tracking.registered_model import aliased_version
@@ -258,9 +256,9 @@ class _Job:
             self.listener.finalists(chosen, self.config.repeats)
 
         def on_repeat(number: int, repeat: int, kept: dict[str, Any]) -> None:
-            trial, name = by_number[number], repeat_attr(repeat)
+            trial, name = by_number[number], ranking.repeat_attr(repeat)
             amend_trial(self.study, trial, name, kept, self.config.storage)
-            seen = repeats_of(trial)[repeat]
+            seen = ranking.repeats_of(trial)[repeat]
             with contextlib.suppress(*TRACKING_ERRORS):  # `sync` writes it later
                 self.stores.write(seen)
             self.listener.repeat(number, repeat, seen.value, len(missing()))

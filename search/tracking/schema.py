@@ -10,8 +10,8 @@ from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION, shared
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import printable
+from search.study.ranking import repeats_of
 from search.study.storage import REASON, VERSION
-from search.study.trials import repeats_of
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"

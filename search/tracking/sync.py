@@ -15,6 +15,7 @@ from search.errors import printable
 from search.imports import undisturbed
 from search.study import storage
 from search.study.lock import study_lock
+from search.study.ranking import repeat_attr
 from search.study.storage import METADATA, REASON, RUN_ID, SETTINGS
 from search.study.trials import (
     LOST,
@@ -23,7 +24,6 @@ from search.study.trials import (
     fail_trial,
     history_of,
     is_lost,
-    repeat_attr,
 )
 from search.tracking.address import check_tracking
 from search.tracking.registered_model import follow_alias, wrong_stages

@@ -149,9 +149,9 @@ class Executor:
                 failed.clear()
                 patience.see(outcome.value)
                 return False
-            if not (outcome.given_up and outcome.place in failed):  # the same configuration
+            if not (outcome.given_up and outcome.slot in failed):  # the same configuration
                 failures += 1
-            failed.add(outcome.place)
+            failed.add(outcome.slot)
             if failures == max_failures:
                 raise RunError(
                     f"{failures} configurations in a row failed, the last with {outcome.failure}; "

@@ -174,7 +174,7 @@ class Attempt:
 
     def _train(self, trial: optuna.Trial) -> float:
         context, config = self._context, self._context.config
-        seed = context.study.marks[SEED]
+        seed = context.study.attrs[SEED]
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), context.dataset
         own = config.custom_model
@@ -206,8 +206,7 @@ class Attempt:
             context.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
         )
         trial.set_user_attr(RUN_ID, self._run_id)
-        frozen = context.study._storage.get_trial(trial._trial_id)
-        context.tracking.log_start(self._run_id, frozen, context.facts)
+        context.tracking.log_start(self._run_id, self.frozen(), context.facts)
 
     def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
         """Write to MLflow unless this trial's run has already missed something.

@@ -116,7 +116,7 @@ class Worker:
 
     def _run_trial(self, place: int) -> TrialSummary:
         _, seed = sampling.seeds(self.config.seed, place)
-        self.study.marks = {
+        self.study.attrs = {
             SLOT: place,
             SEED: seed,
             OWNER: self.owner,

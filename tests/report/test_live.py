@@ -191,7 +191,7 @@ def lines() -> tuple[Lines, io.StringIO]:
 
 OUTCOME = TrialSummary(
     number=7,
-    place=7,
+    slot=7,
     state="COMPLETE",
     value=0.97654,
     last=0.97654,

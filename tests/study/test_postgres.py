@@ -150,7 +150,7 @@ def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
         faster.release()
 
 
-# ---- signs of life -------------------------------------------------------------------------------
+# ---- heartbeats ----------------------------------------------------------------------------------
 
 
 def placed(url: str, **mark: Any) -> SlottedStudy:
@@ -158,7 +158,7 @@ def placed(url: str, **mark: Any) -> SlottedStudy:
     storage.open_study(config, SETTINGS)
     backend = OutlineStorage(storage.open_storage(url))
     study = SlottedStudy(study_name=config.study_name, storage=backend)
-    study.marks = {"place": 0, "owner": {**owner_of_this_process(), **mark}}
+    study.attrs = {"place": 0, "owner": {**owner_of_this_process(), **mark}}
     return study
 
 
@@ -173,7 +173,7 @@ def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) ->
         back = f"now() AT TIME ZONE 'UTC' - interval '{seconds} s'"
         ask(url, f"UPDATE trial_heartbeats SET heartbeat = {back}")
 
-    study.ask()  # in the same transaction with its first sign of life
+    study.ask()  # in the same transaction with its first heartbeat
     assert not state()
     age(GRACE - 20)
     assert not state()
@@ -234,7 +234,7 @@ def test_optuna_itself_fails_no_trial_without_a_reason(url: str) -> None:
     study = placed(url, host="elsewhere")
     study.ask()
     ask(url, "UPDATE trial_heartbeats SET heartbeat = now() - interval '1 day'")
-    study.marks = {"place": 1, "owner": owner_of_this_process()}
+    study.attrs = {"place": 1, "owner": owner_of_this_process()}
     study.optimize(lambda _: 1.0, n_trials=1)
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 
@@ -243,7 +243,7 @@ def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
     study = placed(url)
     every = optuna.load_study(study_name=study.study_name, storage=storage.open_storage(url))
     for place, value in enumerate((0.5, float("inf"), None)):
-        study.marks = {**study.marks, "place": place}
+        study.attrs = {**study.attrs, "place": place}
         trial = study.ask()
         trial.suggest_categorical("units", [8, 16])
         trial.suggest_float("rate", 1e-4, 1e-2, log=True)
@@ -260,10 +260,10 @@ def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
     storage.close_study(every)
 
 
-# ---- a place is run once -------------------------------------------------------------------------
+# ---- a slot is run once --------------------------------------------------------------------------
 
 
-def test_of_two_trials_begun_at_one_place_the_first_goes_on(url: str) -> None:
+def test_of_two_trials_started_in_one_slot_the_first_goes_on(url: str) -> None:
     first, second = placed(url), placed(url, host="elsewhere")
     first.ask()
     with pytest.raises(SlotTaken):
@@ -271,11 +271,11 @@ def test_of_two_trials_begun_at_one_place_the_first_goes_on(url: str) -> None:
     mine, theirs = first.trials
     assert (mine.state, theirs.state) == (TrialState.RUNNING, TrialState.FAIL)
     failure = read_trial(first, theirs.number).user_attrs["failure"]
-    assert failure == "trial 0 was begun in its place a moment earlier"
+    assert failure == "trial 0 was started in the same slot a moment earlier"
     first.tell(0, 1.0)
     with pytest.raises(SlotTaken):
         first.ask()
-    second.marks = {**second.marks, "place": 1}
+    second.attrs = {**second.attrs, "place": 1}
     assert second.ask().number == 3
 
 
@@ -284,7 +284,7 @@ def test_a_trial_that_was_begun_without_being_heard_of_is_ended(url: str) -> Non
     study.ask()  # what a connection hides that is cut after the commit
     study.ask()
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
-    assert read_trial(study, 0).user_attrs["failure"].startswith("a cut connection hid that")
+    assert read_trial(study, 0).user_attrs["failure"].startswith("a cut connection hid its start")
 
 
 def test_an_end_that_was_written_unheard_is_no_error(

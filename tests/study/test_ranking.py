@@ -17,7 +17,7 @@ from search.config.hyperparameters import REFERENCE
 from search.config.settings import StudyConfig
 from search.report.progress import Progress
 from search.study import ranking, sampling
-from search.study.trials import repeat_attr
+from search.study.ranking import repeat_attr
 from search.training import train as training
 from search.training.train import TrainingDiverged
 

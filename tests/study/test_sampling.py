@@ -66,7 +66,7 @@ def run_trial(study: SlottedStudy, settings: StudyConfig, place: int, *, broken:
                 raise optuna.TrialPruned
         return accuracy(tried, place, settings.epochs - 1)
 
-    study.marks = {"place": place, "seed": sampling.seeds(settings.seed, place)[1]}
+    study.attrs = {"place": place, "seed": sampling.seeds(settings.seed, place)[1]}
     study.sampler = sampling.sampler(settings, place)
     study.optimize(objective, n_trials=1, catch=(Broken,))
 

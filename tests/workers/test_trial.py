@@ -70,7 +70,7 @@ def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> 
     outcomes = Outcomes()
     run(config(clouds), outcomes)
     for outcome, trial in zip(outcomes.seen, invariants.check(in_folder, 3)["trials"], strict=True):
-        assert (outcome.number, outcome.place) == (trial.number, trial.user_attrs["place"])
+        assert (outcome.number, outcome.slot) == (trial.number, trial.user_attrs["place"])
         assert outcome.value == outcome.last == trial.value
         assert outcome.hyperparameters is not None
         assert outcome.hyperparameters == trial.params
