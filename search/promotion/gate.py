@@ -17,9 +17,9 @@ from search.study.lock import promotion_lock
 from search.study.storage import RUN_ID, VERSION
 from search.tracking.registered_model import (
     ALIAS,
-    _follow_alias,
     aliased_version,
     find_version,
+    follow_alias,
     register,
 )
 from search.tracking.runs import Tracking
@@ -188,7 +188,7 @@ def promote(stores: "Stores", run: Run, compare: Compare) -> tuple[int, Decision
                     client.set_model_version_tag(name, version.version, key, value)
             if verdict.promoted:
                 client.set_registered_model_alias(name, ALIAS, version.version)
-                _follow_alias(tracking, name)
+                follow_alias(tracking, config)
             if verdict.is_final:  # last: it says that the rest is done
                 mark = str(verdict.promoted).lower()
                 client.set_model_version_tag(name, version.version, _PROMOTED, mark)

@@ -40,7 +40,7 @@ from search.tracking.schema import (
     tags_of,
 )
 
-UNKNOWN = "unknown: its process could not write why, as on a full disk"
+UNKNOWN = "unknown: its process could not record the reason, e.g. on a full disk"
 _PASSES = 4  # end lost trials, repair runs, replace those that can't be repaired, check
 Pair = tuple[FrozenTrial, Run | None]
 Key = tuple[int | None, int | None]  # a trial's number and, of a finalist, which repeat
@@ -55,9 +55,9 @@ class Disagreement:
 
 
 def existing(config: StudyConfig) -> tuple[optuna.Study, StudyConfig]:
-    """The study that `config` names, both databases checked, and `config` with its experiment.
+    """The study of `config`, and `config` with the study's experiment.
 
-    Raises InputError where there is none.
+    Raises InputError if it does not exist or a database can't be used.
     """
     storage.check(config)
     check_tracking(config.tracking_uri)
@@ -116,9 +116,9 @@ class Stores:
         ]
 
     def _pairs(self, trials: list[FrozenTrial], runs: list[Run]) -> Iterator[Pair]:
-        """Every trial with the run that it names, or else the oldest one created for it, if any."""
+        """Every trial with its run: the linked one, or else the oldest one created for it."""
         by_id = {run.info.run_id: run for run in runs}
-        by_key = {_key_of(run): run for run in runs if _is_mirror(run) and not _is_orphan(run)}
+        by_key = {_key_of(run): run for run in runs if _is_mirror(run)}
         for trial in trials:
             named = trial.user_attrs.get(RUN_ID)
             run = by_id.get(named)
@@ -128,7 +128,7 @@ class Stores:
                 run = self.tracking.find(named)  # under another parent?
             if run is not None and (
                 run.info.lifecycle_stage == "deleted"
-                or _is_orphan(run)
+                or ORPHAN in run.data.tags
                 or _key_of(run) not in (_key(trial), (None, None))
             ):
                 run = None
@@ -137,41 +137,33 @@ class Stores:
     def _lost(self, trials: list[FrozenTrial], interruption: str | None) -> Iterator[Disagreement]:
         """Trials whose process is gone, and failures without a recorded reason."""
         for trial in trials:
+            label = f"trial {trial.number}"
             if trial.state is TrialState.FAIL and REASON not in trial.user_attrs:
-                yield Disagreement(
-                    f"trial {trial.number}: failed without a reason",
-                    partial(self.amend, trial, REASON, UNKNOWN),
-                )
-            if trial.state is not TrialState.RUNNING:
-                continue
-            if interruption is not None or is_lost(self.study, trial):
+                repair = partial(self.amend, trial, REASON, UNKNOWN)
+                yield Disagreement(f"{label}: failed without a reason", repair)
+            elif trial.state is TrialState.RUNNING and (interruption or is_lost(self.study, trial)):
                 why = interruption or "left RUNNING by a process that is gone"
-                yield Disagreement(
-                    f"trial {trial.number}: {why}",
-                    partial(fail_trial, self.study, trial, interruption or LOST),
-                )
+                end = partial(fail_trial, self.study, trial, interruption or LOST)
+                yield Disagreement(f"{label}: {why}", end)
 
     def _strays(self, pairs: list[Pair], runs: list[Run], at_rest: bool) -> Iterator[Disagreement]:
         """Runs left running by a process that is gone, and runs without a trial."""
-        if at_rest and self.tracking.client.get_run(self.parent).info.status == "RUNNING":
-            yield Disagreement(
-                "the parent run: left RUNNING",
-                partial(self.tracking.close, self.parent, "KILLED"),
-            )
         kept = {run.info.run_id for _, run in pairs if run is not None}
         unfinished = {_key(trial) for trial, _ in pairs if not trial.state.is_finished()}
+        if at_rest and self.tracking.client.get_run(self.parent).info.status == "RUNNING":
+            yield self._left_running("the parent run", self.parent)
         for run in runs:
             label = f"run {run.info.run_name} ({run.info.run_id})"
-            if not _is_mirror(run) or _is_orphan(run):
+            if not _is_mirror(run):
                 if run.info.status == "RUNNING":
-                    yield Disagreement(
-                        f"{label}: left RUNNING",
-                        partial(self.tracking.close, run.info.run_id, "KILLED"),
-                    )
+                    yield self._left_running(label, run.info.run_id)
             elif run.info.run_id not in kept and _key_of(run) not in unfinished:
-                yield Disagreement(
-                    f"{label}: belongs to no trial", partial(self.tracking.orphan, run)
-                )
+                orphan = partial(self.tracking.orphan, run)
+                yield Disagreement(f"{label}: belongs to no trial", orphan)
+
+    def _left_running(self, label: str, run_id: str) -> Disagreement:
+        end = partial(self.tracking.close, run_id, "KILLED")
+        return Disagreement(f"{label}: left RUNNING", end)
 
     def _mismatches(
         self, pairs: list[Pair], runs: list[Run], at_rest: bool
@@ -189,15 +181,12 @@ class Stores:
                 continue
             run_id = run.info.run_id
             if run_id not in nested and run.data.tags.get(PARENT) != self.parent:
-                yield Disagreement(
-                    f"{label}: its run is nested under another parent run",
-                    partial(self.tracking.adopt, run_id, self.parent),
-                )
+                adopt = partial(self.tracking.adopt, run_id, self.parent)
+                yield Disagreement(f"{label}: its run is nested under another parent run", adopt)
                 continue
             if trial.user_attrs.get(RUN_ID) != run_id:
-                yield Disagreement(
-                    f"{label}: not linked to its run", partial(self._link, trial, run_id)
-                )
+                link = partial(self._link, trial, run_id)
+                yield Disagreement(f"{label}: not linked to its run", link)
             wrong = list(self._differences(trial, run, at_rest))
             if wrong:
                 what = f"{label}: its run differs: {'; '.join(wrong)}"
@@ -205,13 +194,11 @@ class Stores:
 
     def _stages(self) -> Iterator[Disagreement]:
         """Versions of the model whose stage does not follow the alias."""
-        name = self.config.model_name
-        for version, stage in wrong_stages(self.tracking, name):
-            yield Disagreement(
-                f"version {version.version} of {name}: stage is {version.current_stage}, "
-                f"expected {stage}",
-                partial(follow_alias, self.tracking, self.config),
-            )
+        repair = partial(follow_alias, self.tracking, self.config)
+        for version, stage in wrong_stages(self.tracking, self.config.model_name):
+            label = f"version {version.version} of {self.config.model_name}"
+            wrong = f"stage is {version.current_stage}, expected {stage}"
+            yield Disagreement(f"{label}: {wrong}", repair)
 
     def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
         """How `run` differs from what its finished trial says, e.g. "loss is 1.0, expected 2.0"."""
@@ -237,7 +224,7 @@ class Stores:
     # ---- repairs -----------------------------------------------------------------------------
 
     def write(self, trial: FrozenTrial) -> None:
-        """Write a new run for a finished trial, or for a repeat."""
+        """Write a new run of a finished trial or repeat."""
         started = trial.datetime_start
         run_id = self.tracking.create_run(
             self.parent,
@@ -275,27 +262,19 @@ class Stores:
         self._repaired.add(_key(trial))
 
 
-def _number_of(run: Run) -> int | None:
-    text = run.data.tags.get(NUMBER, "")
-    return int(text) if text.isdigit() else None
-
-
-def _is_orphan(run: Run) -> bool:
-    return ORPHAN in run.data.tags
-
-
 def _key(trial: FrozenTrial) -> Key:
     return trial.number, trial.user_attrs.get("repeat")
 
 
 def _key_of(run: Run) -> Key:
-    text = run.data.tags.get(FINALIST, "")
-    return _number_of(run), int(text) if text.isdigit() else None
+    number, repeat = (run.data.tags.get(name, "") for name in (NUMBER, FINALIST))
+    return int(number) if number.isdigit() else None, int(repeat) if repeat.isdigit() else None
 
 
 def _is_mirror(run: Run) -> bool:
-    """Whether a run is of a trial or a finalist's repeat, and not a retraining."""
-    return (run.info.run_name or "").startswith(("trial-", "finalist-"))
+    """Whether a run is of a trial or a repeat: neither a retraining's nor an orphan."""
+    name = run.info.run_name or ""
+    return name.startswith(("trial-", "finalist-")) and ORPHAN not in run.data.tags
 
 
 @undisturbed()
@@ -303,13 +282,13 @@ def doctor(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
     """The repaired and the remaining inconsistencies; without `fix`, nothing is changed.
 
     Every trial, run, curve and stage is compared, which takes some milliseconds a trial. Raises
-    InputError where there is no study, RunError where it is being run or a database fails.
+    InputError if there is no study, RunError if it is being run or a database fails.
     """
     try:
         study, config = existing(config)
         with study_lock(config):
-            mirror = Tracking(config)
-            if not fix and not (mirror.exists() and mirror.open().has_parent(study)):
+            tracking = Tracking(config)
+            if not fix and not (tracking.exists() and tracking.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]
             stores = Stores(study, config)
             repaired = stores.sync(at_rest=True) if fix else []
