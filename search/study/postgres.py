@@ -24,6 +24,17 @@ HEARTBEAT = 10  # seconds between two heartbeats of a running trial
 GRACE = 60  # seconds without a heartbeat after which a trial is lost; longer than a restart
 
 
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[sqlalchemy.Connection]:
+    """A connection to the database at `url`, closed at the end of the block."""
+    engine = sqlalchemy.create_engine(url)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
 def check_server(option: str, url: str, example: str) -> None:
     """Raise InputError if no database server answers at `url`."""
     if url.startswith("sqlite"):
@@ -32,10 +43,8 @@ def check_server(option: str, url: str, example: str) -> None:
             f"for example {option} {example}"
         )
     try:
-        engine = sqlalchemy.create_engine(url)
-        with engine.connect():
+        with connected(url):
             pass
-        engine.dispose()
     except Exception as error:  # a bad URL, a missing driver, a refused connection
         raise InputError(
             f"{option} must be a database that can be opened, for example {example}, "
@@ -207,8 +216,7 @@ class ServerStorage(RDBStorage):
     """A storage with heartbeats of running trials, whose server may be restarted."""
 
     def __init__(self, url: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             super().__init__(
                 escape_braces(url),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": connect_arguments(url)},
@@ -249,10 +257,8 @@ class ServerStorage(RDBStorage):
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Record a heartbeat; a failure is ignored, as the next one follows soon."""
-        try:
+        with contextlib.suppress(StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
             super().record_heartbeat(trial_id)
-        except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
-            return
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         """End a trial, once: a lost connection may hide that the first attempt succeeded."""

@@ -18,6 +18,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, PercentilePruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
@@ -65,8 +66,7 @@ def sampler(config: StudyConfig, slot: int) -> BaseSampler:
 
 
 def _fixed(params: Mapping[str, Value], base: BaseSampler) -> BaseSampler:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return PartialFixedSampler(dict(params), base)
 
 
@@ -74,8 +74,7 @@ def _tpe(seed: int, *, conditional: bool) -> BaseSampler:
     """conditional: whether params depend on others; each group of them is a joint model then."""
     if not conditional:
         return tpe.Sampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return tpe.Sampler(seed=seed, multivariate=True, group=True)
 
 
@@ -83,8 +82,7 @@ class _SlotQMC(QMCSampler):
     """A scrambled Sobol sequence that is indexed by the trial's slot, not by a stored counter."""
 
     def __init__(self, space: Space, slot: int, seed: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             super().__init__(scramble=True, seed=seed, warn_independent_sampling=False)
         self._distributions = distributions(space)
         self._slot = slot

@@ -18,8 +18,8 @@ from sqlalchemy import text
 from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path
 from search.errors import InputError, one_line, redact
-from search.study.postgres import check_server
-from search.study.sqlite import check_sqlite, other_schema, read_only_url
+from search.study.postgres import check_server, connected
+from search.study.sqlite import check_schema, check_sqlite, read_only_url
 
 
 def check_tracking(uri: str) -> None:
@@ -40,13 +40,8 @@ def _check_schema(uri: str, path: Path) -> None:
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     head: str = _get_latest_schema_revision()  # type: ignore[no-untyped-call]
-    found = other_schema(path, head)
-    if found is not None:
-        raise InputError(
-            f"--tracking-uri must be a database of MLflow {mlflow.__version__}, but {str(path)!r} "
-            f"has the schema {found or 'of no version'}; copy the file and run "
-            f"mlflow db upgrade {redact(uri)}, or give another file"
-        )
+    upgrade = f"mlflow db upgrade {redact(uri)}"
+    check_schema("--tracking-uri", path, f"MLflow {mlflow.__version__}", head, upgrade)
 
 
 def _check_server(uri: str) -> None:
@@ -120,9 +115,8 @@ def _stored(config: StudyConfig) -> tuple[str, str] | None:
         return None if found is None else (found.lifecycle_stage, found.artifact_location)
     if path is not None and not path.exists():
         return None
-    engine = sqlalchemy.create_engine(uri if path is None else read_only_url(path))
     try:
-        with engine.connect() as connection:
+        with connected(uri if path is None else read_only_url(path)) as connection:
             if not sqlalchemy.inspect(connection).has_table("experiments"):
                 return None
             row = connection.execute(_EXPERIMENT, {"name": config.experiment}).first()
@@ -131,8 +125,6 @@ def _stored(config: StudyConfig) -> tuple[str, str] | None:
         if path is not None and "locked" in str(error):
             return None  # in use; opening it later waits
         raise
-    finally:
-        engine.dispose()
 
 
 _EXPERIMENT = text("SELECT lifecycle_stage, artifact_location FROM experiments WHERE name = :name")

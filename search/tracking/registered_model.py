@@ -13,6 +13,7 @@ from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path, sqlite_url
 from search.errors import RunError, one_line
 from search.study.lock import promotion_lock
+from search.study.postgres import connected
 from search.tracking.address import check_tracking, configure_client
 from search.tracking.schema import LINEAGE, MODEL_URI, NUMBER, STUDY
 
@@ -45,12 +46,8 @@ def find_production(config: StudyConfig) -> Production | None:
     path = sqlite_path(config.tracking_uri)
     if path is not None and not path.exists():
         return None
-    engine = sqlalchemy.create_engine(config.tracking_uri if path is None else sqlite_url(path))
-    try:
-        with engine.connect() as connection:
-            return _from_tables(connection, config.model_name)
-    finally:
-        engine.dispose()
+    with connected(config.tracking_uri if path is None else sqlite_url(path)) as connection:
+        return _from_tables(connection, config.model_name)
 
 
 def _from_tables(connection: sqlalchemy.Connection, name: str) -> Production | None:
@@ -177,7 +174,7 @@ def wrong_stages(tracking: "Tracking", name: str) -> "list[tuple[ModelVersion, s
 def follow_alias(tracking: "Tracking", config: StudyConfig) -> None:
     """Give the stage Production to the version with the alias, and to no other one."""
     name = config.model_name
-    with promotion_lock(config), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated, but required
+    deprecated = warnings.catch_warnings(action="ignore", category=FutureWarning)  # but required
+    with promotion_lock(config), deprecated:
         for version, stage in wrong_stages(tracking, name):
             tracking.client.transition_model_version_stage(name, version.version, stage)

@@ -79,7 +79,7 @@ def test_a_study_of_another_program_is_not_adopted(in_folder: Path) -> None:
     study.optimize(lambda trial: 1.0, n_trials=1)
     before = dump(in_folder / "study.db")
     for refuse in (storage.check_same, storage.open_study):
-        with pytest.raises(InputError, match="made by another program"):
+        with pytest.raises(InputError, match="created by another program"):
             refuse(StudyConfig(), SETTINGS)
     assert dump(in_folder / "study.db") == before
 
