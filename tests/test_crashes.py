@@ -50,7 +50,7 @@ def settings(dataset: Path, **changed: Any) -> StudyConfig:
 
 
 def results(found: dict[str, Any]) -> dict[int, Any]:
-    """What every place tried and how it went."""
+    """What every slot tried and how it ended."""
     return {
         trial.user_attrs["place"]: (trial.state, trial.params, trial.values)
         for trial in found["trials"]
@@ -59,7 +59,7 @@ def results(found: dict[str, Any]) -> dict[int, Any]:
 
 
 def check(folder: Path, config: StudyConfig, **expected: Any) -> dict[str, Any]:
-    """Both ledgers agree, and running the study once more changes nothing."""
+    """Both stores agree, and running the study once more changes nothing."""
     found = invariants.check(folder, config.n_trials, **expected)
     before = invariants.dump(folder)
     assert found["parent"].info.status == "FINISHED"
@@ -72,7 +72,7 @@ def check(folder: Path, config: StudyConfig, **expected: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[int, Any]:
-    """What every place of the study tries, and how it goes, if nothing happens."""
+    """What every slot of the study tries, and how it goes, if nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -107,7 +107,7 @@ def test_a_kill_at_any_point_is_repaired_by_the_next_start(
     assert all(trial.user_attrs["failure"].startswith("lost: ") for trial in lost)
 
 
-ENDED = ("trial told, run open", "run ended, not marked")
+ENDED = ("trial told, run open", "run ended, not tagged")
 
 
 @pytest.mark.parametrize("point", crash.FINALISTS)
@@ -256,7 +256,7 @@ class During(Progress):
 def test_databases_locked_for_half_as_long_as_is_waited_lose_nothing(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT", 10_000)  # ms, in place of a minute
+    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT", 10_000)  # ms, instead of a minute
     locked = threading.Event()
 
     def lock() -> None:
@@ -359,7 +359,7 @@ def proxy(server: MlflowServer) -> Iterator[Proxy]:
 def run_with(
     folder: Path, clouds: Path, uri: str, deeds: dict[int, Callable[[], object]]
 ) -> tuple[Result, During, dict[str, Any]]:
-    """A whole study on a server that misbehaves on the way; both ledgers agree at its end."""
+    """A whole study on a server that misbehaves on the way; both stores agree at its end."""
     config = settings(clouds, tracking_uri=uri)
     during = During(deeds)
     result = pipeline.run(config, during)

@@ -125,7 +125,7 @@ def test_a_finished_trial_is_read_once_in_whatever_order_the_trials_finish(
     assert columns.params["rate"][:2].tolist() == [t.params["rate"] for t in again]
 
 
-def test_the_arrays_know_what_a_trial_was_not_asked_for_and_who_did_not_complete(
+def test_arrays_have_no_values_of_params_not_suggested_and_trials_not_complete(
     study: optuna.Study, seen: SlottedStudy
 ) -> None:
     add(study, TrialState.PRUNED)

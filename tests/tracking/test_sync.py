@@ -303,10 +303,10 @@ def test_a_failure_that_an_earlier_version_stored_raw_is_repaired_shown_and_repo
     raw = "ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
     shown = r"ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
     own = storage_module.load_study(study.config)
-    marks = {**own.trials[-1].user_attrs, "failure": raw}
+    attributes = {**own.trials[-1].user_attrs, "failure": raw}
     for name in ("mlflow_run_id", "history"):
-        marks.pop(name, None)
-    own.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=marks))
+        attributes.pop(name, None)
+    own.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes))
     assert cli.main(["doctor", "--fix"]) == 0
     run = study.client.get_run(study.run_of(TRIALS))
     assert run.data.tags["optuna.failure"] == shown
@@ -336,7 +336,7 @@ def test_the_doctor_waits_for_the_end_of_a_run(study: Damaged) -> None:
 
 
 @pytest.mark.slow
-def test_a_parent_run_that_is_gone_for_good_is_made_again_and_takes_its_runs(
+def test_a_parent_run_that_is_gone_for_good_is_created_again_and_takes_its_runs(
     study: Damaged,
 ) -> None:
     gone = study.parent()
