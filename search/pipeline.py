@@ -114,8 +114,8 @@ def _open_session(
         check_promotion_lock(config)  # not after all the training
         study = storage.open_study(config, settings)
         stack.callback(storage.close_study, study)
-        if "facts" not in study.user_attrs:
-            study.set_user_attr("facts", study_metadata(config, dataset))
+        if storage.METADATA not in study.user_attrs:
+            study.set_user_attr(storage.METADATA, study_metadata(config, dataset))
         stores = Stores(study, config)
         stack.callback(stores.tracking.disconnect)
         stack.enter_context(_ended_on_error(stores))
@@ -142,7 +142,7 @@ def _ended_on_error(stores: Stores) -> Iterator[None]:
         reason = str(error) if interrupted else f"stopped with the run: {one_line(error)}"
         # A database or server may be what failed; the next start repeats both.
         with contextlib.suppress(Exception):
-            stores.reconcile(reason or "interrupted")
+            stores.sync(reason or "interrupted")
         with contextlib.suppress(Exception):
             stores.tracking.close(stores.parent, "KILLED" if interrupted else "FAILED")
         raise
@@ -156,5 +156,5 @@ def abandon(config: StudyConfig, reason: str) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         fail_trial(study, trial, reason)
     stores = Stores(study, config)
-    stores.reconcile(reason)
+    stores.sync(reason)
     stores.tracking.close(stores.parent, "KILLED")

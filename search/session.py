@@ -14,15 +14,13 @@ from search.promotion.gate import Winner, promote
 from search.promotion.retrain import find_retrained
 from search.report import publish
 from search.report.progress import Progress, Result
-from search.study import ranking, sampling
+from search.study import ranking, sampling, storage
 from search.study.trials import (
     FINISHED,
     TrialSummary,
     amend_trial,
     given_up,
     missing_slots,
-    repeat_attr,
-    repeats_of,
 )
 from search.tracking.registered_model import aliased_version
 from search.tracking.runs import TRACKING_ERRORS
@@ -66,15 +64,15 @@ class Session:
         self.parent = stores.parent
         self.progress = progress
         self.ran = 0
-        self.mended: list[str] = []
+        self.repaired: list[str] = []
         self.stopped: str | None = None  # why the search ended early, if it did
         self.charts: list[Chart] | None = None  # of the report, once they are drawn
 
     def sync(self) -> None:
         """Make both stores agree, and report what had to be repaired."""
-        repaired = retry(self.stores.reconcile)
-        self.mended += repaired
-        self.progress.mended(repaired)
+        repaired = retry(self.stores.sync)
+        self.repaired += repaired
+        self.progress.repaired(repaired)
 
     def missing(self) -> list[int]:
         """The slots that are not finished yet."""
@@ -82,7 +80,7 @@ class Session:
 
     def _sync_after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the slots that are missing now."""
-        self.progress.mended(retry(self.stores.reconcile))
+        self.progress.repaired(retry(self.stores.sync))
         return self.missing()
 
     def search(self) -> None:
@@ -116,7 +114,7 @@ class Session:
     def _finished(self) -> list[FrozenTrial]:
         trials = self.study.get_trials(deepcopy=False, states=FINISHED)
         trials += given_up(self.study).values()
-        return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))
+        return sorted(trials, key=lambda trial: trial.user_attrs.get(storage.SLOT, trial.number))
 
     def train_finalists(self) -> None:
         """Train the finalists on fresh seeds, as far as that is not done yet."""
@@ -133,9 +131,9 @@ class Session:
             self.progress.finalists(chosen, self.config.repeats)
 
         def on_repeat(number: int, repeat: int, result: dict[str, Any]) -> None:
-            trial, name = by_number[number], repeat_attr(repeat)
+            trial, name = by_number[number], ranking.repeat_attr(repeat)
             amend_trial(self.study, trial, name, result, self.config.storage)
-            seen = repeats_of(trial)[repeat]
+            seen = ranking.repeats_of(trial)[repeat]
             with contextlib.suppress(*TRACKING_ERRORS):  # the next sync writes it
                 self.stores.write(seen)
             self.progress.repeat(number, repeat, seen.value, len(missing()))
@@ -148,12 +146,12 @@ class Session:
 
         None where the run was interrupted. Raises RunError where no trial completed.
         """
-        self.mended += retry(self.stores.reconcile)
+        self.repaired += retry(self.stores.sync)
         if self.progress.stopping():
             self.stopped = INTERRUPTED
         if self.stopped == INTERRUPTED:
             return None
-        return retry(self._register, before_again=self.stores.reconcile)
+        return retry(self._register, before_again=self.stores.sync)
 
     def _register(self) -> Winner:
         best = ranking.winner(self.study)
@@ -236,6 +234,6 @@ class Session:
             ran=self.ran,
             seconds=seconds,
             stopped=self.stopped,
-            mended=tuple(self.mended),
+            repaired=tuple(self.repaired),
             report=path,
         )

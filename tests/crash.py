@@ -30,11 +30,11 @@ class Point:
 
 CLIENT, TRACKING = "mlflow.tracking:MlflowClient", "search.tracking.runs:Tracking"
 FIRST_START = {
-    "study database half made": Point("pathlib:Path", "rename", before=True),
+    "study database half created": Point("pathlib:Path", "rename", before=True),
     "study created": Point("optuna", "create_study"),
-    "study signed": Point("optuna:Study", "set_user_attr", word="study_uid"),
-    "tracking database half made": Point("pathlib:Path", "rename", nth=2, before=True),
-    "tracking database made": Point("pathlib:Path", "rename", nth=2),
+    "study identified": Point("optuna:Study", "set_user_attr", word="study_uid"),
+    "tracking database half created": Point("pathlib:Path", "rename", nth=2, before=True),
+    "tracking database created": Point("pathlib:Path", "rename", nth=2),
     "experiment created": Point(CLIENT, "create_experiment"),
     "parent run created": Point(CLIENT, "create_run"),
 }
@@ -45,12 +45,12 @@ TRIALS = {
     "mid-report, epoch not in MLflow": Point(TRACKING, "log_epoch", nth=8, before=True),
     "mid-report, epoch in MLflow": Point(TRACKING, "log_epoch", nth=8),
     "trial told, run open": Point(TRACKING, "finish", nth=3, before=True),
-    "run ended, not marked": Point(CLIENT, "set_terminated", nth=3),
+    "run ended, not tagged": Point(CLIENT, "set_terminated", nth=3),
 }
 REGISTRATION = {
     "retrained, not logged": Point(TRACKING, "log_result", before=True),
     "model logged": Point("mlflow.models:Model", "log"),
-    "model marked": Point(CLIENT, "set_tag", word="model_uri"),
+    "model tagged": Point(CLIENT, "set_tag", word="model_uri"),
     "registered model created": Point(CLIENT, "create_registered_model"),
     "version created": Point(CLIENT, "create_model_version"),
     "version linked": Point("search.promotion.gate", "link_trial"),
@@ -59,27 +59,27 @@ REGISTRATION = {
     "stage set": Point(CLIENT, "transition_model_version_stage"),
 }
 FINALISTS = {
-    "repeat trained, not kept": Point(
+    "repeat trained, not stored": Point(
         "search.study.trials", "amend_trial", word="finalist_", before=True
     ),
-    "repeat kept, no run": Point("search.tracking.sync:Stores", "write", before=True),
+    "repeat stored, no run": Point("search.tracking.sync:Stores", "write", before=True),
     "repeat's run open": Point(TRACKING, "create_run", word="finalist-"),
     "repeat's run linked, empty": Point(
         "search.study.trials", "amend_trial", word="finalist_", nth=2
     ),
     "finalists compared": Point("search.study.ranking", "settle"),
 }
-RECONCILIATION = {
-    "mid-reconcile, trial failed": Point("search.study.trials", "fail_trial"),
-    "mid-reconcile, run not mended": Point(TRACKING, "mend", before=True),
-    "mid-reconcile, run mended": Point(TRACKING, "mend"),
+REPAIRS = {
+    "mid-sync, trial failed": Point("search.study.trials", "fail_trial"),
+    "mid-sync, run not repaired": Point(TRACKING, "repair", before=True),
+    "mid-sync, run repaired": Point(TRACKING, "repair"),
 }
 PRESENTATION = {
     "report written": Point("search.report.html", "write_html"),
     "report logged": Point(CLIENT, "log_artifact", word="report.html"),
     "note written": Point("search.study.storage", "write_note"),
 }
-POINTS = FIRST_START | TRIALS | FINALISTS | REGISTRATION | RECONCILIATION | PRESENTATION
+POINTS = FIRST_START | TRIALS | FINALISTS | REGISTRATION | REPAIRS | PRESENTATION
 
 
 def die_twice(folder: str, number: int) -> int:

@@ -1,4 +1,4 @@
-"""What must hold of both ledgers whenever a run has ended, whatever happened before."""
+"""What must hold of both stores whenever a run has ended, whatever happened before."""
 
 import sqlite3
 from collections import defaultdict
@@ -33,7 +33,7 @@ def check(
     url: str | None = None,
     tracking_uri: str | None = None,
 ) -> dict[str, Any]:
-    """Assert that both ledgers agree; returns what was found.
+    """Assert that both stores agree; returns what was found.
 
     They are in `folder`, study.db and mlflow.db; `url` is the study's database where it is not, and
     `tracking_uri` MLflow's.
@@ -77,12 +77,12 @@ def check(
         (run,) = by_trial[trial.number]
         check_pair(client, trial, run)
     check_repeats(client, trials, by_repeat)
-    places = sorted(
+    slots = sorted(
         [t.user_attrs["place"] for t in trials if t.state is not TrialState.FAIL] + given_up(trials)
     )
-    assert len(set(places)) == len(places)
+    assert len(set(slots)) == len(slots)
     if finished is not None:
-        assert places == list(range(finished))
+        assert slots == list(range(finished))
 
     winner = None
     if registered:

@@ -517,7 +517,7 @@ def test_a_cluster_without_dask_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 STORAGE_OPENS = "--storage must be a database that can be opened"
 STORAGE_FILE = "--storage must be sqlite:///PATH, a file without '?'"
-FOLDER = "must lie in an existing folder"
+FOLDER = "must be in an existing folder"
 
 
 @pytest.mark.parametrize(
@@ -1483,7 +1483,7 @@ def test_a_study_of_plain_optuna_with_a_trial_is_refused(
     refused(
         command(),
         f"error: --study-name {NAME} must be a study of this tool",
-        "was made by another program",
+        "was created by another program",
         ANOTHER_NAME,
     )
 

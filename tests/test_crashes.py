@@ -1,4 +1,4 @@
-"""Whatever is killed, locked, full or gone: the next start mends it, and nothing is lost."""
+"""Whatever is killed, locked, full or gone: the next start repairs it, and nothing is lost."""
 
 import contextlib
 import ctypes
@@ -50,7 +50,7 @@ def settings(dataset: Path, **changed: Any) -> StudyConfig:
 
 
 def results(found: dict[str, Any]) -> dict[int, Any]:
-    """What every place tried and how it went."""
+    """What every slot tried and how it ended."""
     return {
         trial.user_attrs["place"]: (trial.state, trial.params, trial.values)
         for trial in found["trials"]
@@ -59,20 +59,20 @@ def results(found: dict[str, Any]) -> dict[int, Any]:
 
 
 def check(folder: Path, config: StudyConfig, **expected: Any) -> dict[str, Any]:
-    """Both ledgers agree, and running the study once more changes nothing."""
+    """Both stores agree, and running the study once more changes nothing."""
     found = invariants.check(folder, config.n_trials, **expected)
     before = invariants.dump(folder)
     assert found["parent"].info.status == "FINISHED"
     assert doctor(config, fix=False) == ([], [])
     again = pipeline.run(config)
-    assert (again.ran, again.mended) == (0, ())
+    assert (again.ran, again.repaired) == (0, ())
     assert invariants.dump(folder) == before
     return found
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[int, Any]:
-    """What every place of the study tries, and how it goes, if nothing happens."""
+    """What every slot of the study tries, and how it goes, if nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -92,7 +92,7 @@ def die(folder: Path, dataset: Path, point: str, *more: str) -> None:
 
 
 @pytest.mark.parametrize("point", [*crash.FIRST_START, *crash.TRIALS, *crash.REGISTRATION])
-def test_a_kill_at_any_point_is_mended_by_the_next_start(
+def test_a_kill_at_any_point_is_repaired_by_the_next_start(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
 ) -> None:
     die(in_folder, clouds, point)
@@ -107,11 +107,11 @@ def test_a_kill_at_any_point_is_mended_by_the_next_start(
     assert all(trial.user_attrs["failure"].startswith("lost: ") for trial in lost)
 
 
-ENDED = ("trial told, run open", "run ended, not marked")
+ENDED = ("trial told, run open", "run ended, not tagged")
 
 
 @pytest.mark.parametrize("point", crash.FINALISTS)
-def test_a_kill_among_the_finalists_is_mended(
+def test_a_kill_among_the_finalists_is_repaired(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
 ) -> None:
     config = settings(clouds, finalists=2, repeats=2)
@@ -124,8 +124,8 @@ def test_a_kill_among_the_finalists_is_mended(
     assert len(repeats) == 2 * len(result.finalists)
 
 
-@pytest.mark.parametrize("point", crash.RECONCILIATION)
-def test_a_kill_in_the_middle_of_mending_is_mended(
+@pytest.mark.parametrize("point", crash.REPAIRS)
+def test_a_kill_in_the_middle_of_a_repair_is_repaired(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
 ) -> None:
     die(in_folder, clouds, "mid-report, epoch not in MLflow")
@@ -135,14 +135,14 @@ def test_a_kill_in_the_middle_of_mending_is_mended(
 
 
 @pytest.mark.parametrize("point", crash.PRESENTATION)
-def test_a_kill_while_the_findings_are_written_is_mended(
+def test_a_kill_while_the_findings_are_written_is_repaired(
     in_folder: Path, clouds: Path, point: str
 ) -> None:
     config = settings(clouds, report="report.html")
     die(in_folder, clouds, point, "--report", config.report)
     result = pipeline.run(config)
     found = check(in_folder, config)
-    assert (result.ran, result.mended) == (0, ())
+    assert (result.ran, result.repaired) == (0, ())
     (in_folder / "report.html").unlink()
     pipeline.run(config)
     assert (in_folder / "report.html").exists()
@@ -155,7 +155,7 @@ def test_a_kill_while_the_findings_are_written_is_mended(
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_kill_at_a_random_moment_is_mended(in_folder: Path, clouds: Path, seed: int) -> None:
+def test_a_kill_at_a_random_moment_is_repaired(in_folder: Path, clouds: Path, seed: int) -> None:
     delay = random.Random(seed).uniform(0, 5)
     options = ("--dataset", str(clouds), "--workers", "2", *OPTIONS)
     process = start(in_folder, *options)
@@ -256,7 +256,7 @@ class During(Progress):
 def test_databases_locked_for_half_as_long_as_is_waited_lose_nothing(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT", 10_000)  # ms, in place of a minute
+    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT", 10_000)  # ms, instead of a minute
     locked = threading.Event()
 
     def lock() -> None:
@@ -359,7 +359,7 @@ def proxy(server: MlflowServer) -> Iterator[Proxy]:
 def run_with(
     folder: Path, clouds: Path, uri: str, deeds: dict[int, Callable[[], object]]
 ) -> tuple[Result, During, dict[str, Any]]:
-    """A whole study on a server that misbehaves on the way; both ledgers agree at its end."""
+    """A whole study on a server that misbehaves on the way; both stores agree at its end."""
     config = settings(clouds, tracking_uri=uri)
     during = During(deeds)
     result = pipeline.run(config, during)
@@ -375,7 +375,7 @@ def test_a_server_that_is_restarted_loses_nothing(
     in_folder: Path, clouds: Path, server: MlflowServer, undisturbed: dict[int, Any]
 ) -> None:
     result, _, found = run_with(in_folder, clouds, server.uri, {2: server.stop, 5: server.start})
-    assert any(line == "trial 2: no run" for line in result.mended)
+    assert any(line == "trial 2: no run" for line in result.repaired)
     assert results(found) == undisturbed
 
 

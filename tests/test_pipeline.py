@@ -51,7 +51,7 @@ def test_a_second_run_finds_nothing_to_do(in_folder: Path, clouds: Path) -> None
     first = run(config(clouds))
     before = invariants.dump(in_folder)
     second = run(config(clouds))
-    assert (second.ran, second.mended) == (0, ())
+    assert (second.ran, second.repaired) == (0, ())
     assert first.winner is not None and second.winner is not None
     assert second.winner.version == first.winner.version
     assert (first.winner.new, second.winner.new) == (True, False)
@@ -76,7 +76,7 @@ def test_a_dataset_under_another_name_goes_on_and_another_one_is_refused(
     assert run(config(Path("new (2).npz"), n_trials=2)).ran == 1
     before = invariants.dump(in_folder)
     again = run(config(Path("new (2).npz"), n_trials=2))
-    assert (again.ran, again.mended) == (0, ())
+    assert (again.ran, again.repaired) == (0, ())
     np.savez("old.npz", **arrays())
     with pytest.raises(InputError, match=r"dataset: old.npz \(.{12}\) -> old.npz \(.{12}\);"):
         run(config(Path("old.npz"), n_trials=2))
@@ -340,7 +340,7 @@ def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) 
     assert run(settings).winner is not None
     assert (in_folder / given["report"]).exists()
     again = run(settings)
-    assert (again.ran, again.mended) == (0, ())
+    assert (again.ran, again.repaired) == (0, ())
     assert doctor(settings, fix=False) == ([], [])
 
 

@@ -13,6 +13,7 @@ from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, scaled
 from search.errors import RunError, one_line
 from search.promotion.evaluation import predict
+from search.tracking.address import global_uri
 from search.tracking.runs import Tracking
 
 SIGNIFICANT = 0.05
@@ -73,7 +74,7 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
     """Which test examples a model classifies correctly, or why it can't be evaluated."""
     with tempfile.TemporaryDirectory() as folder:  # else MLflow writes into the model's folder
         try:
-            with tracking.addressed():
+            with global_uri(tracking.uri):
                 import mlflow.keras
 
                 model: Any = mlflow.keras.load_model(uri, dst_path=folder)

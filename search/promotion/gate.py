@@ -13,9 +13,9 @@ from mlflow.entities.model_registry import ModelVersion
 
 from search.promotion.comparison import SIGNIFICANT, SMALLEST_P, Comparison
 from search.study.lock import promotion_lock
+from search.study.storage import RUN_ID, VERSION
 from search.tracking.registered_model import (
     ALIAS,
-    _follow_alias,
     aliased_version,
     find_version,
     register,
@@ -149,7 +149,7 @@ def promote(stores: "Stores", run: Run, compare: Compare) -> tuple[int, Decision
         decision = _decide(stores, run, version, compare)
         _write_tags(stores.tracking, version, decision)
         if decision.promoted:
-            _point_production_at(stores.tracking, version)
+            _point_production_at(stores, version)
         if decision.is_final:
             _mark_decided(stores.tracking, version, decision)  # last: the rest is done
     return int(version.version), decision
@@ -170,9 +170,9 @@ def link_trial(stores: "Stores", run: Run, version: ModelVersion) -> None:
     """Record in the retrained trial, and in its run, which version it became."""
     trial = stores.study.get_trials(deepcopy=False)[int(run.data.tags[NUMBER])]
     name = f"{version.name}/{version.version}"
-    if trial.user_attrs.get("model_version") != name:
-        stores.amend(trial, "model_version", name)
-        stores.tracking.client.set_tag(trial.user_attrs["mlflow_run_id"], MODEL, name)
+    if trial.user_attrs.get(VERSION) != name:
+        stores.amend(trial, VERSION, name)
+        stores.tracking.client.set_tag(trial.user_attrs[RUN_ID], MODEL, name)
 
 
 def _decide(stores: "Stores", run: Run, version: ModelVersion, compare: Compare) -> Decision:
@@ -212,9 +212,9 @@ def _write_tags(tracking: Tracking, version: ModelVersion, decision: Decision) -
             tracking.client.set_model_version_tag(version.name, version.version, key, value)
 
 
-def _point_production_at(tracking: Tracking, version: ModelVersion) -> None:
-    tracking.client.set_registered_model_alias(version.name, ALIAS, version.version)
-    _follow_alias(tracking, version.name)
+def _point_production_at(stores: "Stores", version: ModelVersion) -> None:
+    stores.tracking.client.set_registered_model_alias(version.name, ALIAS, version.version)
+    follow_alias(stores.tracking, stores.config)
 
 
 def _mark_decided(tracking: Tracking, version: ModelVersion, decision: Decision) -> None:

@@ -22,6 +22,7 @@ from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, scaled
 from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
+from search.study.storage import METADATA, SEED, SETTINGS, UID
 from search.study.trials import METRICS, best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
 from search.tracking.schema import COMMIT, DATASET, MODEL_URI, NOT_MADE, NUMBER, STUDY, STUDY_UID
@@ -42,16 +43,16 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
 
     lineage.settings is the fingerprint of the study's settings, a SHA-256 of their JSON.
     """
-    settings = json.dumps(study.user_attrs["settings"], sort_keys=True)
-    shared = study.user_attrs["facts"]["params"]
+    settings = json.dumps(study.user_attrs[SETTINGS], sort_keys=True)
+    shared = study.user_attrs[METADATA]["params"]
     commit = find_commit()
     return {
         STUDY: study.study_name,
-        STUDY_UID: study.user_attrs["study_uid"],
+        STUDY_UID: study.user_attrs[UID],
         NUMBER: str(trial.number),
         "lineage.hyperparameters": json.dumps({**unusual(shared), **trial.params}),
         "lineage.val_accuracy": repr(trial.value),
-        "lineage.seed": str(trial.user_attrs["seed"]),
+        "lineage.seed": str(trial.user_attrs[SEED]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
         DATASET: dataset.digest,
         "lineage.environment": json.dumps(environment.here()),

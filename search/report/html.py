@@ -24,6 +24,7 @@ from search.promotion.evaluation import MANY, Confusion, Evaluation
 from search.report import overview
 from search.report.overview import Overview
 from search.report.text import in_production, sentences
+from search.study.storage import UID
 from search.study.trials import FINISHED, summarize
 
 _COLOURS = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
@@ -103,7 +104,7 @@ def build_html(
     )
     return environment.get_template("report.html.j2").render(
         found=found,
-        uid=study.user_attrs.get("study_uid", ""),
+        uid=study.user_attrs.get(UID, ""),
         sentences=sentences(found),
         production=in_production(found),
         charts=charts,

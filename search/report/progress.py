@@ -46,7 +46,7 @@ class Progress:
     def workers(self, line: str) -> None:
         """A message about the workers."""
 
-    def mended(self, lines: list[str]) -> None:
+    def repaired(self, lines: list[str]) -> None:
         """The Optuna study and the MLflow runs disagreed and were repaired."""
 
     def finalists(self, chosen: "list[FrozenTrial]", repeats: int) -> None:
@@ -73,8 +73,7 @@ class Result:
     complete, pruned, failed: numbers of trials in the study; `ran` of them in this run. given_up:
     slots whose configuration failed by itself twice; they count as finished.
     seconds: how long the run took. stopped: why the search ended before its budget, if it did.
-    mended: what was inconsistent between the two stores and is repaired. report: its file, None if
-    none is written.
+    repaired: what the two stores disagreed about. report: its file, None if none is written.
     """
 
     config: "StudyConfig"
@@ -90,5 +89,5 @@ class Result:
     ran: int
     seconds: float
     stopped: str | None
-    mended: tuple[str, ...]
+    repaired: tuple[str, ...]
     report: Path | None

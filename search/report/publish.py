@@ -16,6 +16,7 @@ from search.promotion.retrain import find_retrained, test_pictures
 from search.report import overview
 from search.report.text import markdown
 from search.study import ranking, storage
+from search.study.storage import RUN_ID, UID
 from search.tracking.runs import TRACKING_ERRORS, Tracking
 from search.tracking.sync import Stores, existing
 
@@ -119,7 +120,7 @@ def publish(stores: Stores, winner: "Winner", charts: "list[Chart] | None" = Non
 def _is_of(path: Path, study: optuna.Study) -> bool:
     """Whether `path` is a report of this study, not of another one of the same name."""
     return _study_of(path) in [
-        (study.study_name, study.user_attrs["study_uid"]),
+        (study.study_name, study.user_attrs[UID]),
         (study.study_name, ""),
     ]
 
@@ -161,7 +162,7 @@ def _tested(study: optuna.Study, tracking: Tracking) -> "Tested | None":
     from search.report.html import Tested
 
     best = ranking.winner(study)
-    parent = study.user_attrs.get("mlflow_run_id")
+    parent = study.user_attrs.get(RUN_ID)
     if best is None or parent is None:
         return None
     run = find_retrained(tracking, tracking.runs_of(parent), best.number)

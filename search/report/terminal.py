@@ -74,7 +74,7 @@ class Lines(Progress):
         """The line."""
         self._print(line)
 
-    def mended(self, lines: list[str]) -> None:
+    def repaired(self, lines: list[str]) -> None:
         """A line for each inconsistency that was repaired."""
         for line in lines:
             self._print(f"repaired: {line}", "yellow")

@@ -1,7 +1,6 @@
-"""The trials of a study in outline: what proposals and prunings depend on, each trial read once.
+"""The trials of a study in outline: what samplers and pruners need, each trial read once.
 
-Optuna reads all that a trial keeps, and most of that is its history, which a worker does not need.
-What shows a trial reads the whole of it.
+Optuna reads whole trials, which consist mainly of their history. Workers do not need it.
 """
 
 import copy
@@ -13,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import optuna
 import sqlalchemy
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, json_to_distribution
@@ -21,20 +21,20 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
 from search.study.postgres import retry_if_cut
+from search.study.storage import BY_ITSELF, OWNER, SLOT
 
-BY_ITSELF = "failed_by_itself"  # user attribute of a FAIL trial: its own training raised an error
-_KEPT = ("place", BY_ITSELF)  # user attributes
-_KEPT_WHILE_RUNNING = (*_KEPT, "owner")
-_PROPOSED = "tpe:relative_params:"  # system attributes: what TPE proposed for a trial that runs
+_OF_FINISHED = (SLOT, BY_ITSELF)  # user attributes
+_OF_RUNNING = (*_OF_FINISHED, OWNER)
+_PROPOSED = "tpe:relative_params:"  # system attributes with the proposals of TPE
 _number = attrgetter("number")
-_AT_ONCE = 500  # trials; a first look at a long study takes no more memory than its result
+_AT_ONCE = 500  # trials, so that the first read of a long study takes little memory
 
 
 class OutlineStorage(_CachedStorage):
-    """Optuna's storage as a worker uses it: `get_all_trials` gives outlines.
+    """Optuna's storage for workers: `get_all_trials` returns outlines.
 
-    An outline has no dates, and of the user attributes only slot, owner while it runs, and whether
-    it failed by itself. A running one has no intermediate values. `get_trial` reads a whole trial.
+    An outline has no dates, and of the user attributes only SLOT, BY_ITSELF and, while it runs,
+    OWNER. A running one has no intermediate values. `get_trial` still reads the whole trial.
     """
 
     def __init__(self, backend: RDBStorage) -> None:
@@ -42,7 +42,7 @@ class OutlineStorage(_CachedStorage):
         self._outlines: dict[int, Outlines] = {}
 
     def outlines(self, study_id: int) -> "Outlines":
-        """The finished trials of a study, as `get_all_trials` read them last."""
+        """The outlines of one study, as far as they have been read."""
         if study_id not in self._outlines:
             self._outlines[study_id] = Outlines(self._backend.engine, study_id)
         return self._outlines[study_id]
@@ -53,38 +53,39 @@ class OutlineStorage(_CachedStorage):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        """The outlines of the trials in `states`, of all by default, ordered by number."""
+        """The outlines of the trials in `states` (default: all), ordered by number."""
         with self._lock:
             trials = self.outlines(study_id).read(states)
         return copy.deepcopy(trials) if deepcopy else trials
 
-    def at(self, study_id: int, slot: int) -> list[FrozenTrial]:
-        """The outlines of a slot's trials that run or have finished, ordered by number."""
-        with self._lock:
-            return self.outlines(study_id).at(slot)
+
+def outlines_of(study: optuna.Study) -> "Outlines | None":
+    """The outlines of a worker's study; None if its storage reads whole trials."""
+    storage = study._storage
+    return storage.outlines(study._study_id) if isinstance(storage, OutlineStorage) else None
 
 
 class Outlines:
-    """The trials of one study. A finished trial does not change, so it is read once."""
+    """The outlines of one study. A finished trial does not change, so it is read once."""
 
     def __init__(self, engine: sqlalchemy.Engine, study_id: int) -> None:
         self._engine = engine
         self._study_id = study_id
-        # Of each state, and of all, by number.
+        # By state, and all under None; ordered by number.
         self._finished: dict[TrialState | None, list[FrozenTrial]] = defaultdict(list)
         self._by_slot: dict[int | None, list[FrozenTrial]] = defaultdict(list)
         self._known: set[int] = set()  # their ids
-        self._all_known_up_to = -1  # an id: up to it, every trial is finished and known
+        self._all_known_up_to = -1  # an id: all trials up to it are finished and known
         self._spaces: dict[tuple[tuple[str, str], ...], dict[str, BaseDistribution]] = {}
         self._distinct: dict[int, FrozenTrial] = {}
         self.columns = Columns()
 
     def distinct(self) -> list[FrozenTrial]:
-        """Of the COMPLETE and PRUNED trials with the same distributions the first, by number."""
+        """The first of all COMPLETE and PRUNED trials with the same distributions, by number."""
         return sorted(self._distinct.values())
 
     def read(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
-        """Read what is new; the trials in `states`, of all by default, ordered by number."""
+        """Read new trials; returns those in `states` (default: all), ordered by number."""
         wanted = [state for state in TrialState if states is None or state in states]
         unfinished = self._read_new([state for state in wanted if not state.is_finished()])
         finished = [state for state in wanted if state.is_finished()]
@@ -97,14 +98,14 @@ class Outlines:
         return found
 
     def at(self, slot: int) -> list[FrozenTrial]:
-        """Read what is new; the trials of a slot that run or have finished, failed ones too."""
+        """Read new trials; returns the running and finished ones of a slot, failed ones too."""
         running = self._read_new([TrialState.RUNNING])
-        found = [trial for trial in running if trial.user_attrs.get("place") == slot]
+        found = [trial for trial in running if trial.user_attrs.get(SLOT) == slot]
         return sorted([*self._by_slot.get(slot, ()), *found], key=_number)
 
     @retry_if_cut
     def _read_new(self, unfinished: Collection[TrialState]) -> list[FrozenTrial]:
-        """Read the trials that have finished since; returns those in the states `unfinished`."""
+        """Read newly finished trials; returns the current ones in the states `unfinished`."""
         trial = models.TrialModel
         query = (
             sqlalchemy.select(trial.trial_id, trial.number, trial.state)
@@ -129,7 +130,7 @@ class Outlines:
             self._known.add(trial._trial_id)
             for key in (None, trial.state):
                 insort(self._finished[key], trial, key=_number)
-            self._by_slot[trial.user_attrs.get("place")].append(trial)
+            self._by_slot[trial.user_attrs.get(SLOT)].append(trial)
             if trial.state is not TrialState.FAIL:
                 self.columns.add(trial)
                 first = self._distinct.setdefault(id(trial.distributions), trial)
@@ -147,7 +148,7 @@ class Outlines:
         ids = [row.trial_id for row in rows]
 
         def of_trials(model: Any, *columns: Any, where: Any = True) -> dict[int, list[Any]]:
-            """What `columns` of a table hold, in its order, for each of the trials."""
+            """Rows of `columns` by trial, in the order of the table's primary key."""
             query = (
                 sqlalchemy.select(model.trial_id, *columns)
                 .where(model.trial_id.in_(ids), where)
@@ -160,7 +161,7 @@ class Outlines:
 
         params = of_trials(param, param.param_name, param.param_value, param.distribution_json)
         values = of_trials(value, value.value, value.value_type)
-        kept = _KEPT if finished else _KEPT_WHILE_RUNNING
+        kept = _OF_FINISHED if finished else _OF_RUNNING
         attrs = of_trials(user, user.key, user.value_json, where=user.key.in_(kept))
         proposed = system.key.startswith(_PROPOSED, autoescape=True)
         where = ~proposed if finished else True
@@ -197,7 +198,7 @@ class Outlines:
         return found
 
     def _space(self, params: Sequence[Sequence[Any]]) -> dict[str, BaseDistribution]:
-        """The distributions of a trial's params; trials of the same ones share an object."""
+        """The distributions of a trial's params; equal ones share an object."""
         key = tuple((name, text) for name, _, text in params)
         if key not in self._spaces:
             self._spaces[key] = {name: json_to_distribution(text) for name, text in key}
@@ -205,9 +206,9 @@ class Outlines:
 
 
 class Columns:
-    """COMPLETE and PRUNED trials as arrays whose index is a trial's number; NaN: there is nothing.
+    """COMPLETE and PRUNED trials as arrays, indexed by a trial's number; NaN where it has no value.
 
-    value, reported: of COMPLETE trials, the latter by step. params: as Optuna stores them.
+    value, reported: of COMPLETE trials only; reported by step. params: in internal representation.
     """
 
     def __init__(self) -> None:
@@ -217,7 +218,7 @@ class Columns:
         self.params: dict[str, NDArray[np.float64]] = {}
 
     def add(self, trial: FrozenTrial) -> None:
-        """Append a trial, or insert one that finished later than others with higher numbers."""
+        """Add a trial; they may finish in any order."""
         number = trial.number
         if number >= len(self.value):
             self._grow(max(64, number))

@@ -1,17 +1,16 @@
 """PostgreSQL: connections that survive a restart, advisory locks, heartbeats of trials."""
 
 import contextlib
-import functools
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import optuna
 import sqlalchemy
+import tenacity
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Engine
@@ -19,23 +18,33 @@ from sqlalchemy.engine import Engine
 from search.config.urls import is_postgresql
 from search.errors import InputError, one_line, redact
 
-P = ParamSpec("P")
-T = TypeVar("T")
-SERVER_TIMEOUT = 30  # seconds that a server which was restarted gets to come back
+_RESTART = tenacity.stop_after_delay(30)  # seconds that a server gets to restart
+_KEEPALIVES = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}  # seconds
+HEARTBEAT = 10  # seconds between two heartbeats of a running trial
+GRACE = 60  # seconds without a heartbeat after which a trial is lost; longer than a restart
+
+
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[sqlalchemy.Connection]:
+    """A connection to the database at `url`, closed at the end of the block."""
+    engine = sqlalchemy.create_engine(url)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
 
 
 def check_server(option: str, url: str, example: str) -> None:
-    """Raise InputError where no database answers at `url`, or only one in memory."""
+    """Raise InputError if no database server answers at `url`."""
     if url.startswith("sqlite"):
         raise InputError(
             f"{option} must be sqlite:///PATH, a file, but got {url!r}; "
             f"for example {option} {example}"
         )
     try:
-        engine = sqlalchemy.create_engine(url)
-        with engine.connect():
+        with connected(url):
             pass
-        engine.dispose()
     except Exception as error:  # a bad URL, a missing driver, a refused connection
         raise InputError(
             f"{option} must be a database that can be opened, for example {example}, "
@@ -43,8 +52,32 @@ def check_server(option: str, url: str, example: str) -> None:
         ) from None
 
 
+def connect_arguments(url: str) -> dict[str, Any]:
+    """Arguments that make a PostgreSQL connection notice a cut network within half a minute.
+
+    Parameters of libpq, so of the drivers psycopg and psycopg2; none for other databases.
+    """
+    dialect = sqlalchemy.make_url(url).get_dialect()
+    if dialect.name != "postgresql" or not dialect.driver.startswith("psycopg"):
+        return {}
+    return {**_KEEPALIVES, "tcp_user_timeout": 30_000}
+
+
+def wait_for_server(engine: Engine) -> None:
+    """Let `engine` wait up to 30 s for a restarting server when it connects."""
+
+    def connect(dialect: Any, _: Any, arguments: Any, keywords: Any) -> Any:
+        failed = tenacity.retry_if_exception_type(dialect.loaded_dbapi.OperationalError)
+        again = tenacity.Retrying(
+            retry=failed, stop=_RESTART, wait=tenacity.wait_fixed(0.2), reraise=True
+        )
+        return again(lambda: _in_utc(dialect, dialect.connect(*arguments, **keywords)))
+
+    sqlalchemy.event.listen(engine, "do_connect", connect)
+
+
 def _in_utc(dialect: Any, connection: Any) -> Any:
-    """`connection`, on which one time is one time, whatever zone its machine is in."""
+    """`connection`, set to UTC, so that timestamps do not depend on the server's time zone."""
     if dialect.name == "postgresql":
         with connection.cursor() as cursor:
             cursor.execute("SET TIME ZONE 'UTC'")
@@ -52,43 +85,15 @@ def _in_utc(dialect: Any, connection: Any) -> Any:
     return connection
 
 
-def connect_arguments(url: str) -> dict[str, Any]:
-    """What makes a connection to PostgreSQL notice, within half a minute, that the network is cut.
-
-    Parameters of libpq, so of the drivers psycopg and psycopg2.
-    """
-    dialect = sqlalchemy.make_url(url).get_dialect()
-    if dialect.name != "postgresql" or not dialect.driver.startswith("psycopg"):
-        return {}
-    keepalives = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
-    return {**keepalives, "tcp_user_timeout": 30_000}
-
-
-def wait_for_server(engine: Engine) -> None:
-    """From now on, give a server that was restarted half a minute to take connections again."""
-
-    def connect(dialect: Any, _: Any, arguments: Any, keywords: Any) -> Any:
-        deadline = time.monotonic() + SERVER_TIMEOUT
-        while True:
-            try:
-                return _in_utc(dialect, dialect.connect(*arguments, **keywords))
-            except dialect.loaded_dbapi.OperationalError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-
-    sqlalchemy.event.listen(engine, "do_connect", connect)
-
-
-# What PostgreSQL answers while it stops or starts. SQLAlchemy takes that for a cut connection in a
+# PostgreSQL's codes while it stops or starts. SQLAlchemy recognizes them as a lost connection in a
 # statement, but not in what its dialect asks of a new connection.
 _SHUTDOWN = ("57P01", "57P02", "57P03")
 
 
 def is_cut(error: BaseException | None) -> bool:
-    """Whether the server went away in the middle of a statement.
+    """Whether the connection was lost in the middle of a statement.
 
-    Optuna tries some statements again itself, on a session that is beyond that by then.
+    The cause may be deeper: Optuna retries some statements itself, on a broken session.
     """
     if isinstance(error, sqlalchemy.exc.DBAPIError) and (
         error.connection_invalidated or getattr(error.orig, "sqlstate", None) in _SHUTDOWN
@@ -97,27 +102,19 @@ def is_cut(error: BaseException | None) -> bool:
     return error is not None and is_cut(error.__cause__ or error.__context__)
 
 
-def retry_if_cut(method: Callable[P, T]) -> Callable[P, T]:
-    """`method`, which may be done again, until a server that was restarted takes it."""
-
-    @functools.wraps(method)
-    def patient(*arguments: P.args, **keywords: P.kwargs) -> T:
-        deadline = time.monotonic() + SERVER_TIMEOUT
-        while True:
-            try:
-                return method(*arguments, **keywords)
-            except Exception as error:
-                if not is_cut(error) or time.monotonic() > deadline:
-                    raise
-
-    return patient
+# Decorates what can be repeated: repeats it until a restarted server accepts it, for up to 30 s.
+retry_if_cut = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(Exception) & tenacity.retry_if_exception(is_cut),
+    stop=_RESTART,
+    reraise=True,
+)
 
 
 class ServerLock:
-    """A lock that a PostgreSQL server keeps for whoever holds it, on whatever host.
+    """An advisory lock of a PostgreSQL server, for processes on any host.
 
-    The holder's connection is the lock: it goes when its process ends, or within half a minute when
-    its host does. `holder` is what the others are told of it.
+    It lasts as long as the holder's connection: until its process ends, or half a minute after its
+    host goes down. holder: a description of this process, for `find_holder`.
     """
 
     def __init__(self, url: str, name: str, holder: str = "") -> None:
@@ -134,9 +131,10 @@ class ServerLock:
 
     @retry_if_cut
     def acquire(self, *, wait: bool = True) -> bool:
-        """Take the lock; False where another has it and `wait` is False."""
+        """Take the lock; False if another process holds it and `wait` is False."""
         connection = self._engine.connect()
-        for name, value in (("application_name", self._holder), *_KEEPALIVES):
+        keepalives = {f"tcp_{name}": str(value) for name, value in _KEEPALIVES.items()}
+        for name, value in {"application_name": self._holder, **keepalives}.items():
             self._ask(connection, "SELECT set_config(:name, :value, false)", name=name, value=value)
         function = "pg_advisory_lock" if wait else "pg_try_advisory_lock"
         if self._ask(connection, f"SELECT {function}(:key)", key=self._key) is False:
@@ -146,7 +144,7 @@ class ServerLock:
         return True
 
     def is_held(self) -> bool:
-        """Whether the connection is still there: a server that was restarted forgets its locks."""
+        """Whether the connection is still open: a restarted server has released all locks."""
         try:
             return self._connection is not None and self._ask(self._connection, "SELECT 1") == 1
         except sqlalchemy.exc.DBAPIError:
@@ -154,7 +152,7 @@ class ServerLock:
             return False
 
     def release(self) -> None:
-        """Let it go."""
+        """Release the lock."""
         if self._connection is not None:
             with contextlib.suppress(sqlalchemy.exc.DBAPIError):
                 self._connection.close()
@@ -162,7 +160,7 @@ class ServerLock:
 
     @retry_if_cut
     def find_holder(self) -> str | None:
-        """What the holder says of itself; None where nobody has the lock."""
+        """The holder's description of itself; None if nobody holds the lock."""
         with self._engine.connect() as connection:
             found = self._ask(
                 connection,
@@ -179,15 +177,9 @@ class ServerLock:
         return connection.execute(sqlalchemy.text(query), values).scalar()
 
 
-_KEEPALIVES = (  # seconds, so that a host that went down loses its locks
-    *(("tcp_keepalives_idle", "15"), ("tcp_keepalives_interval", "5")),
-    ("tcp_keepalives_count", "3"),
-)
-
-
 @contextlib.contextmanager
 def server_lock(url: str, name: str) -> Iterator[None]:
-    """Hold the lock `name` of the server at `url`; of one that has none, hold nothing."""
+    """Hold the advisory lock `name` of the server at `url`; a no-op unless it is PostgreSQL."""
     if not is_postgresql(url):
         yield
         return
@@ -199,25 +191,21 @@ def server_lock(url: str, name: str) -> Iterator[None]:
         lock.release()
 
 
-HEARTBEAT = 10  # seconds between two signs of life of a trial
-GRACE = 60  # seconds without one after which it is lost; longer than a restart is waited for
-
-
 def escape_braces(url: str) -> str:
-    """RDBStorage formats its URL; doubled braces survive that."""
+    """`url` for RDBStorage, which calls `str.format` on it."""
     return url.replace("{", "{{").replace("}", "}}")
 
 
 @retry_if_cut
 def open_server_storage(url: str) -> "ServerStorage":
-    """The storage behind `url`; its tables are made first where there are none.
+    """Open the storage at `url`; creates its tables if there are none.
 
-    Optuna's own first start does not survive another at the same time.
+    Under a lock: Optuna's own creation fails if two processes do it at once.
     """
     with server_lock(url, "Optuna's tables"):
         try:
             return ServerStorage(url)
-        except RuntimeError as error:  # tables of another Optuna
+        except RuntimeError as error:  # tables of another version
             raise InputError(
                 f"--storage must be a database of Optuna {optuna.__version__}, but "
                 f"{redact(url)} is not: {one_line(error)}"
@@ -225,11 +213,10 @@ def open_server_storage(url: str) -> "ServerStorage":
 
 
 class ServerStorage(RDBStorage):
-    """A storage whose running trials give signs of life, and whose server may be restarted."""
+    """A storage with heartbeats of running trials, whose server may be restarted."""
 
     def __init__(self, url: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             super().__init__(
                 escape_braces(url),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": connect_arguments(url)},
@@ -237,18 +224,15 @@ class ServerStorage(RDBStorage):
             )
         wait_for_server(self.engine)
         self.remove_session()
-        self.engine.dispose()  # the connections so far are in the server's time zone, not in UTC
+        self.engine.dispose()  # connections opened so far are not in UTC
 
     @retry_if_cut
-    def silent(self, study_id: int) -> set[int]:
-        """The ids of the running trials that have given no sign of life for `GRACE` seconds.
-
-        The server's clock alone counts.
-        """
-        trial, sign = models.TrialModel, models.TrialHeartbeatModel
+    def without_heartbeat(self, study_id: int) -> set[int]:
+        """The ids of the running trials without a heartbeat for `GRACE` s by the server's clock."""
+        trial, beat = models.TrialModel, models.TrialHeartbeatModel
         query = (
-            sqlalchemy.select(trial.trial_id, sign.heartbeat, sqlalchemy.func.now())
-            .outerjoin(sign, sign.trial_id == trial.trial_id)
+            sqlalchemy.select(trial.trial_id, beat.heartbeat, sqlalchemy.func.now())
+            .outerjoin(beat, beat.trial_id == trial.trial_id)
             .where(trial.study_id == study_id, trial.state.in_([TrialState.RUNNING]))
         )
         with self.engine.connect() as connection:
@@ -259,40 +243,39 @@ class ServerStorage(RDBStorage):
             }
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        """None: Optuna would fail them without a reason, and `silent` knows them."""
+        """No ids, or Optuna would end those trials itself, without a recorded reason."""
         return []
 
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: Any
     ) -> Any:
-        """A new trial, with its first sign of life in the same transaction."""
+        """A new trial, with its first heartbeat in the same transaction."""
         trial = super()._get_prepared_new_trial(study_id, template_trial, session)
         if template_trial is None or not template_trial.state.is_finished():
             session.add(models.TrialHeartbeatModel(trial_id=trial.trial_id))
         return trial
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """Give a sign of life; where the server does not take it, the next one will do."""
-        try:
+        """Record a heartbeat; a failure is ignored, as the next one follows soon."""
+        with contextlib.suppress(StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
             super().record_heartbeat(trial_id)
-        except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
-            return
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        """End a trial, once, also where a cut connection hides that it was done."""
-        deadline = time.monotonic() + SERVER_TIMEOUT
-        cut = False
-        while True:
+        """End a trial, once: a lost connection may hide that the first attempt succeeded."""
+        write, attempts = super().set_trial_state_values, 0
+
+        @retry_if_cut
+        def end() -> bool:
+            nonlocal attempts
+            attempts += 1
             try:
-                return super().set_trial_state_values(trial_id, state, values)
+                return write(trial_id, state, values)
             except UpdateFinishedTrialError:
-                if cut and self.get_trial(trial_id).state is state:
+                if attempts > 1 and self.get_trial(trial_id).state is state:
                     return True
                 raise
-            except StorageInternalError as error:
-                if not is_cut(error) or time.monotonic() > deadline:
-                    raise
-                cut = True
+
+        return end()
 
 
 for _name in (
@@ -304,7 +287,13 @@ for _name in (
     setattr(ServerStorage, _name, retry_if_cut(getattr(RDBStorage, _name)))
 
 
+def backend_of(study: optuna.Study) -> BaseStorage:
+    """The storage behind the cache that Optuna puts around it; Optuna has no public way to it."""
+    backend: BaseStorage = getattr(study._storage, "_backend", study._storage)
+    return backend
+
+
 def server_storage(study: optuna.Study) -> ServerStorage | None:
-    """The server's storage of `study`; None where it lives in a file or in memory."""
-    backend = getattr(study._storage, "_backend", study._storage)
+    """The storage of a study on a database server; None for a file or memory."""
+    backend = backend_of(study)
     return backend if isinstance(backend, ServerStorage) else None

@@ -1,29 +1,31 @@
-"""Which trials are best: by their value, or as finalists, by the mean of fresh seeds.
+"""The best trials, by their value or, for finalists, by the mean of trainings on fresh seeds.
 
 The best of many noisy results is partly luck, so the best trials can be trained again.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from statistics import mean, stdev
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.config.hyperparameters import REFERENCE
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
-from search.study.trials import repeat_attr, repeats_of
+from search.study.storage import METADATA, REASON, RUN_ID, SEED
 
-_CHOICE = "finalists"  # the study's user attribute: which trials were compared, on how many seeds
+_CHOICE = "finalists"  # user attribute of the study: trials and number of repeats compared
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """Trial `number`, trained again: val_accuracy on each fresh seed, None where that failed.
+    """A trial trained again on fresh seeds.
 
-    mean: None where one failed. deviation: the sample's, None for one seed or where one failed.
+    val_accuracies: one a seed, None if that training failed. mean: None if one failed.
+    deviation: sample standard deviation; None for one seed or if one failed.
     """
 
     number: int
@@ -39,31 +41,31 @@ class Finalist:
 
 
 def ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The COMPLETE trials, the best first and the earlier of equals before the later."""
+    """The COMPLETE trials, best first; ties in the order of their numbers."""
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
     return sorted(complete, key=lambda trial: (-(trial.value or 0), trial.number))
 
 
 def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The best COMPLETE trial, None where there is none."""
+    """The best COMPLETE trial; None if there is none."""
     return next(iter(ranked(trials)), None)
 
 
 def reference_params(study: optuna.Study) -> Mapping[str, Value]:
-    """What a trial of the reference configuration has for params; nothing where there is none."""
-    found: Mapping[str, Value] = study.user_attrs.get("facts", {}).get("reference", REFERENCE)
+    """The params of the reference configuration; empty if the space does not contain it."""
+    found: Mapping[str, Value] = study.user_attrs.get(METADATA, {}).get("reference", REFERENCE)
     return found
 
 
 def reference(study: optuna.Study) -> FrozenTrial | None:
-    """The first COMPLETE trial of the reference configuration."""
+    """The first COMPLETE trial of the reference configuration; None if there is none."""
     wanted = reference_params(study)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return next((trial for trial in complete if trial.params == wanted), None)
 
 
 def candidates(study: optuna.Study, config: StudyConfig) -> list[FrozenTrial]:
-    """The best COMPLETE trials, as many as `config.finalists`, and the reference."""
+    """The `config.finalists` best COMPLETE trials, and the reference; none if that is 0."""
     if config.finalists == 0:
         return []
     chosen = ranked(study.get_trials(deepcopy=False))[: config.finalists]
@@ -72,7 +74,7 @@ def candidates(study: optuna.Study, config: StudyConfig) -> list[FrozenTrial]:
 
 
 def missing(chosen: list[FrozenTrial], config: StudyConfig) -> list[tuple[int, int]]:
-    """The repeats that were not run yet: trial and repeat, a round of all finalists first."""
+    """Trial and repeat of the trainings still to run, one round of all finalists at a time."""
     return [
         (trial.number, repeat)
         for repeat in range(config.repeats)
@@ -82,7 +84,7 @@ def missing(chosen: list[FrozenTrial], config: StudyConfig) -> list[tuple[int, i
 
 
 def settle(study: optuna.Study, chosen: list[FrozenTrial], config: StudyConfig) -> None:
-    """Write into the study which trials its winner was chosen from."""
+    """Store in the study which finalists were compared."""
     choice: dict[str, Any] = {
         "trials": [trial.number for trial in chosen],
         "repeats": config.repeats,
@@ -94,7 +96,7 @@ def settle(study: optuna.Study, chosen: list[FrozenTrial], config: StudyConfig) 
 
 
 def standing(study: optuna.Study) -> list[Finalist]:
-    """The finalists of the study's last run, the best mean first; empty where there were none."""
+    """The finalists of the study's last run, best mean first."""
     choice = study.user_attrs.get(_CHOICE, {})
     trials = study.get_trials(deepcopy=False)
     found = []
@@ -115,6 +117,44 @@ def standing(study: optuna.Study) -> list[Finalist]:
 
 
 def winner(study: optuna.Study) -> FrozenTrial | None:
-    """The finalist with the best mean, or else the best trial; None where none completed."""
+    """The finalist with the best mean, or else the best trial; None if none completed."""
     trials, stood = study.get_trials(deepcopy=False), standing(study)
     return trials[stood[0].number] if stood else best(trials)
+
+
+# ---- repeats: a finalist's trainings on fresh seeds, stored in user attributes of its trial ------
+
+
+def repeat_attr(repeat: int) -> str:
+    """The key of the user attribute that holds the repeat `repeat`, from 0."""
+    return f"finalist_{repeat}"
+
+
+def repeats_of(trial: FrozenTrial) -> dict[int, FrozenTrial]:
+    """The repeats of a finalist, each as a trial with the same number and params."""
+    found = {}
+    for name, kept in trial.user_attrs.items():
+        if name.startswith("finalist_"):
+            repeat = int(name.removeprefix("finalist_"))
+            found[repeat] = _as_trial(trial, repeat, kept)
+    return found
+
+
+def _as_trial(trial: FrozenTrial, repeat: int, kept: Mapping[str, Any]) -> FrozenTrial:
+    own = (SEED, "history", RUN_ID, REASON)
+    failed = REASON in kept
+    seen = create_trial(
+        state=TrialState.FAIL if failed else TrialState.COMPLETE,
+        value=None if failed else kept.get("value", kept["history"][-1]["val_accuracy"]),
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={
+            "repeat": repeat,
+            "trainable_parameters": trial.user_attrs["trainable_parameters"],
+            **{name: kept[name] for name in own if name in kept},
+        },
+    )
+    seen.number = trial.number
+    seen.datetime_start = datetime.fromtimestamp(kept["began"] / 1000)
+    seen.datetime_complete = datetime.fromtimestamp(kept["ended"] / 1000)
+    return seen

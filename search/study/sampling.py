@@ -1,8 +1,8 @@
-"""What a trial tries, and when it is ended: samplers and pruners that depend on places.
+"""Samplers and pruners, seeded by slots.
 
-Optuna's own samplers carry their random state from trial to trial, so a resumed study would
-propose the same again. Here every trial gets a sampler of its own, seeded by the study's seed and
-the trial's place, so a study proposes the same in one go, resumed, or with lost trials replaced.
+Optuna's samplers carry their random state from trial to trial, so a resumed study would repeat its
+proposals. Here every trial has its own sampler, seeded by the study's seed and the trial's slot. A
+study proposes the same whether it runs in one go, is resumed, or replaces lost trials.
 """
 
 import binascii
@@ -18,6 +18,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, PercentilePruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
@@ -26,77 +27,75 @@ from search.config.parameter import Choice, Parameter, Value
 from search.config.settings import StudyConfig
 from search.config.space import Space
 from search.study import tpe
-from search.study.outline import OutlineStorage
+from search.study.outline import outlines_of
+from search.study.storage import SLOT
 
 
-def seeds(seed: int, place: int) -> tuple[int, int]:
-    """The seeds of the trial at `place`: one for its proposal, one for its training."""
-    first, second = np.random.SeedSequence([seed, place]).generate_state(2)
+def seeds(seed: int, slot: int) -> tuple[int, int]:
+    """The seeds of the trial in `slot`: of its proposal, and of its training."""
+    first, second = np.random.SeedSequence([seed, slot]).generate_state(2)
     return int(first) % 2**31, int(second) % 2**31
 
 
-def repeat_seed(seed: int, place: int, repeat: int) -> int:
-    """The seed on which the trial at `place` is trained again for the time `repeat`, from 0."""
-    (state,) = np.random.SeedSequence([seed, place, repeat + 1]).generate_state(1)
+def repeat_seed(seed: int, slot: int, repeat: int) -> int:
+    """The seed of repeat `repeat`, from 0, of the trial in `slot`."""
+    (state,) = np.random.SeedSequence([seed, slot, repeat + 1]).generate_state(1)
     return int(state) % 2**31
 
 
 def budget(config: StudyConfig) -> int:
-    """How many slots of the study must be finished: at most the whole grid, for a grid."""
+    """The number of slots to finish: `config.n_trials`, for a grid at most its size."""
     if config.sampler == "grid":
         return min(config.n_trials, config.space.grid_size())
     return config.n_trials
 
 
-def sampler(config: StudyConfig, place: int) -> BaseSampler:
-    """The sampler of the trial at `place`; the first one proposes the reference."""
-    seed, _ = seeds(config.seed, place)
+def sampler(config: StudyConfig, slot: int) -> BaseSampler:
+    """The sampler of the trial in `slot`; slot 0 gets the reference configuration."""
+    seed, _ = seeds(config.seed, slot)
     if config.sampler == "grid":
-        return _fixed(config.space.grid_point(place), RandomSampler(seed))
+        return _fixed(config.space.grid_point(slot), RandomSampler(seed))
     reference = config.space.reference()
-    if place == 0 and reference is not None:
+    if slot == 0 and reference is not None:
         return _fixed(reference, RandomSampler(seed))
     if config.sampler == "tpe":
         return _tpe(seed, conditional=config.space.is_conditional())
     if config.sampler == "qmc":
-        return _SlotQMC(config.space, place, config.seed)
+        return _SlotQMC(config.space, slot, config.seed)
     return RandomSampler(seed)
 
 
 def _fixed(params: Mapping[str, Value], base: BaseSampler) -> BaseSampler:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return PartialFixedSampler(dict(params), base)
 
 
 def _tpe(seed: int, *, conditional: bool) -> BaseSampler:
-    """Grouped where trials are asked for different things: each group is then one joint model."""
+    """conditional: whether params depend on others; each group of them is a joint model then."""
     if not conditional:
         return tpe.Sampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return tpe.Sampler(seed=seed, multivariate=True, group=True)
 
 
 class _SlotQMC(QMCSampler):
-    """A scrambled Sobol sequence whose point is the trial's place, not a stored counter."""
+    """A scrambled Sobol sequence that is indexed by the trial's slot, not by a stored counter."""
 
-    def __init__(self, space: Space, place: int, seed: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    def __init__(self, space: Space, slot: int, seed: int) -> None:
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             super().__init__(scramble=True, seed=seed, warn_independent_sampling=False)
         self._distributions = distributions(space)
-        self._place = place
+        self._slot = slot
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
         return {name: dist for name, dist in self._distributions.items() if not dist.single()}
 
     def _find_sample_id(self, study: Any, search_space: Any) -> int:
-        return self._place
+        return self._slot
 
 
 def distributions(space: Space) -> Mapping[str, BaseDistribution]:
-    """Optuna's distributions for all that a trial of `space` may be asked for."""
+    """Optuna's distributions of all hyperparameters of `space` that are searched."""
     return {name: _distribution(parameter) for name, parameter in space.searched().items()}
 
 
@@ -109,11 +108,11 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(low, high, log=log, step=step)
 
 
-_REDUCTION = 3  # of the trials that reach a rung of halving, one in so many goes on
+_REDUCTION = 3  # one in so many trials survives a rung of halving
 
 
 def pruner(config: StudyConfig) -> BasePruner:
-    """The pruner; it judges an epoch's val_accuracy by the same epoch of earlier trials."""
+    """The pruner that `config` names; all compare val_accuracy epoch by epoch."""
     makers: dict[str, Callable[[], BasePruner]] = {
         "percentile": lambda: _Percentile(25, n_startup_trials=5),
         "median": lambda: _Percentile(50, n_startup_trials=5),
@@ -125,10 +124,9 @@ def pruner(config: StudyConfig) -> BasePruner:
 
 
 class Judged:
-    """A running trial as far as its pruner needs it, which after every epoch costs the same.
+    """A running trial for its pruner, at the same cost after every epoch.
 
-    The pruners go by the value after the last epoch, or by the best one so far. Optuna would hand
-    them all of its values, and look at each.
+    The pruners need the last value and the best one so far; Optuna would pass them all values.
     """
 
     def __init__(self, trial: optuna.Trial) -> None:
@@ -142,7 +140,7 @@ class Judged:
             params=trial.params,
             distributions=trial.distributions,
             user_attrs=trial.user_attrs,
-            system_attrs={},  # the pruners that need them read them
+            system_attrs={},  # read by the pruners that need them
             intermediate_values={},
             trial_id=trial._trial_id,
         )
@@ -155,16 +153,17 @@ class Judged:
         self._seen.intermediate_values = {best: values.get(best, value), step: value}
 
     def should_prune(self) -> bool:
-        """Whether the pruner ends the trial after the epoch reported last."""
+        """Whether to prune the trial after the epoch reported last."""
         study = self._trial.study
         return bool(study.pruner.prune(study, self._seen))
 
 
 class _Percentile(PercentilePruner):
-    """Optuna's percentile pruner, which compares with the arrays of a worker's study."""
+    """Optuna's percentile pruner, computed from the arrays of a worker's outlines."""
 
     def prune(self, study: Any, trial: FrozenTrial) -> bool:
-        if not isinstance(study._storage, OutlineStorage):
+        outlines = outlines_of(study)
+        if outlines is None:
             return super().prune(study, trial)
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(complete) < self._n_startup_trials:
@@ -172,15 +171,14 @@ class _Percentile(PercentilePruner):
         best = np.nanmax(list(trial.intermediate_values.values()))
         if np.isnan(best):
             return True
-        columns = study._storage.outlines(study._study_id).columns
-        others = columns.reported.get(trial.last_step or 0)
+        others = outlines.columns.reported.get(trial.last_step or 0)
         if others is None:
             return False
         return bool(best < np.nanpercentile(others, 100 - self._percentile))
 
 
 class _Halving(SuccessiveHalvingPruner):
-    """Successive halving that leaves out failed trials, whose places others have taken."""
+    """Successive halving without failed trials, whose slots other trials have taken."""
 
     def __init__(self) -> None:
         super().__init__(min_resource=1, reduction_factor=_REDUCTION)
@@ -195,7 +193,7 @@ class _Halving(SuccessiveHalvingPruner):
 def _is_at_rung(step: int | None, rate: int) -> bool:
     """Whether halving compares trials after the epoch `step`: 1, 3, 9 and so on, from `3 ** rate`.
 
-    After the others it lets them go on, and would read the whole study to find that out.
+    It never prunes elsewhere, but Optuna would read the whole study to find that out.
     """
     rung: int = _REDUCTION**rate
     while step is not None and rung < step:
@@ -217,12 +215,12 @@ class _WithoutFailures:
 
 
 class _SlotHyperband(HyperbandPruner):
-    """Hyperband whose brackets go by a trial's place, not its number; failed trials have none."""
+    """Hyperband whose brackets depend on a trial's slot, not its number; failed ones have none."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__(min_resource=1, max_resource=epochs, reduction_factor=_REDUCTION)
-        self._brackets: dict[int, int] = {}  # by place
-        # Made at once, so that the first proposal of a resumed study, too, knows its bracket.
+        self._brackets: dict[int, int] = {}  # by slot
+        # At once, so that already the first proposal of a resumed study knows its bracket.
         self._try_initialization(None)  # type: ignore[arg-type]
 
     def prune(self, study: Any, trial: FrozenTrial) -> bool:
@@ -232,15 +230,15 @@ class _SlotHyperband(HyperbandPruner):
         return super().prune(study, trial)
 
     def _get_bracket_id(self, study: Any, trial: FrozenTrial) -> int:
-        place = trial.user_attrs.get("place")
-        if place is None or trial.state is TrialState.FAIL:
+        slot = trial.user_attrs.get(SLOT)
+        if slot is None or trial.state is TrialState.FAIL:
             return -1
-        if place not in self._brackets:  # all trials are asked for theirs at each rung
-            self._brackets[place] = self._bracket(place)
-        return self._brackets[place]
+        if slot not in self._brackets:  # asked of all trials at each rung
+            self._brackets[slot] = self._bracket(slot)
+        return self._brackets[slot]
 
-    def _bracket(self, place: int) -> int:
-        share = binascii.crc32(f"place {place}".encode()) % self._total_trial_allocation_budget
+    def _bracket(self, slot: int) -> int:
+        share = binascii.crc32(f"place {slot}".encode()) % self._total_trial_allocation_budget
         for bracket, size in enumerate(self._trial_allocation_budgets):
             share -= size
             if share < 0:

@@ -1,4 +1,4 @@
-"""The Optuna side: check, create and open a study, own its trials, count what is missing."""
+"""The Optuna side: check, create and open a study."""
 
 import contextlib
 import uuid
@@ -18,17 +18,29 @@ from sqlalchemy.exc import SQLAlchemyError
 from search.config.settings import StudyConfig, differences
 from search.config.urls import sqlite_path, sqlite_url
 from search.errors import InputError, RunError, one_line, redact
-from search.study.postgres import check_server, escape_braces, open_server_storage
+from search.study.postgres import (
+    backend_of,
+    check_server,
+    connected,
+    escape_braces,
+    open_server_storage,
+)
 from search.study.sqlite import (
+    check_schema,
     check_sqlite,
     create_sqlite,
-    other_schema,
     read_only_url,
     tune_sqlite,
 )
 
-ERRORS = (OSError, SQLAlchemyError, OptunaError)  # a disk or a database that fails
-_BEFORE = {"split": "last", "normalize": "none"}  # of a study whose settings do not name them
+ERRORS = (OSError, SQLAlchemyError, OptunaError)  # raised if a disk or a database fails
+_BEFORE = {"split": "last", "normalize": "none"}  # of studies of earlier versions
+# Keys of user attributes of studies and trials: stored, so they never change.
+SETTINGS, METADATA = "settings", "facts"  # as given by the user; what all trials share
+UID, RUN_ID = "study_uid", "mlflow_run_id"  # the latter is a trial's run or the study's parent run
+SLOT, OWNER, SEED, ENVIRONMENT = "place", "owner", "seed", "environment"
+REASON, BY_ITSELF = "failure", "failed_by_itself"  # of a FAIL trial; its own training raised
+VERSION = "model_version"  # of the registered model
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 
@@ -36,9 +48,9 @@ _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 
 def check(config: StudyConfig) -> None:
-    """Raise InputError where `config.storage` is no database of Optuna's, existing or to be made.
+    """Raise InputError if `config.storage` is no Optuna database and can't become one.
 
-    A SQLite file is only read.
+    Changes nothing.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = sqlite_path(config.storage)
@@ -47,52 +59,40 @@ def check(config: StudyConfig) -> None:
         return
     check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
     if path.exists():
-        _check_schema(config.storage, path)
-
-
-def _check_schema(url: str, path: Path) -> None:
-    found = other_schema(path, _alembic_head())
-    if found is not None:
-        raise InputError(
-            f"--storage must be a database of Optuna {optuna.__version__}, but {str(path)!r} has "
-            f"the schema {found or 'of an Optuna before 1.3'}; copy the file and run "
-            f"optuna storage upgrade --storage {redact(url)}, or give another file"
-        )
+        upgrade = f"optuna storage upgrade --storage {redact(config.storage)}"
+        check_schema("--storage", path, f"Optuna {optuna.__version__}", _alembic_head(), upgrade)
 
 
 def _alembic_head() -> str:
-    """As RDBStorage.get_head_version, for which a database would have to be made."""
+    """As RDBStorage.get_head_version, but without creating a database."""
     scripts = ScriptDirectory(str(Path(models.__file__).with_name("alembic")))
     return str(scripts.get_current_head())
 
 
 def _has_tables(url: str) -> bool:
-    """Whether Optuna has been there; changes nothing."""
+    """Whether the database has Optuna's tables; changes nothing."""
     path = sqlite_path(url)
     if path is not None:
-        return path.exists()  # it is made complete or not at all
-    engine = sqlalchemy.create_engine(url)
-    try:
-        return sqlalchemy.inspect(engine).has_table("studies")
-    finally:
-        engine.dispose()
+        return path.exists()  # created complete or not at all
+    with connected(url) as connection:
+        return sqlalchemy.inspect(connection).has_table("studies")
 
 
 def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
-    """The settings that the study was started with, None where it does not exist yet.
+    """The settings that the study was created with; None if it does not exist yet.
 
-    A file is only read. Raises InputError where the study is another program's.
+    Changes nothing. Raises InputError if another program created the study.
     """
     with _read_only(config) as study:
         if study is None:
             return None
         _refuse_foreign(study, config)
-        settings: dict[str, Any] | None = study.user_attrs.get("settings")
+        settings: dict[str, Any] | None = study.user_attrs.get(SETTINGS)
         return settings
 
 
 def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
-    """Raise InputError where the study exists with other settings; a file is only read."""
+    """Raise InputError if the study exists with other settings; changes nothing."""
     with _read_only(config) as study:
         if study is not None:
             _refuse_other(study, config, settings)
@@ -100,7 +100,7 @@ def check_same(config: StudyConfig, settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _read_only(config: StudyConfig) -> Iterator[optuna.Study | None]:
-    """The study, None where it does not exist; a file is only read."""
+    """The study, from a read-only file; None if it does not exist."""
     if not _has_tables(config.storage):
         yield None
         return
@@ -124,27 +124,27 @@ def _remedy(config: StudyConfig) -> str:
 
 
 def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
-    """Raise InputError where `study` was not made by this tool."""
+    """Raise InputError if another program created `study`."""
     directions = [direction.name.lower() for direction in study.directions]
     if directions != ["maximize"]:
         raise InputError(
             f"--study-name {config.study_name} must be a study that maximizes val_accuracy, but "
             f"direction: {', '.join(directions)} -> maximize; {_remedy(config)}"
         )
-    stored = study.user_attrs.get("settings")
+    stored = study.user_attrs.get(SETTINGS)
     foreign = stored is not None or study.get_trials(deepcopy=False)
     if not isinstance(stored, dict) and foreign:
         raise InputError(
             f"--study-name {config.study_name} must be a study of this tool, but the one in "
-            f"{redact(config.storage)} was made by another program; {_remedy(config)}"
+            f"{redact(config.storage)} was created by another program; {_remedy(config)}"
         )
 
 
 def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
-    """Raise InputError where `study` is another program's or has other settings."""
+    """Raise InputError if another program created `study` or it has other settings."""
     _refuse_foreign(study, config)
-    stored = study.user_attrs.get("settings", settings)
-    if _digest(stored) == _digest(settings):  # its file may have another name by now
+    stored = study.user_attrs.get(SETTINGS, settings)
+    if _digest(stored) == _digest(settings):  # the same data, perhaps in a renamed file
         settings = {**settings, "dataset": stored.get("dataset")}
     changed = differences({**_BEFORE, **stored}, {**_BEFORE, **settings})
     if changed:
@@ -155,7 +155,7 @@ def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, 
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
-    """Of the dataset, which settings name as `NAME (DIGEST)`."""
+    """The digest of the dataset, which settings contain as `NAME (DIGEST)`."""
     return str(settings.get("dataset")).rpartition(" ")[2]
 
 
@@ -163,27 +163,23 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 
 def open_storage(url: str) -> RDBStorage:
-    """Optuna's storage behind `url`, its schema created first where there is none."""
+    """Open Optuna's storage at `url`; creates its tables if there are none."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = sqlite_path(url)
     if path is None:
         return open_server_storage(url)
 
-    def fill(unfinished: str) -> None:
-        storage = RDBStorage(escape_braces(unfinished))
-        close(storage)
-
-    create_sqlite(path, fill)
+    create_sqlite(path, lambda unfinished: close(RDBStorage(escape_braces(unfinished))))
     tune_sqlite(path)
-    return RDBStorage(  # it is complete, and `check` has seen its schema
+    return RDBStorage(  # complete, and `check` has checked the schema
         escape_braces(sqlite_url(path)), skip_compatibility_check=True, skip_table_creation=True
     )
 
 
 def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
-    """The study of `config`, created where it does not exist.
+    """Open the study of `config`; creates it if it does not exist.
 
-    Raises InputError where it exists with other settings.
+    Raises InputError if it exists with other settings.
     """
     storage = open_storage(config.storage)
     study = optuna.create_study(
@@ -195,58 +191,57 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
         close(storage)
         raise
     if study.metric_names is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             study.set_metric_names(["val_accuracy"])  # for optuna-dashboard
-    if "study_uid" not in study.user_attrs:
-        study.set_user_attr("study_uid", uuid.uuid4().hex)
-    if "settings" not in study.user_attrs:
-        study.set_user_attr("settings", settings)
+    if UID not in study.user_attrs:
+        study.set_user_attr(UID, uuid.uuid4().hex)
+    if SETTINGS not in study.user_attrs:
+        study.set_user_attr(SETTINGS, settings)
     return study
 
 
 def load_study(config: StudyConfig) -> optuna.Study:
-    """The study of `config`, as it is. Raises InputError where this tool made none there."""
+    """Open the study of `config`. Raises InputError if this tool has not created one."""
     if _has_tables(config.storage):
         storage = open_storage(config.storage)
         with contextlib.suppress(KeyError):
             study = optuna.load_study(study_name=config.study_name, storage=storage)
-            if "facts" in study.user_attrs:
+            if METADATA in study.user_attrs:
                 return study
         close(storage)
     raise InputError(
         f"--study-name must be a study of this tool, but {redact(config.storage)} has none named "
-        f"{config.study_name}; look with optuna studies --storage {redact(config.storage)}"
+        f"{config.study_name}; list them with optuna studies --storage {redact(config.storage)}"
     )
 
 
 def write_note(study: optuna.Study, text: str) -> None:
-    """Make `text` the study's note in optuna-dashboard, unless the user has written another."""
+    """Make `text` the study's note in optuna-dashboard, unless the user has edited it."""
     from optuna_dashboard import get_note, save_note
 
     shown, own = get_note(study), study.user_attrs.get("notes", [])
     if shown in ("", *own):
-        study.set_user_attr("notes", [shown, text])  # first: both are known as ours if it is killed
+        study.set_user_attr("notes", [shown, text])  # first: a kill leaves either note
         save_note(study, text)
 
 
 def failure(error: BaseException) -> RunError:
-    """What to tell the user of a database, a disk or a server that failed in the middle of a run.
+    """The error for a database, disk or server that failed during a run.
 
-    The first cause is named: later errors are often only about handling it.
+    It names the first cause; later errors often come only from handling it.
     """
     first = error
     while first.__cause__ is not None or first.__context__ is not None:
         first = first.__cause__ or first.__context__ or first
     return RunError(
         f"the study's records could not be written ({type(first).__name__}: {one_line(first)}); "
-        "look at the disk, the databases and the server, and run the same command again"
+        "check the disk, the databases and the server, and run the same command again"
     )
 
 
 def close_study(study: optuna.Study) -> None:
     """Close every connection of the storage behind `study`."""
-    backend = getattr(study._storage, "_backend", study._storage)
+    backend = backend_of(study)
     if isinstance(backend, RDBStorage):
         close(backend)
 

@@ -1,9 +1,8 @@
-"""TPE that proposes what Optuna's does, to the last digit, and hardly slower in a long study.
+"""TPE with the proposals of Optuna's, to the last digit, but fast in long studies.
 
-Optuna's sampler walks through all trials several times for each proposal. Here the finished ones
-are the arrays that `outline` keeps, and the densities result from the same operations in an order
-that suits the processor. Only this module depends on the inside of Optuna's sampler; its tests
-compare the proposals of both.
+Optuna's sampler walks through all trials several times for each proposal. This one reads the arrays
+of `outline` and computes the densities by the same operations in a cache-friendly order. Only this
+module depends on the internals of Optuna's sampler; its tests compare the proposals of both.
 """
 
 from typing import Any
@@ -18,11 +17,11 @@ from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDi
 from optuna.samplers._tpe.sampler import default_gamma
 from optuna.trial import FrozenTrial, TrialState
 
-from search.study.outline import Columns, OutlineStorage
+from search.study.outline import Columns, Outlines, outlines_of
 
 _Array = NDArray[np.float64]
-_NEGLIGIBLE = -700  # exp of it does not change a sum with a 1 in it; of less, it takes far longer
-_FEW = 8  # NumPy adds fewer numbers than this one after another, more of them in pairs
+_NEGLIGIBLE = -700  # exp(-700) vanishes in a sum with 1 in it; smaller arguments are much slower
+_FEW = 8  # NumPy sums fewer numbers sequentially, others pairwise
 
 
 class Sampler(TPESampler):
@@ -35,22 +34,23 @@ class Sampler(TPESampler):
     def infer_relative_search_space(
         self, study: Any, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """What Optuna infers from all finished trials, from those that differ in their ranges."""
-        if isinstance(study._storage, OutlineStorage):
-            study = _Distinct(study)
-        return super().infer_relative_search_space(study, trial)
+        """As Optuna's, but of the trials with the same distributions only the first is read."""
+        outlines = outlines_of(study)
+        known: Any = study if outlines is None else _Distinct(study, outlines)
+        return super().infer_relative_search_space(known, trial)
 
     def _sample(
         self, study: Any, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if not isinstance(study._storage, OutlineStorage):
+        outlines = outlines_of(study)
+        if outlines is None:
             return super()._sample(study, trial, search_space)
         running = study._get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         others = [other for other in running if other.number != trial.number]
-        columns = study._storage.outlines(study._study_id).columns
+        columns = outlines.columns
         complete = np.flatnonzero(~np.isnan(columns.value))
         n_below = default_gamma(int(columns.finished.sum()))
-        if len(complete) < n_below:  # pruned trials are among the best, too
+        if len(complete) < n_below:  # pruned trials are among the best ones, too
             return super()._sample(study, trial, search_space)
         values = columns.value[complete]
         last = np.partition(values, -n_below)[-n_below]
@@ -93,23 +93,23 @@ class Sampler(TPESampler):
 
 
 class _Distinct:
-    """A study as far as search spaces are inferred from it; of equal ranges one trial is enough."""
+    """The part of a study from which search spaces are inferred."""
 
-    def __init__(self, study: Any) -> None:
+    def __init__(self, study: Any, outlines: Outlines) -> None:
         self._study = study
+        self._outlines = outlines
         self._study_id = study._study_id
 
     def _is_multi_objective(self) -> bool:
         return bool(self._study._is_multi_objective())
 
     def _get_trials(self, **options: Any) -> list[FrozenTrial]:
-        self._study._get_trials(**options)  # reads what is new
-        trials: list[FrozenTrial] = self._study._storage.outlines(self._study_id).distinct()
-        return trials
+        self._study._get_trials(**options)  # reads the new trials
+        return self._outlines.distinct()
 
 
 class _Estimator(_ParzenEstimator):
-    """Optuna's estimator, whose density is computed sample by sample, in memory that is at hand."""
+    """Optuna's estimator, with the density computed sample by sample, in the cache."""
 
     def log_pdf(self, samples_dict: dict[str, _Array]) -> _Array:
         """The logarithm of the density at each sample."""

@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,100 +16,73 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.config.parameter import Value
 from search.errors import printable
-from search.study.outline import BY_ITSELF, OutlineStorage
+from search.study.outline import outlines_of
 from search.study.postgres import server_storage
-from search.study.storage import close, open_storage
+from search.study.storage import BY_ITSELF, OWNER, REASON, RUN_ID, SLOT, close, open_storage
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+LOST = "lost: the worker process died (killed, crashed or powered off)"
+METRICS = {  # Keras' name -> ours
+    "loss": "train_loss",
+    "accuracy": "train_accuracy",
+    "val_loss": "val_loss",
+    "val_accuracy": "val_accuracy",
+}
 
 
-# ---- trials ----------------------------------------------------------------------------------
+# ---- creating and ending ---------------------------------------------------------------------
 
 
 class SlotTaken(Exception):
-    """Another process has begun a trial at the same place, a moment earlier."""
+    """Another process has started a trial in the same slot a moment earlier."""
 
 
 class SlottedStudy(optuna.Study):
-    """A study whose trials are created with their marks (place, seed, owner), in one write."""
+    """A study that creates a trial together with its user attributes, in one write.
 
-    marks: Mapping[str, Any] = MappingProxyType({})
+    attrs: those of the next trial; slot and owner at least.
+    """
+
+    attrs: Mapping[str, Any] = MappingProxyType({})
 
     def ask(self, fixed_distributions: dict[str, Any] | None = None) -> optuna.Trial:
-        """Create the next trial; one that was enqueued elsewhere is left alone.
+        """Create the next trial; unlike Optuna's, never take a trial that somebody enqueued.
 
-        Raises PlaceTaken where its place was taken meanwhile; the trial has ended then.
+        Raises SlotTaken if another process was faster; the new trial has ended then.
         """
-        self._thread_local.cached_all_trials = None
-        template = create_trial(state=TrialState.RUNNING, user_attrs=dict(self.marks))
+        self._thread_local.cached_all_trials = None  # as in Optuna's own
+        template = create_trial(state=TrialState.RUNNING, user_attrs=dict(self.attrs))
         trial = optuna.Trial(self, self._storage.create_new_trial(self._study_id, template))
         if server_storage(self) is not None:  # several hosts may run tasks of the study
-            self._check_place(trial.number)
+            self._check_slot(trial.number)
         return trial
 
-    def _check_place(self, number: int) -> None:
-        begun = {
-            t.number: t for t in trials_in_slot(self, self.marks["place"]) if t.number <= number
-        }
-        mine = begun.pop(number, None)
+    def _check_slot(self, number: int) -> None:
+        """Raise SlotTaken if an earlier trial has the slot; end earlier duplicates of our own."""
+        others = {t.number: t for t in trials_in_slot(self, self.attrs[SLOT]) if t.number <= number}
+        mine = others.pop(number, None)
         if mine is None:  # ended from outside, as by a second Ctrl-C
             raise SlotTaken
-        for trial in begun.values():
-            if trial.state.is_finished() or trial.user_attrs["owner"] != self.marks["owner"]:
-                fail_trial(
-                    self, mine, f"trial {trial.number} was begun in its place a moment earlier"
-                )
+        for trial in others.values():
+            if trial.state.is_finished() or trial.user_attrs[OWNER] != self.attrs[OWNER]:
+                reason = f"trial {trial.number} was started in the same slot a moment earlier"
+                fail_trial(self, mine, reason)
                 raise SlotTaken
-            fail_trial(self, trial, f"a cut connection hid that it was begun; see trial {number}")
+            fail_trial(self, trial, f"a cut connection hid its start; replaced by trial {number}")
 
 
-def trials_in_slot(study: optuna.Study, place: int) -> list[FrozenTrial]:
-    """The trials at `place` that run or have finished, the oldest first."""
-    if isinstance(study._storage, OutlineStorage):
-        trials = study._storage.at(study._study_id, place)
-    else:
-        trials = study.get_trials(deepcopy=False)
+def trials_in_slot(study: optuna.Study, slot: int) -> list[FrozenTrial]:
+    """The RUNNING, COMPLETE and PRUNED trials in `slot`, the oldest first."""
+    outlines = outlines_of(study)
+    trials = study.get_trials(deepcopy=False) if outlines is None else outlines.at(slot)
     states = (TrialState.RUNNING, *FINISHED)
-    return [t for t in trials if t.user_attrs.get("place") == place and t.state in states]
-
-
-def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
-    """Whether a RUNNING trial's process is gone, as far as this host can tell.
-
-    A study has one runner at a time. In a file, it alone runs trials, but for what is left of a
-    killed one. On a server, workers on other hosts may run them too, and give signs of life.
-    """
-    mark = trial.user_attrs.get("owner")
-    if mark is None:
-        return True
-    here = is_of_this_host(mark)
-    if here and has_ended(mark):
-        return True
-    behind = server_storage(study)
-    return not here if behind is None else trial._trial_id in behind.silent(study._study_id)
+    return [t for t in trials if t.user_attrs.get(SLOT) == slot and t.state in states]
 
 
 def read_trial(study: optuna.Study, number: int) -> FrozenTrial:
-    """The trial with that number and all that it keeps, also where `study` has only outlines."""
+    """The whole trial `number`, also if `study` reads only outlines."""
     backend, study_id = study._storage, study._study_id
     return backend.get_trial(backend.get_trial_id_from_study_id_trial_number(study_id, number))
-
-
-def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
-    """The slots that are finished without a result, each with its last trial.
-
-    A configuration that has failed by itself twice is not tried again. A lost trial says nothing
-    of its configuration, and neither does one that another version of this tool recorded.
-    """
-    first: set[int] = set()
-    found = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-        if trial.user_attrs.get(BY_ITSELF):
-            slot = trial.user_attrs["place"]
-            if slot in first:
-                found[slot] = trial
-            first.add(slot)
-    return found
 
 
 def fail_trial(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
@@ -119,7 +91,7 @@ def fail_trial(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
     The reason is written first, so that no failure lacks one.
     """
     with contextlib.suppress(UpdateFinishedTrialError):
-        study._storage.set_trial_user_attr(trial._trial_id, "failure", printable(reason))
+        study._storage.set_trial_user_attr(trial._trial_id, REASON, printable(reason))
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
@@ -134,42 +106,55 @@ def amend_trial(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, 
         storage.set_trial_user_attr(trial._trial_id, name, value)
     finally:
         close(storage)
-    trial.user_attrs[name] = value  # Optuna keeps finished trials, and reads no more
+    trial.user_attrs[name] = value  # Optuna caches finished trials
+
+
+# ---- the budget ------------------------------------------------------------------------------
 
 
 def missing_slots(study: optuna.Study, total: int) -> list[int]:
     """The slots, of 0 to `total` - 1, that are not finished yet, as far as the budget goes.
 
-    A slot (stored as `place`) is finished by a COMPLETE or PRUNED trial, or by being given up.
+    A slot is finished by a COMPLETE or PRUNED trial, or by being given up.
     """
     finished = study.get_trials(deepcopy=False, states=FINISHED)
-    taken = {trial.user_attrs.get("place") for trial in finished} | set(given_up(study))
-    missing = [place for place in range(total) if place not in taken]
-    return missing[: max(0, total - len(taken))]  # fewer where the budget was lowered
+    taken = {trial.user_attrs.get(SLOT) for trial in finished} | set(given_up(study))
+    missing = [slot for slot in range(total) if slot not in taken]
+    return missing[: max(0, total - len(taken))]  # fewer if the budget was lowered
 
 
-LOST = "lost: its process ended without a word (killed, crashed or switched off)"
-METRICS = {  # Keras' name -> ours
-    "loss": "train_loss",
-    "accuracy": "train_accuracy",
-    "val_loss": "val_loss",
-    "val_accuracy": "val_accuracy",
-}
-HISTORY_BLOCK = 100  # epochs
+def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """The slots that were given up after two failures, each with its last trial.
+
+    A configuration whose training raised an error twice is not run again. Lost trials say nothing
+    about their configuration and do not count; neither do those of versions that did not tell.
+    """
+    first: set[int] = set()
+    found = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+        if trial.user_attrs.get(BY_ITSELF):
+            slot = trial.user_attrs[SLOT]
+            if slot in first:
+                found[slot] = trial
+            first.add(slot)
+    return found
 
 
-# A trial's history, an entry an epoch, is kept in user attributes of so many epochs each: what is
-# written after an epoch does not grow with the epochs before it.
+# ---- history ---------------------------------------------------------------------------------
+
+# Stored in user attributes of so many epochs each, so that what is written after an epoch does not
+# grow with the number of epochs before it.
+HISTORY_BLOCK = 100
 
 
 def history_attr(epoch: int) -> str:
-    """The user attribute of a trial that keeps the entry of `epoch`, from 0."""
+    """The key of the user attribute that holds the entry of `epoch`, from 0."""
     block = epoch // HISTORY_BLOCK
     return f"history_{block}" if block else "history"
 
 
 def history_of(trial: FrozenTrial) -> list[dict[str, float]]:
-    """The whole history of a trial or a repeat, also where it was kept in one attribute."""
+    """The whole history of a trial or a repeat: an entry an epoch, in order."""
     found = list(trial.user_attrs.get("history", ()))
     block = 1
     while f"history_{block}" in trial.user_attrs:
@@ -178,69 +163,51 @@ def history_of(trial: FrozenTrial) -> list[dict[str, float]]:
     return found
 
 
-# A finalist's repeats, its trainings on fresh seeds, are kept in user attributes of its trial. For
-# the mirror each is seen as a trial of its own: with the number of its trial, and `repeat`.
-
-
-def repeat_attr(repeat: int) -> str:
-    """The user attribute of a trial that keeps its repeat `repeat`, from 0."""
-    return f"finalist_{repeat}"
-
-
-def repeats_of(trial: FrozenTrial) -> dict[int, FrozenTrial]:
-    """The repeats of a finalist."""
-    found = {}
-    for name, kept in trial.user_attrs.items():
-        if name.startswith("finalist_"):
-            repeat = int(name.removeprefix("finalist_"))
-            found[repeat] = _as_trial(trial, repeat, kept)
-    return found
-
-
-def _as_trial(trial: FrozenTrial, repeat: int, kept: Mapping[str, Any]) -> FrozenTrial:
-    own = ("seed", "history", "mlflow_run_id", "failure")
-    failed = "failure" in kept
-    seen = create_trial(
-        state=TrialState.FAIL if failed else TrialState.COMPLETE,
-        value=None if failed else kept.get("value", kept["history"][-1]["val_accuracy"]),
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs={
-            "repeat": repeat,
-            "trainable_parameters": trial.user_attrs["trainable_parameters"],
-            **{name: kept[name] for name in own if name in kept},
-        },
-    )
-    seen.number = trial.number
-    seen.datetime_start = datetime.fromtimestamp(kept["began"] / 1000)
-    seen.datetime_complete = datetime.fromtimestamp(kept["ended"] / 1000)
-    return seen
-
-
 def best_epoch(history: Sequence[Mapping[str, float]], *, stopping: bool) -> int:
-    """The epoch, from 0, whose weights a training ends with.
+    """The epoch, from 0, whose weights a training ends with: the last one.
 
-    The last one, or with early stopping the first of those with the highest val_accuracy.
+    With early stopping, the first one with the highest val_accuracy.
     """
     if not stopping:
         return len(history) - 1
     return max(range(len(history)), key=lambda epoch: history[epoch]["val_accuracy"])
 
 
+# ---- owners ----------------------------------------------------------------------------------
+
+
+def is_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """Whether the process of a RUNNING trial is gone, as far as this host can tell.
+
+    A study is run by one main process. If its storage is a file, all its workers are on that host,
+    so a trial of another host is lost. On a server, workers of other hosts send heartbeats.
+    """
+    owner = trial.user_attrs.get(OWNER)
+    if owner is None:
+        return True
+    here = is_of_this_host(owner)
+    if here and has_ended(owner):
+        return True
+    server = server_storage(study)
+    if server is None:
+        return not here
+    return trial._trial_id in server.without_heartbeat(study._study_id)
+
+
 def owner_of_this_process() -> dict[str, Any]:
-    """This process's mark on a trial: host, pid and start, which no later process shares."""
+    """What identifies this process as a trial's owner; no later process shares it."""
     process = psutil.Process()
     return {
         "host": socket.gethostname(),
-        "pids": _pids(),
+        "pids": _pid_namespace(),
         "pid": process.pid,
         "started": round(process.create_time(), 2),
         "ticks": _ticks(process.pid),
     }
 
 
-def _pids() -> str | None:
-    """Whose pids this process's is one of: containers may share a host's name and not its pids."""
+def _pid_namespace() -> str | None:
+    """The namespace of this process's pid: containers may share a host's name, but not its pids."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -248,9 +215,9 @@ def _pids() -> str | None:
 
 
 def _ticks(pid: int) -> str | None:
-    """When a process started, since which start of the system; None where that isn't known.
+    """A process's start in clock ticks since boot, and the boot's id; None if unknown.
 
-    Setting the clock moves every process's start as a time, and with it those of living ones.
+    Unlike the start as a time, it does not change when the clock is set.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -260,22 +227,25 @@ def _ticks(pid: int) -> str | None:
     return f"{int(after_name[19])} {boot}"  # the 22nd field: proc(5)
 
 
-def is_of_this_host(mark: Mapping[str, Any]) -> bool:
-    """Whether `mark` was made on this host, among the processes that this one can see."""
-    return (mark["host"], mark.get("pids")) == (socket.gethostname(), _pids())
+def is_of_this_host(owner: Mapping[str, Any]) -> bool:
+    """Whether `owner` is a process of this host, in the pid namespace of this process."""
+    return (owner["host"], owner.get("pids")) == (socket.gethostname(), _pid_namespace())
 
 
-def has_ended(mark: Mapping[str, Any]) -> bool:
-    """Whether the process of this host that made `mark` has ended."""
+def has_ended(owner: Mapping[str, Any]) -> bool:
+    """Whether `owner`, a process of this host, has ended."""
     try:
-        process = psutil.Process(mark["pid"])
+        process = psutil.Process(owner["pid"])
         if process.status() == psutil.STATUS_ZOMBIE:
             return True
-        if mark.get("ticks") is not None:
-            return bool(_ticks(mark["pid"]) != mark["ticks"])
-        return bool(abs(process.create_time() - mark["started"]) > 1)
+        if owner.get("ticks") is not None:
+            return bool(_ticks(owner["pid"]) != owner["ticks"])
+        return bool(abs(process.create_time() - owner["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
+
+
+# ---- summary ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -288,7 +258,7 @@ class TrialSummary:
     """
 
     number: int
-    place: int
+    slot: int
     state: str
     val_accuracy: float | None
     hyperparameters: Mapping[str, Value]
@@ -311,13 +281,13 @@ def summarize(trial: FrozenTrial, *, given_up: bool = False) -> TrialSummary:
     failure = trial.user_attrs.get("failure")
     return TrialSummary(
         number=trial.number,
-        place=trial.user_attrs.get("place", trial.number),
+        slot=trial.user_attrs.get(SLOT, trial.number),
         state=trial.state.name,
         val_accuracy=trial.value if trial.state is TrialState.COMPLETE else last,
         hyperparameters=dict(trial.params),
         epochs=len(history),
         seconds=None if trial.duration is None else trial.duration.total_seconds(),
-        run_id=trial.user_attrs.get("mlflow_run_id"),
+        run_id=trial.user_attrs.get(RUN_ID),
         failure=None if failure is None else printable(failure),
         given_up=given_up,
     )

@@ -1,10 +1,13 @@
 """The tracking server or database of MLflow: checks, time-outs, log levels.
 
-MLflow takes a second to import, so only functions that need it do.
+MLflow takes a second to import, so only functions that need it import it.
 """
 
+import contextlib
 import logging
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -15,14 +18,14 @@ from sqlalchemy import text
 from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path
 from search.errors import InputError, one_line, redact
-from search.study.postgres import check_server
-from search.study.sqlite import check_sqlite, other_schema, read_only_url
+from search.study.postgres import check_server, connected
+from search.study.sqlite import check_schema, check_sqlite, read_only_url
 
 
 def check_tracking(uri: str) -> None:
-    """Raise InputError where `uri` is no MLflow database or server of today; a file is only read.
+    """Raise InputError if `uri` is no database of this MLflow version and no running server.
 
-    A server has to answer.
+    Changes nothing.
     """
     check_uri(uri)
     path = sqlite_path(uri)
@@ -37,13 +40,8 @@ def _check_schema(uri: str, path: Path) -> None:
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     head: str = _get_latest_schema_revision()  # type: ignore[no-untyped-call]
-    found = other_schema(path, head)
-    if found is not None:
-        raise InputError(
-            f"--tracking-uri must be a database of MLflow {mlflow.__version__}, but {str(path)!r} "
-            f"has the schema {found or 'of no version'}; copy the file and run "
-            f"mlflow db upgrade {redact(uri)}, or give another file"
-        )
+    upgrade = f"mlflow db upgrade {redact(uri)}"
+    check_schema("--tracking-uri", path, f"MLflow {mlflow.__version__}", head, upgrade)
 
 
 def _check_server(uri: str) -> None:
@@ -65,7 +63,7 @@ _SCHEMES = ("http", "https", "postgresql", "mysql", "mssql")
 
 
 def check_uri(uri: str) -> None:
-    """Raise InputError where `uri` names no MLflow database or server; a file is only read."""
+    """Raise InputError if `uri` is no MLflow database and no server's URL; changes nothing."""
     path = sqlite_path(uri)
     if path is not None:
         check_sqlite("--tracking-uri", uri, path, {"experiments", "runs"}, "MLflow")
@@ -79,7 +77,7 @@ def check_uri(uri: str) -> None:
 
 
 def check_experiment(config: StudyConfig) -> None:
-    """Raise InputError where the experiment takes no runs or no models; creates nothing."""
+    """Raise InputError if the experiment can't take runs or models; changes nothing."""
     path = sqlite_path(config.tracking_uri)
     stage, location = _stored(config) or ("active", None)
     if stage == "deleted":
@@ -99,7 +97,7 @@ def check_experiment(config: StudyConfig) -> None:
 
 
 def in_trash(uri: str, experiment: str) -> InputError:
-    """What to tell the user of an experiment that was deleted."""
+    """The error for an experiment that was deleted."""
     return InputError(
         f"--experiment {experiment} must not be deleted, but it is in the trash of "
         f"{redact(uri)}; restore it with mlflow experiments restore, or give another"
@@ -107,7 +105,7 @@ def in_trash(uri: str, experiment: str) -> InputError:
 
 
 def _stored(config: StudyConfig) -> tuple[str, str] | None:
-    """The experiment's lifecycle stage and its artifacts' address; None where there is none."""
+    """The experiment's lifecycle stage and artifact location; None if it does not exist."""
     uri, path = config.tracking_uri, sqlite_path(config.tracking_uri)
     if uri.startswith("http"):
         from mlflow.tracking import MlflowClient
@@ -117,19 +115,16 @@ def _stored(config: StudyConfig) -> tuple[str, str] | None:
         return None if found is None else (found.lifecycle_stage, found.artifact_location)
     if path is not None and not path.exists():
         return None
-    engine = sqlalchemy.create_engine(uri if path is None else read_only_url(path))
     try:
-        with engine.connect() as connection:
+        with connected(uri if path is None else read_only_url(path)) as connection:
             if not sqlalchemy.inspect(connection).has_table("experiments"):
                 return None
             row = connection.execute(_EXPERIMENT, {"name": config.experiment}).first()
         return None if row is None else (row.lifecycle_stage, row.artifact_location)
     except sqlalchemy.exc.OperationalError as error:
         if path is not None and "locked" in str(error):
-            return None  # in use; opening it waits
+            return None  # in use; opening it later waits
         raise
-    finally:
-        engine.dispose()
 
 
 _EXPERIMENT = text("SELECT lifecycle_stage, artifact_location FROM experiments WHERE name = :name")
@@ -137,12 +132,41 @@ _EXPERIMENT = text("SELECT lifecycle_stage, artifact_location FROM experiments W
 
 def configure_client() -> None:
     """Limit how long MLflow's client waits for a server, and keep it from printing."""
-    # MLflow's own 7 retries of 120 s would cost a hung server's trial 20 minutes, and a
-    # creation that a slow server carried out would be done again.
+    # MLflow's default, 7 retries of 120 s, would block a trial for 20 minutes if the server hangs,
+    # and would repeat a creation that a slow server has carried out.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # It prints where to look at every run that ends, a password in the address included.
+    # At the end of every run it would print the URL, including a password in it.
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised anyway
     logging.getLogger("alembic").setLevel(logging.ERROR)
+
+
+_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_taking_turns = threading.RLock()  # there is one URI for the whole process
+
+
+@contextlib.contextmanager
+def global_uri(uri: str) -> Iterator[None]:
+    """Let MLflow's functions that take no URI use `uri` in the block; threads take turns."""
+    import mlflow
+
+    with _taking_turns:
+        uris: tuple[str | None, str | None] = None, None
+        if mlflow.is_tracking_uri_set():  # type: ignore[no-untyped-call]
+            uris = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+            if uris[0] == uris[1]:  # or the registry's would no longer follow the other
+                uris = uris[0], None
+        variables = {name: os.environ.get(name) for name in _URIS}
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(uris[0])  # type: ignore[arg-type]
+            mlflow.set_registry_uri(uris[1])  # type: ignore[arg-type]
+            for name, value in variables.items():  # setting a URI sets its variable, too
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value

@@ -1,4 +1,4 @@
-"""The registered model: its versions, the alias and the stage that follows it."""
+"""The registered model: its versions, the alias, and the stage that follows the alias."""
 
 import contextlib
 import warnings
@@ -13,6 +13,7 @@ from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path, sqlite_url
 from search.errors import RunError, one_line
 from search.study.lock import promotion_lock
+from search.study.postgres import connected
 from search.tracking.address import check_tracking, configure_client
 from search.tracking.schema import LINEAGE, MODEL_URI, NUMBER, STUDY
 
@@ -28,7 +29,7 @@ ALIAS = "production"
 
 @dataclass(frozen=True)
 class Production:
-    """A version of the registered model `model`, the study and trial it is from, and its run."""
+    """A version of the registered model `model`, with the study, trial and run it comes from."""
 
     model: str
     version: int
@@ -39,22 +40,18 @@ class Production:
 
 
 def find_production(config: StudyConfig) -> Production | None:
-    """The version with the alias `production`, None where nothing is in production."""
+    """The version with the alias `production`; None if there is none."""
     if config.tracking_uri.startswith("http"):
         return _from_server(config)
     path = sqlite_path(config.tracking_uri)
     if path is not None and not path.exists():
         return None
-    engine = sqlalchemy.create_engine(config.tracking_uri if path is None else sqlite_url(path))
-    try:
-        with engine.connect() as connection:
-            return _from_tables(connection, config.model_name)
-    finally:
-        engine.dispose()
+    with connected(config.tracking_uri if path is None else sqlite_url(path)) as connection:
+        return _from_tables(connection, config.model_name)
 
 
 def _from_tables(connection: sqlalchemy.Connection, name: str) -> Production | None:
-    """From the tables of MLflow 3.17, whose import alone takes longer than all the rest."""
+    """Read from MLflow 3.17's tables: importing MLflow would take longer than all the rest."""
     found = connection.execute(
         text(
             "SELECT v.version, v.run_id FROM model_versions v JOIN registered_model_aliases a "
@@ -88,7 +85,7 @@ def _from_server(config: StudyConfig) -> Production | None:
         version = aliased_version(client, config.model_name)
     except MlflowException as error:
         raise RunError(
-            f"the MLflow server did not answer ({one_line(error)}); look at it and try again"
+            f"the MLflow server did not answer ({one_line(error)}); check it and try again"
         ) from None
     if version is None:
         return None
@@ -99,7 +96,7 @@ def _from_server(config: StudyConfig) -> Production | None:
 
 
 def aliased_version(client: "MlflowClient", name: str) -> "ModelVersion | None":
-    """The version of the model `name` with the alias, None where there is no such."""
+    """The version of the model `name` with the alias; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -132,14 +129,14 @@ STAGE = "Production"
 
 
 def find_version(tracking: "Tracking", config: StudyConfig, run_id: str) -> "ModelVersion | None":
-    """The model version that was registered from `run_id`."""
+    """The model version that was registered from `run_id`; None if there is none."""
     found = tracking.client.search_model_versions(f"run_id = '{run_id}'")
     versions = [version for version in found if version.name == config.model_name]
     return versions[0] if versions else None
 
 
 def register(tracking: "Tracking", config: StudyConfig, run: "Run") -> "ModelVersion":
-    """Register the model that the retraining `run` logged; returns its version."""
+    """Register the model that the retraining `run` logged; returns the new version."""
     from mlflow.exceptions import MlflowException
 
     client = tracking.client
@@ -156,10 +153,10 @@ def register(tracking: "Tracking", config: StudyConfig, run: "Run") -> "ModelVer
 
 
 def wrong_stages(tracking: "Tracking", name: str) -> "list[tuple[ModelVersion, str]]":
-    """The versions whose stage does not follow the alias, each with the stage it should have.
+    """The versions whose stage does not follow the alias, each with the expected stage.
 
-    The alias is one row, so one version by construction. Stages are one column a version, and two
-    processes that promote at once leave two.
+    At most one version has the alias, but each has a stage, so processes that promote at the same
+    time may leave two in Production.
     """
     production = aliased_version(tracking.client, name)
     if production is None:
@@ -175,13 +172,9 @@ def wrong_stages(tracking: "Tracking", name: str) -> "list[tuple[ModelVersion, s
 
 
 def follow_alias(tracking: "Tracking", config: StudyConfig) -> None:
-    """Give the stage Production to the version with the alias, and to no other."""
-    with promotion_lock(config):
-        _follow_alias(tracking, config.model_name)
-
-
-def _follow_alias(tracking: "Tracking", name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated, and asked for
+    """Give the stage Production to the version with the alias, and to no other one."""
+    name = config.model_name
+    deprecated = warnings.catch_warnings(action="ignore", category=FutureWarning)  # but required
+    with promotion_lock(config), deprecated:
         for version, stage in wrong_stages(tracking, name):
             tracking.client.transition_model_version_stage(name, version.version, stage)

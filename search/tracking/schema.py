@@ -1,4 +1,4 @@
-"""What the MLflow runs of a study shall hold, as it follows from the study's trials alone."""
+"""The MLflow schema: tags and params of runs, as they follow from a study's trials."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +10,18 @@ from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION, shared
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import printable
-from search.study.trials import repeats_of
+from search.study.ranking import repeats_of
+from search.study.storage import REASON, SEED, VERSION
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
 ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_version"
 BEST_EPOCH = "optuna.best_epoch"  # from 0; of a trial with early stopping
-MODEL_URI = "model_uri"  # of a retraining's run: it was carried through
-NOT_MADE = "evaluation.failure"  # of a retraining's run: what of its evaluation, and why
+MODEL_URI = "model_uri"  # of a retraining's run that is complete
+NOT_MADE = "evaluation.failure"  # of a retraining's run: what could not be evaluated, and why
 COMMIT = "mlflow.source.git.commit"
 DATASET = "lineage.dataset"  # the digest of the data
-LINEAGE = (  # whence a model is: tags of its run and its version, and metadata of the model itself
+LINEAGE = (  # a model's origin: tags of its run and version, and the model's metadata
     *(STUDY, STUDY_UID, NUMBER),
     *("lineage.hyperparameters", "lineage.val_accuracy", "lineage.seed", "lineage.settings"),
     *(DATASET, "lineage.environment", COMMIT),
@@ -36,7 +37,7 @@ Metadata = Mapping[str, Mapping[str, Any]]
 
 
 def mirrored(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """What has a run each: the trials and the repeats of finalists."""
+    """The trials and the repeats of finalists: each has a run."""
     return [seen for trial in trials for seen in (trial, *repeats_of(trial).values())]
 
 
@@ -48,7 +49,7 @@ def run_name(trial: FrozenTrial) -> str:
 
 
 def tags_of(trial: FrozenTrial) -> dict[str, str]:
-    """The tags that the run of a finished trial, or a repeat, shall hold."""
+    """The tags that the run of a finished trial or repeat must have."""
     tags = {NUMBER: str(trial.number)}
     if "repeat" in trial.user_attrs:
         tags[FINALIST] = str(trial.user_attrs["repeat"])
@@ -56,23 +57,23 @@ def tags_of(trial: FrozenTrial) -> dict[str, str]:
         tags[STATE] = trial.state.name
     if "best_epoch" in trial.user_attrs:
         tags[BEST_EPOCH] = str(trial.user_attrs["best_epoch"])
-    if "model_version" in trial.user_attrs:
-        tags[MODEL] = trial.user_attrs["model_version"]
+    if VERSION in trial.user_attrs:
+        tags[MODEL] = trial.user_attrs[VERSION]
     if trial.state is TrialState.FAIL:
-        # `reconcile` writes one; what an earlier version wrote may hold what databases refuse
-        tags[FAILURE] = printable(trial.user_attrs.get("failure", "unknown"))
+        # earlier versions stored characters that databases refuse
+        tags[FAILURE] = printable(trial.user_attrs.get(REASON, "unknown"))
     return tags
 
 
-def params_of(trial: FrozenTrial, facts: Metadata) -> dict[str, Any]:
-    """The params that the run of `trial` shall hold."""
-    own = ("seed", "trainable_parameters")
+def params_of(trial: FrozenTrial, metadata: Metadata) -> dict[str, Any]:
+    """The params that the run of `trial` must have."""
+    own = (SEED, "trainable_parameters")
     attrs = {name: value for name, value in trial.user_attrs.items() if name in own}
-    return {**trial.params, **facts["params"], **attrs}
+    return {**trial.params, **metadata["params"], **attrs}
 
 
 def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
-    """What the runs of all trials of a study share, as the study keeps it."""
+    """What all trials of a study share, as stored in the study: params, dataset, space."""
     from mlflow.data.numpy_dataset import from_numpy  # slow: pandas
 
     x, y = dataset.train
@@ -95,7 +96,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "test_samples": len(dataset.x_test),
             "num_classes": dataset.classes,
         },
-        "dataset": described._to_mlflow_entity().to_dictionary(),
+        "dataset": described.to_dict(),
         "space": {name: str(p) for name, p in config.space.searched().items()},
         "reference": config.space.reference() or {},
     }

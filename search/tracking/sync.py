@@ -1,4 +1,4 @@
-"""Make both ledgers agree, after anything: Optuna is the truth, MLflow follows."""
+"""Make MLflow follow Optuna, whatever was interrupted; the doctor."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +15,8 @@ from search.errors import printable
 from search.imports import undisturbed
 from search.study import storage
 from search.study.lock import study_lock
+from search.study.ranking import repeat_attr
+from search.study.storage import METADATA, REASON, RUN_ID, SETTINGS
 from search.study.trials import (
     LOST,
     METRICS,
@@ -22,7 +24,6 @@ from search.study.trials import (
     fail_trial,
     history_of,
     is_lost,
-    repeat_attr,
 )
 from search.tracking.address import check_tracking
 from search.tracking.registered_model import follow_alias, wrong_stages
@@ -39,72 +40,72 @@ from search.tracking.schema import (
     tags_of,
 )
 
-UNKNOWN = "unknown: its process could not write why, as on a full disk"
-_PASSES = 4  # trials fail, runs follow, what can't be changed is written anew, all agrees
+UNKNOWN = "unknown: its process could not record the reason, e.g. on a full disk"
+_PASSES = 4  # end lost trials, repair runs, replace those that can't be repaired, check
 Pair = tuple[FrozenTrial, Run | None]
 Key = tuple[int | None, int | None]  # a trial's number and, of a finalist, which repeat
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Something that is not as the study says, and what to do about it."""
+    """An inconsistency between the study and its runs, and its repair."""
 
     what: str
-    mend: Callable[[], object]
+    repair: Callable[[], object]
 
 
 def existing(config: StudyConfig) -> tuple[optuna.Study, StudyConfig]:
-    """The study that `config` names, both databases checked, and `config` with its experiment.
+    """The study of `config`, and `config` with the study's experiment.
 
-    Raises InputError where there is none.
+    Raises InputError if it does not exist or a database can't be used.
     """
     storage.check(config)
     check_tracking(config.tracking_uri)
     study = storage.load_study(config)
-    return study, replace(config, experiment=study.user_attrs["settings"]["experiment"])
+    return study, replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
 
 
 class Stores:
-    """Both ledgers of a `study`: its trials, and `tracking`'s runs under the `parent` run.
+    """Both stores: the trials of `study`, and `tracking`'s runs below the run `parent`.
 
-    Constructing makes the parent run, the experiment and the database where they are missing.
+    Constructing creates the parent run, the experiment and the database where they are missing.
     """
 
     def __init__(self, study: optuna.Study, config: StudyConfig) -> None:
         self.study = study
         self.config = config
         self.tracking = Tracking(config).open()
-        self.parent = self.tracking.parent_run(study, study.user_attrs["settings"])
-        self._facts = study.user_attrs["facts"]
-        self._mended: set[Key] = set()
+        self.parent = self.tracking.parent_run(study, study.user_attrs[SETTINGS])
+        self._metadata = study.user_attrs[METADATA]
+        self._repaired: set[Key] = set()
 
-    def reconcile(self, interruption: str | None = None, *, at_rest: bool = False) -> list[str]:
-        """Mend what disagrees; says what that was.
+    def sync(self, interruption: str | None = None, *, at_rest: bool = False) -> list[str]:
+        """Make MLflow follow Optuna; returns the inconsistencies that were repaired.
 
-        interruption: why every trial of this run has ended, where it has.
+        interruption: why all running trials of this run have ended, if they have.
         at_rest: as for `disagreements`.
-        Doing it twice changes nothing, and so does being killed in the middle and done again.
+        Idempotent, and safe to kill at any point and run again.
         """
-        # The truth first: it does not need MLflow, which may not answer.
+        # Optuna first: it does not need MLflow, which may not answer.
         found = list(self._lost(self.study.get_trials(deepcopy=False), interruption))
-        self._mended.clear()
-        said = []
+        self._repaired.clear()
+        repaired = []
         for _ in range(_PASSES):
             for disagreement in found:
-                disagreement.mend()
-                said.append(disagreement.what)
+                disagreement.repair()
+                repaired.append(disagreement.what)
             found = self.disagreements(at_rest=at_rest)
             if not found:
                 break
-        return said
+        return repaired
 
     def disagreements(self, *, at_rest: bool = False) -> list[Disagreement]:
-        """What is not as it should be; changes nothing.
+        """Where the runs do not follow from the trials; changes nothing.
 
-        at_rest: nobody runs the study, so its parent run must have ended; and every point of the
-        curves is compared, which takes long, not their ends alone.
+        at_rest: no process runs the study, so its parent run must have ended. Every point of the
+        curves is compared then, not only the last ones, which takes long.
         """
-        runs = self.tracking.runs_of(self.parent)  # first: of a trial begun meanwhile there is none
+        runs = self.tracking.runs_of(self.parent)  # first: a trial started later has no run here
         trials = self.study.get_trials(deepcopy=False)
         pairs = list(self._pairs(mirrored(trials), runs))
         return [
@@ -115,11 +116,11 @@ class Stores:
         ]
 
     def _pairs(self, trials: list[FrozenTrial], runs: list[Run]) -> Iterator[Pair]:
-        """Every trial with the run that it names, or else the oldest made for it, if any."""
+        """Every trial with its run: the linked one, or else the oldest one created for it."""
         by_id = {run.info.run_id: run for run in runs}
-        by_key = {_key_of(run): run for run in runs if _is_mirror(run) and not _is_orphan(run)}
+        by_key = {_key_of(run): run for run in runs if _is_mirror(run)}
         for trial in trials:
-            named = trial.user_attrs.get("mlflow_run_id")
+            named = trial.user_attrs.get(RUN_ID)
             run = by_id.get(named)
             if run is None and _key(trial) in by_key:
                 run = by_key[_key(trial)]
@@ -127,55 +128,47 @@ class Stores:
                 run = self.tracking.find(named)  # under another parent?
             if run is not None and (
                 run.info.lifecycle_stage == "deleted"
-                or _is_orphan(run)
+                or ORPHAN in run.data.tags
                 or _key_of(run) not in (_key(trial), (None, None))
             ):
                 run = None
             yield trial, run
 
     def _lost(self, trials: list[FrozenTrial], interruption: str | None) -> Iterator[Disagreement]:
-        """Trials that nobody will end, or that ended without a reason."""
+        """Trials whose process is gone, and failures without a recorded reason."""
         for trial in trials:
-            if trial.state is TrialState.FAIL and "failure" not in trial.user_attrs:
-                yield Disagreement(
-                    f"trial {trial.number}: failed without a reason",
-                    partial(self.amend, trial, "failure", UNKNOWN),
-                )
-            if trial.state is not TrialState.RUNNING:
-                continue
-            if interruption is not None or is_lost(self.study, trial):
+            label = f"trial {trial.number}"
+            if trial.state is TrialState.FAIL and REASON not in trial.user_attrs:
+                repair = partial(self.amend, trial, REASON, UNKNOWN)
+                yield Disagreement(f"{label}: failed without a reason", repair)
+            elif trial.state is TrialState.RUNNING and (interruption or is_lost(self.study, trial)):
                 why = interruption or "left RUNNING by a process that is gone"
-                yield Disagreement(
-                    f"trial {trial.number}: {why}",
-                    partial(fail_trial, self.study, trial, interruption or LOST),
-                )
+                end = partial(fail_trial, self.study, trial, interruption or LOST)
+                yield Disagreement(f"{label}: {why}", end)
 
     def _strays(self, pairs: list[Pair], runs: list[Run], at_rest: bool) -> Iterator[Disagreement]:
-        """Runs that nobody will end, or that no trial knows."""
-        if at_rest and self.tracking.client.get_run(self.parent).info.status == "RUNNING":
-            yield Disagreement(
-                "the parent run: left RUNNING",
-                partial(self.tracking.close, self.parent, "KILLED"),
-            )
+        """Runs left running by a process that is gone, and runs without a trial."""
         kept = {run.info.run_id for _, run in pairs if run is not None}
         unfinished = {_key(trial) for trial, _ in pairs if not trial.state.is_finished()}
+        if at_rest and self.tracking.client.get_run(self.parent).info.status == "RUNNING":
+            yield self._left_running("the parent run", self.parent)
         for run in runs:
             label = f"run {run.info.run_name} ({run.info.run_id})"
-            if not _is_mirror(run) or _is_orphan(run):
+            if not _is_mirror(run):
                 if run.info.status == "RUNNING":
-                    yield Disagreement(
-                        f"{label}: left RUNNING",
-                        partial(self.tracking.close, run.info.run_id, "KILLED"),
-                    )
+                    yield self._left_running(label, run.info.run_id)
             elif run.info.run_id not in kept and _key_of(run) not in unfinished:
-                yield Disagreement(
-                    f"{label}: belongs to no trial", partial(self.tracking.orphan, run)
-                )
+                orphan = partial(self.tracking.orphan, run)
+                yield Disagreement(f"{label}: belongs to no trial", orphan)
+
+    def _left_running(self, label: str, run_id: str) -> Disagreement:
+        end = partial(self.tracking.close, run_id, "KILLED")
+        return Disagreement(f"{label}: left RUNNING", end)
 
     def _mismatches(
         self, pairs: list[Pair], runs: list[Run], at_rest: bool
     ) -> Iterator[Disagreement]:
-        """Runs that are not as their finished trial says, or not there."""
+        """Runs of finished trials that are missing or differ from their trial."""
         nested = {run.info.run_id for run in runs}
         for trial, run in pairs:
             if not trial.state.is_finished():
@@ -188,70 +181,64 @@ class Stores:
                 continue
             run_id = run.info.run_id
             if run_id not in nested and run.data.tags.get(PARENT) != self.parent:
-                yield Disagreement(
-                    f"{label}: its run hangs under another parent",
-                    partial(self.tracking.adopt, run_id, self.parent),
-                )
+                adopt = partial(self.tracking.adopt, run_id, self.parent)
+                yield Disagreement(f"{label}: its run is nested under another parent run", adopt)
                 continue
-            if trial.user_attrs.get("mlflow_run_id") != run_id:
-                yield Disagreement(
-                    f"{label}: does not name its run", partial(self._link, trial, run_id)
-                )
+            if trial.user_attrs.get(RUN_ID) != run_id:
+                link = partial(self._link, trial, run_id)
+                yield Disagreement(f"{label}: not linked to its run", link)
             wrong = list(self._differences(trial, run, at_rest))
             if wrong:
-                yield Disagreement(
-                    f"{label}: its run has {', '.join(wrong)}", partial(self._mend, trial, run)
-                )
+                what = f"{label}: its run differs: {'; '.join(wrong)}"
+                yield Disagreement(what, partial(self._repair, trial, run))
 
     def _stages(self) -> Iterator[Disagreement]:
         """Versions of the model whose stage does not follow the alias."""
-        name = self.config.model_name
-        for version, stage in wrong_stages(self.tracking, name):
-            yield Disagreement(
-                f"version {version.version} of {name}: stage {version.current_stage} "
-                f"in place of {stage}",
-                partial(follow_alias, self.tracking, self.config),
-            )
+        repair = partial(follow_alias, self.tracking, self.config)
+        for version, stage in wrong_stages(self.tracking, self.config.model_name):
+            label = f"version {version.version} of {self.config.model_name}"
+            wrong = f"stage is {version.current_stage}, expected {stage}"
+            yield Disagreement(f"{label}: {wrong}", repair)
 
     def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
-        """What of `run` is not as its finished trial says."""
+        """How `run` differs from what its finished trial says, e.g. "loss is 1.0, expected 2.0"."""
         if run.info.status != STATUS[trial.state]:
-            yield f"status {run.info.status} in place of {STATUS[trial.state]}"
+            yield f"status is {run.info.status}, expected {STATUS[trial.state]}"
         for found, expected in (
             (run.data.tags, tags_of(trial)),
-            (run.data.params, params_of(trial, self._facts)),
+            (run.data.params, params_of(trial, self._metadata)),
         ):
             for name, value in expected.items():
                 if found.get(name) != str(value):
-                    yield printable(f"{name} {found.get(name)} in place of {value}")
+                    yield printable(f"{name} is {found.get(name)}, expected {value}")
         history = history_of(trial)
         for name in METRICS.values():
             last = history[-1][name] if history else None
             if run.data.metrics.get(name) != last:
-                yield f"{name} {run.data.metrics.get(name)} in place of {last}"
+                yield f"{name} is {run.data.metrics.get(name)}, expected {last}"
             elif every_point:
                 points = [(entry["epoch"], entry[name]) for entry in history]
                 if self.tracking.curve(run.info.run_id, name) != points:
-                    yield f"another curve of {name}"
+                    yield f"the curve of {name} differs"
 
-    # ---- what mends --------------------------------------------------------------------------
+    # ---- repairs -----------------------------------------------------------------------------
 
     def write(self, trial: FrozenTrial) -> None:
-        """Write a new run for a finished trial, or for a repeat."""
-        began = trial.datetime_start
+        """Write a new run of a finished trial or repeat."""
+        started = trial.datetime_start
         run_id = self.tracking.create_run(
             self.parent,
             run_name(trial),
             trial.number,
             {key: value for key, value in tags_of(trial).items() if key == FINALIST},
-            began=None if began is None else int(began.timestamp() * 1000),
+            start_ms=None if started is None else int(started.timestamp() * 1000),
         )
         self._link(trial, run_id)
-        self.tracking.mend(run_id, trial, self._facts)
+        self.tracking.repair(run_id, trial, self._metadata)
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
         if "repeat" not in trial.user_attrs:
-            self.amend(trial, "mlflow_run_id", run_id)
+            self.amend(trial, RUN_ID, run_id)
             return
         own = self.study.get_trials(deepcopy=False)[trial.number]
         name = repeat_attr(trial.user_attrs["repeat"])
@@ -261,27 +248,18 @@ class Stores:
         """Write a user attribute of a trial, finished or not."""
         amend_trial(self.study, trial, name, value, self.config.storage)
 
-    def _mend(self, trial: FrozenTrial, run: Run) -> None:
-        """Write what is missing; where something wrong can't be changed, write a new run."""
-        if _key(trial) in self._mended:  # and it still disagrees
+    def _repair(self, trial: FrozenTrial, run: Run) -> None:
+        """Write what is missing; replace the run where something wrong can't be changed."""
+        if _key(trial) in self._repaired:  # it still differs
             self.tracking.orphan(run)
             self.write(trial)
             return
         try:
-            self.tracking.mend(run.info.run_id, trial, self._facts)
+            self.tracking.repair(run.info.run_id, trial, self._metadata)
         except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":  # MLflow lets no param be changed
+            if error.error_code != "INVALID_PARAMETER_VALUE":  # params are immutable
                 raise
-        self._mended.add(_key(trial))
-
-
-def _number_of(run: Run) -> int | None:
-    text = run.data.tags.get(NUMBER, "")
-    return int(text) if text.isdigit() else None
-
-
-def _is_orphan(run: Run) -> bool:
-    return ORPHAN in run.data.tags
+        self._repaired.add(_key(trial))
 
 
 def _key(trial: FrozenTrial) -> Key:
@@ -289,30 +267,31 @@ def _key(trial: FrozenTrial) -> Key:
 
 
 def _key_of(run: Run) -> Key:
-    text = run.data.tags.get(FINALIST, "")
-    return _number_of(run), int(text) if text.isdigit() else None
+    number, repeat = (run.data.tags.get(name, "") for name in (NUMBER, FINALIST))
+    return int(number) if number.isdigit() else None, int(repeat) if repeat.isdigit() else None
 
 
 def _is_mirror(run: Run) -> bool:
-    """Whether a run is of a trial or a finalist's repeat, and not a retraining."""
-    return (run.info.run_name or "").startswith(("trial-", "finalist-"))
+    """Whether a run is of a trial or a repeat: neither a retraining's nor an orphan."""
+    name = run.info.run_name or ""
+    return name.startswith(("trial-", "finalist-")) and ORPHAN not in run.data.tags
 
 
 @undisturbed()
 def doctor(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
-    """What disagreed and was mended, and what disagrees still; without `fix` nothing is changed.
+    """The repaired and the remaining inconsistencies; without `fix`, nothing is changed.
 
     Every trial, run, curve and stage is compared, which takes some milliseconds a trial. Raises
-    InputError where there is no study, RunError where it is being run or a database fails.
+    InputError if there is no study, RunError if it is being run or a database fails.
     """
     try:
         study, config = existing(config)
         with study_lock(config):
-            mirror = Tracking(config)
-            if not fix and not (mirror.exists() and mirror.open().has_parent(study)):
+            tracking = Tracking(config)
+            if not fix and not (tracking.exists() and tracking.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]
             stores = Stores(study, config)
-            mended = stores.reconcile(at_rest=True) if fix else []
-            return mended, [left.what for left in stores.disagreements(at_rest=True)]
+            repaired = stores.sync(at_rest=True) if fix else []
+            return repaired, [left.what for left in stores.disagreements(at_rest=True)]
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error

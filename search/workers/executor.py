@@ -136,9 +136,9 @@ class Executor:
                 failed.clear()
                 patience.see(trial.value)
                 return False
-            if not (trial.given_up and trial.place in failed):  # the same configuration
+            if not (trial.given_up and trial.slot in failed):  # the same configuration
                 failures += 1
-            failed.add(trial.place)
+            failed.add(trial.slot)
             if failures == max_failures:
                 raise RunError(
                     f"{failures} configurations in a row failed, the last with {trial.failure}; "

@@ -14,6 +14,7 @@ from search.data.dataset import load_dataset
 from search.errors import InputError
 from search.imports import undisturbed
 from search.study import ranking, storage
+from search.study.storage import ENVIRONMENT, METADATA, SEED, SETTINGS
 from search.study.trials import history_of
 from search.training import environment
 
@@ -57,8 +58,8 @@ def reproduce(
             f"reproduce needs a trial that completed, but study {config.study_name} has none; "
             "name another one with --trial"
         )
-    settings, seed = study.user_attrs["settings"], trial.user_attrs["seed"]
-    name = moved or study.user_attrs["facts"]["params"]["dataset"]
+    settings, seed = study.user_attrs[SETTINGS], trial.user_attrs[SEED]
+    name = moved or study.user_attrs[METADATA]["params"]["dataset"]
     dataset = load_dataset(
         name,
         settings["validation_split"],
@@ -88,10 +89,10 @@ def reproduce(
     use_one_thread_each(1)  # as a worker does
     config = replace(config, epochs=settings["epochs"], model=model)
     now: list[dict[str, float]] = []
-    recorded = trial.user_attrs.get("environment")
+    recorded = trial.user_attrs.get(ENVIRONMENT)
     diverged, value = [], math.nan
     try:
-        facts = study.user_attrs["facts"]
+        facts = study.user_attrs[METADATA]
         value = train_again(config, dataset, trial, facts, seed, now, only=len(then))
     except TrainingDiverged as error:
         diverged.append(f"epoch {len(now)}: {error}")

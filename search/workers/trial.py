@@ -1,7 +1,7 @@
 """One trial: suggest, train, report, prune, mirror.
 
 A worker process builds a `Worker` once and runs one trial a task. The Optuna trial is written
-first and is the truth; the MLflow run follows as well as it can, and `reconcile` writes later
+first and is the truth; the MLflow run follows as well as it can, and `Stores.sync` writes later
 what a failing tracking server did not take.
 """
 
@@ -20,7 +20,8 @@ from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import one_line, printable
-from search.study import outline, sampling, storage
+from search.study import sampling, storage
+from search.study.storage import BY_ITSELF, REASON, RUN_ID, SEED
 from search.study.trials import (
     HISTORY_BLOCK,
     METRICS,
@@ -34,7 +35,7 @@ from search.tracking.schema import STATE, Metadata
 from search.training.network import build_network, check_probabilities, trainable_parameters
 from search.training.train import train
 
-_PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `reconcile`
+_PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
 _REST = 20  # times as long as a failure of MLflow took, it is left alone
 
 
@@ -163,17 +164,17 @@ class Attempt:
         except optuna.TrialPruned:
             raise
         except KeyboardInterrupt as interruption:
-            trial.set_user_attr("failure", printable(str(interruption)) or "interrupted")
+            trial.set_user_attr(REASON, printable(str(interruption)) or "interrupted")
             raise
         except Exception as error:
-            trial.set_user_attr("failure", reason_of(error))
+            trial.set_user_attr(REASON, reason_of(error))
             if not isinstance(error, storage.ERRORS):  # those say nothing of the configuration
-                trial.set_user_attr(outline.BY_ITSELF, True)
+                trial.set_user_attr(BY_ITSELF, True)
             raise
 
     def _train(self, trial: optuna.Trial) -> float:
         context, config = self._context, self._context.config
-        seed = context.study.marks["seed"]
+        seed = context.study.attrs[SEED]
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), context.dataset
         own = config.custom_model
@@ -204,9 +205,8 @@ class Attempt:
         self._run_id = context.tracking.create_run(
             context.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
         )
-        trial.set_user_attr("mlflow_run_id", self._run_id)
-        frozen = context.study._storage.get_trial(trial._trial_id)
-        context.tracking.log_start(self._run_id, frozen, context.facts)
+        trial.set_user_attr(RUN_ID, self._run_id)
+        context.tracking.log_start(self._run_id, self.frozen(), context.facts)
 
     def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
         """Write to MLflow unless this trial's run has already missed something.
@@ -219,7 +219,7 @@ class Attempt:
         began = time.monotonic()
         try:
             write(*arguments)
-        except Exception:  # whatever the server does, the trial goes on; reconcile repairs the run
+        except Exception:  # the trial goes on; `Stores.sync` repairs the run
             self._mirrored = False
         spent = time.monotonic() - began
         self._spent += spent

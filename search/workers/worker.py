@@ -13,6 +13,7 @@ from search.errors import RunError
 from search.promotion.comparison import Comparison, compare_versions
 from search.promotion.retrain import retrain
 from search.study import outline, sampling, storage
+from search.study.storage import ENVIRONMENT, METADATA, OWNER, SEED, SETTINGS, SLOT
 from search.study.trials import (
     LOST,
     SlotTaken,
@@ -57,12 +58,12 @@ class Worker:
             pruner=sampling.pruner(config),
         )
         if config.model is not None:
-            custom_model.check(config.model, self.study.user_attrs["settings"]["model"])
+            custom_model.check(config.model, self.study.user_attrs[SETTINGS]["model"])
         self.tracking = Tracking(config).open()
         self.owner = {**owner_of_this_process(), "thread": threading.get_ident()}
         self.environment = environment.here()
         self.closed = False
-        facts = self.study.user_attrs["facts"]
+        facts = self.study.user_attrs[METADATA]
         self.context = Context(config, dataset, self.study, self.tracking, parent_run, facts)
 
     def close(self) -> None:
@@ -89,7 +90,7 @@ class Worker:
         """How a finished trial went."""
         if trial.state is not TrialState.FAIL:
             return summarize(trial)
-        last = given_up(self.study).get(trial.user_attrs["place"])
+        last = given_up(self.study).get(trial.user_attrs[SLOT])
         return summarize(trial, given_up=last is not None and last.number == trial.number)
 
     def _find(self, place: int) -> FrozenTrial | None:
@@ -105,7 +106,7 @@ class Worker:
             for trial in begun:
                 if trial.state.is_finished():
                     return trial
-                if trial.user_attrs["owner"] == self.owner or is_lost(self.study, trial):
+                if trial.user_attrs[OWNER] == self.owner or is_lost(self.study, trial):
                     fail_trial(self.study, trial, LOST)  # unless it has finished meanwhile
                 else:
                     alive = True
@@ -115,11 +116,11 @@ class Worker:
 
     def _run_trial(self, place: int) -> TrialSummary:
         _, seed = sampling.seeds(self.config.seed, place)
-        self.study.marks = {
-            "place": place,
-            "seed": seed,
-            "owner": self.owner,
-            "environment": self.environment,
+        self.study.attrs = {
+            SLOT: place,
+            SEED: seed,
+            OWNER: self.owner,
+            ENVIRONMENT: self.environment,
         }
         self.study.sampler = sampling.sampler(self.config, place)
         attempt = Attempt(self.context)
@@ -152,7 +153,7 @@ class Worker:
         failure, where the training diverged.
         """
         trial = read_trial(self.study, number)
-        seed = sampling.repeat_seed(self.config.seed, trial.user_attrs["place"], repeat)
+        seed = sampling.repeat_seed(self.config.seed, trial.user_attrs[SLOT], repeat)
         kept: dict[str, Any] = {"seed": seed, "history": [], "began": now_ms()}
         try:
             kept["value"] = train_again(

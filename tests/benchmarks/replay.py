@@ -137,7 +137,7 @@ def search(
         return float(val[-1])
 
     for place in range(trials):
-        study.marks = {"place": place}
+        study.attrs = {"place": place}
         study.sampler = sampling.sampler(config, place)
         study.optimize(objective, n_trials=1)
     return study, spent, test

@@ -234,8 +234,8 @@ def test_a_damaged_production_model_is_named_and_nothing_is_promoted(
     assert invariants.dump(Path.cwd()) == before
 
     damaged.write_bytes(Path("whole").read_bytes())
-    mended = verdict(pipeline.run(config(clouds, **BAD)))
-    assert (mended.promoted, mended.problem) == (False, None)
+    repaired = verdict(pipeline.run(config(clouds, **BAD)))
+    assert (repaired.promoted, repaired.problem) == (False, None)
     assert "gate.problem" not in versions(client)[2].tags
 
 

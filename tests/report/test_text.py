@@ -58,7 +58,7 @@ RESULT = Result(
     ran=51,
     seconds=125.4,
     stopped=None,
-    mended=(),
+    repaired=(),
     report=Path("report.html"),
 )
 

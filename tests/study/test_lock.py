@@ -1,15 +1,23 @@
-"""Whoever can write in a folder can take its locks, and their files have names that fit."""
+"""One process runs a study; whoever can write in a folder can take its locks."""
 
 import os
+import signal
+import socket
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import as_nobody, of_root
+from filelock import FileLock
+from test_sqlite import killed_after
 
-from search import InputError
-from search.study.lock import file_lock, host_wide, lock_file
+from search.config.settings import StudyConfig
+from search.errors import InputError, RunError
+from search.study.lock import file_lock, host_wide, lock_file, promotion_lock, study_lock
+
+# ---- files of locks -----------------------------------------------------------------------------
 
 
 def test_a_locks_file_keeps_an_ordinary_name_and_a_long_one_fits_every_file_system() -> None:
@@ -53,3 +61,87 @@ def test_a_lock_of_the_host_lies_where_every_user_can_take_it(
         file_lock(host_wide("a server"), "model"),
     ):
         pass
+
+
+# ---- the sole runner ---------------------------------------------------------------------------
+
+HOLD = """
+import signal
+from search.config.settings import StudyConfig
+from search.study.lock import study_lock
+
+with study_lock(StudyConfig()):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_a_study_has_one_runner_until_that_is_gone(in_folder: Path) -> None:
+    with killed_after(HOLD, in_folder, "held") as holder:
+        with pytest.raises(RunError) as caught, study_lock(StudyConfig()):
+            pytest.fail("two processes run one study")
+        message = str(caught.value)
+        assert "\n" not in message
+        assert f"is being run by {socket.gethostname()}, pid {holder.pid};" in message
+        assert "wait for it, or give another --study-name" in message
+        with study_lock(StudyConfig(study_name="another")):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        for _ in range(2):
+            with study_lock(StudyConfig()):
+                pass
+
+
+SERVERS = {"storage": "mysql://127.0.0.1/study", "tracking_uri": "http://127.0.0.1:1"}
+
+
+@of_root
+@pytest.mark.parametrize("first", ["this", "other"])
+def test_two_users_of_a_host_take_turns_at_studies_and_models_on_servers(
+    temporary: Path, first: str
+) -> None:
+    config = StudyConfig(**SERVERS)
+
+    def take() -> None:
+        with study_lock(config), promotion_lock(config):
+            pass
+
+    if first == "this":
+        take()
+    as_nobody(take)
+    take()
+
+    def be_refused() -> None:
+        with pytest.raises(RunError, match=f"is being run by .*, pid {pid};"):
+            take()
+
+    with study_lock(config):
+        pid = os.getpid()
+        as_nobody(be_refused)
+
+
+@of_root
+def test_two_users_of_one_file_take_turns_also_where_an_earlier_lock_is_not_writable(
+    temporary: Path,
+) -> None:
+    folder = temporary / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    config = StudyConfig(storage=f"sqlite:///{folder}/study.db")
+
+    def take() -> None:
+        with study_lock(config):
+            pass
+
+    take()
+    as_nobody(take)
+    (lock,) = folder.iterdir()
+    os.chown(lock, 0, 0)
+    lock.chmod(0o644)  # as an earlier version left it
+    as_nobody(take)
+    lock.unlink()
+    refused = pytest.raises(AssertionError, match=r"InputError.* must be writable, but is not")
+    with FileLock(lock, mode=0o644), refused:
+        as_nobody(take)
+    take()

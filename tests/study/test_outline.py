@@ -18,7 +18,8 @@ from test_sqlite import SETTINGS
 
 from search import StudyConfig
 from search.study import storage
-from search.study.outline import BY_ITSELF, OutlineStorage
+from search.study.outline import OutlineStorage
+from search.study.storage import BY_ITSELF
 from search.study.trials import FINISHED, SlottedStudy, given_up, read_trial, trials_in_slot
 
 DISTRIBUTIONS = {
@@ -124,7 +125,7 @@ def test_a_finished_trial_is_read_once_in_whatever_order_the_trials_finish(
     assert columns.params["rate"][:2].tolist() == [t.params["rate"] for t in again]
 
 
-def test_the_arrays_know_what_a_trial_was_not_asked_for_and_who_did_not_complete(
+def test_arrays_have_no_values_of_params_not_suggested_and_trials_not_complete(
     study: optuna.Study, seen: SlottedStudy
 ) -> None:
     add(study, TrialState.PRUNED)

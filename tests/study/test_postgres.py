@@ -135,35 +135,35 @@ def test_a_restarted_server_forgets_its_locks_and_gives_them_again(
     url: str, postgres: Postgres
 ) -> None:
     config = StudyConfig(storage=url)
-    with study_lock(config) as keep:
-        keep()
+    with study_lock(config) as renew:
+        renew()
         postgres.stop()
         postgres.start()
         assert find_holder(config) is None
-        keep()
+        renew()
         assert holds_study(config)
         ask(url, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
         faster = ServerLock(url, f"study {config.study_name}", "elsewhere, pid 1")
         assert faster.acquire(wait=False)
         with pytest.raises(RunError, match="is being run by elsewhere, pid 1; wait for it"):
-            keep()
+            renew()
         faster.release()
 
 
-# ---- signs of life -------------------------------------------------------------------------------
+# ---- heartbeats ----------------------------------------------------------------------------------
 
 
-def placed(url: str, **mark: Any) -> SlottedStudy:
+def slotted(url: str, **owner: Any) -> SlottedStudy:
     config = StudyConfig(storage=url)
     storage.open_study(config, SETTINGS)
     backend = OutlineStorage(storage.open_storage(url))
     study = SlottedStudy(study_name=config.study_name, storage=backend)
-    study.marks = {"place": 0, "owner": {**owner_of_this_process(), **mark}}
+    study.attrs = {"place": 0, "owner": {**owner_of_this_process(), **owner}}
     return study
 
 
-def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) -> None:
-    study = placed(url, host="elsewhere")
+def test_a_trial_is_lost_when_it_has_no_heartbeat_for_a_minute(url: str) -> None:
+    study = slotted(url, host="elsewhere")
 
     def state() -> bool:
         (trial,) = study.get_trials(deepcopy=False)
@@ -173,7 +173,7 @@ def test_a_trial_is_lost_when_it_gives_no_sign_of_life_for_a_minute(url: str) ->
         back = f"now() AT TIME ZONE 'UTC' - interval '{seconds} s'"
         ask(url, f"UPDATE trial_heartbeats SET heartbeat = {back}")
 
-    study.ask()  # in the same transaction with its first sign of life
+    study.ask()  # in the same transaction with its first heartbeat
     assert not state()
     age(GRACE - 20)
     assert not state()
@@ -208,11 +208,11 @@ def test_every_connection_is_in_one_time_zone_whatever_the_servers_is(url: str) 
     assert zones == {"UTC"}
 
 
-def test_a_running_trial_gives_signs_of_life_also_after_the_server_was_away(
+def test_a_running_trial_sends_heartbeats_also_after_the_server_was_away(
     url: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "HEARTBEAT", 1)
-    study = placed(url)
+    study = slotted(url)
     last = "SELECT heartbeat FROM trial_heartbeats"
 
     def objective(trial: optuna.Trial) -> float:
@@ -231,19 +231,19 @@ def test_a_running_trial_gives_signs_of_life_also_after_the_server_was_away(
 
 
 def test_optuna_itself_fails_no_trial_without_a_reason(url: str) -> None:
-    study = placed(url, host="elsewhere")
+    study = slotted(url, host="elsewhere")
     study.ask()
     ask(url, "UPDATE trial_heartbeats SET heartbeat = now() - interval '1 day'")
-    study.marks = {"place": 1, "owner": owner_of_this_process()}
+    study.attrs = {"place": 1, "owner": owner_of_this_process()}
     study.optimize(lambda _: 1.0, n_trials=1)
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 
 
 def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
-    study = placed(url)
+    study = slotted(url)
     every = optuna.load_study(study_name=study.study_name, storage=storage.open_storage(url))
-    for place, value in enumerate((0.5, float("inf"), None)):
-        study.marks = {**study.marks, "place": place}
+    for slot, value in enumerate((0.5, float("inf"), None)):
+        study.attrs = {**study.attrs, "place": slot}
         trial = study.ask()
         trial.suggest_categorical("units", [8, 16])
         trial.suggest_float("rate", 1e-4, 1e-2, log=True)
@@ -254,43 +254,43 @@ def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
     for whole, outline in zip(every.trials, study.trials, strict=True):
         for name in ("number", "state", "values", "params", "distributions"):
             assert getattr(outline, name) == getattr(whole, name), name
-        place = whole.number
-        assert [trial.number for trial in trials_in_slot(study, place)] == [place]
-        assert "history" in read_trial(study, place).user_attrs.keys() - outline.user_attrs
+        slot = whole.number
+        assert [trial.number for trial in trials_in_slot(study, slot)] == [slot]
+        assert "history" in read_trial(study, slot).user_attrs.keys() - outline.user_attrs
     storage.close_study(every)
 
 
-# ---- a place is run once -------------------------------------------------------------------------
+# ---- a slot is run once --------------------------------------------------------------------------
 
 
-def test_of_two_trials_begun_at_one_place_the_first_goes_on(url: str) -> None:
-    first, second = placed(url), placed(url, host="elsewhere")
+def test_of_two_trials_started_in_one_slot_the_first_goes_on(url: str) -> None:
+    first, second = slotted(url), slotted(url, host="elsewhere")
     first.ask()
     with pytest.raises(SlotTaken):
         second.ask()
     mine, theirs = first.trials
     assert (mine.state, theirs.state) == (TrialState.RUNNING, TrialState.FAIL)
     failure = read_trial(first, theirs.number).user_attrs["failure"]
-    assert failure == "trial 0 was begun in its place a moment earlier"
+    assert failure == "trial 0 was started in the same slot a moment earlier"
     first.tell(0, 1.0)
     with pytest.raises(SlotTaken):
         first.ask()
-    second.marks = {**second.marks, "place": 1}
+    second.attrs = {**second.attrs, "place": 1}
     assert second.ask().number == 3
 
 
-def test_a_trial_that_was_begun_without_being_heard_of_is_ended(url: str) -> None:
-    study = placed(url)
+def test_a_trial_whose_start_a_cut_connection_hid_is_ended(url: str) -> None:
+    study = slotted(url)
     study.ask()  # what a connection hides that is cut after the commit
     study.ask()
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
-    assert read_trial(study, 0).user_attrs["failure"].startswith("a cut connection hid that")
+    assert read_trial(study, 0).user_attrs["failure"].startswith("a cut connection hid its start")
 
 
 def test_an_end_that_was_written_unheard_is_no_error(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = placed(url)
+    study = slotted(url)
     study.ask()
     original, calls = optuna.storages.RDBStorage.set_trial_state_values, 0
 
@@ -313,7 +313,7 @@ def test_an_end_that_was_written_unheard_is_no_error(
 # ---- cut connections -----------------------------------------------------------------------------
 
 
-def test_a_connection_that_is_cut_while_it_is_being_made_is_made_again(url: str) -> None:
+def test_a_connection_that_is_cut_while_connecting_is_opened_again(url: str) -> None:
     engine = sqlalchemy.create_engine(url)
     tries: list[int] = []
 
@@ -375,7 +375,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
         cutting.join()
     assert cuts > 30
     found = invariants.check(in_folder, 7, url=url)
-    assert pipeline.run(config).mended == ()
-    begun = {TrialState.COMPLETE, TrialState.PRUNED}
-    unheard = [trial for trial in found["trials"] if trial.state not in begun]
+    assert pipeline.run(config).repaired == ()
+    finished = {TrialState.COMPLETE, TrialState.PRUNED}
+    unheard = [trial for trial in found["trials"] if trial.state not in finished]
     assert all("a cut connection hid" in trial.user_attrs["failure"] for trial in unheard)

@@ -17,7 +17,7 @@ from search.config.hyperparameters import REFERENCE
 from search.config.settings import StudyConfig
 from search.report.progress import Progress
 from search.study import ranking, sampling
-from search.study.trials import repeat_attr
+from search.study.ranking import repeat_attr
 from search.training import train as training
 from search.training.train import TrainingDiverged
 
@@ -289,7 +289,7 @@ def test_a_server_that_fails_meanwhile_gets_the_runs_later(
 
     monkeypatch.setattr(MlflowClient, "create_run", refuse)
     result = pipeline.run(config(clouds), listener)
-    assert sum("no run" in line for line in result.mended) == 2
+    assert sum("no run" in line for line in result.repaired) == 2
     invariants.check(in_folder, TRIALS)
 
 
@@ -299,7 +299,7 @@ def test_a_lost_run_of_a_finalist_is_written_again(in_folder: Path, clouds: Path
     lost = next(run for run in found["children"] if "optuna.finalist" in run.data.tags)
     found["client"].delete_run(lost.info.run_id)
     result = pipeline.run(config(clouds))
-    assert len(result.mended) == 1
-    assert "repeat" in result.mended[0]
-    assert "no run" in result.mended[0]
+    assert len(result.repaired) == 1
+    assert "repeat" in result.repaired[0]
+    assert "no run" in result.repaired[0]
     invariants.check(in_folder, TRIALS)

@@ -1,4 +1,4 @@
-"""What a place proposes and whom a pruner ends is the same in one go, resumed, or with failures."""
+"""What a slot proposes and whom a pruner ends is the same in one go, resumed, or with failures."""
 
 import hashlib
 import tracemalloc
@@ -30,7 +30,7 @@ BRANCHING = {
     "augmentation_strength": "0.5:1.5",
 }
 GRID = {"sampler": "grid", "hidden_units": "8,512", "dropout_rate": "0.1,0.2,0.3"}
-EPOCHS, PLACES = 9, 24
+EPOCHS, SLOTS = 9, 24
 
 
 class Broken(Exception):
@@ -38,7 +38,7 @@ class Broken(Exception):
 
 
 def config(**changed: Any) -> StudyConfig:
-    return StudyConfig(**{"pruner": "none", "epochs": EPOCHS, "n_trials": PLACES, **changed})
+    return StudyConfig(**{"pruner": "none", "epochs": EPOCHS, "n_trials": SLOTS, **changed})
 
 
 def session(settings: StudyConfig, storage: BaseStorage) -> SlottedStudy:
@@ -47,27 +47,27 @@ def session(settings: StudyConfig, storage: BaseStorage) -> SlottedStudy:
     return SlottedStudy(study_name="s", storage=storage, pruner=sampling.pruner(settings))
 
 
-def accuracy(tried: Mapping[str, Any], place: int, epoch: int) -> float:
-    """A made-up learning curve; curves of different places cross."""
-    digest = hashlib.sha256(f"{place} {epoch}".encode()).digest()
+def accuracy(tried: Mapping[str, Any], slot: int, epoch: int) -> float:
+    """A made-up learning curve; curves of different slots cross."""
+    digest = hashlib.sha256(f"{slot} {epoch}".encode()).digest()
     best = 1 - abs(tried["dropout_rate"] - 0.35) - abs(tried["learning_rate"] - 0.004) * 50
     return best * (1 - 0.6 ** (epoch + 1)) + digest[0] / 1000 + 1e-5 * tried["hidden_units"]
 
 
-def run_trial(study: SlottedStudy, settings: StudyConfig, place: int, *, broken: bool) -> None:
+def run_trial(study: SlottedStudy, settings: StudyConfig, slot: int, *, broken: bool) -> None:
     def objective(trial: optuna.Trial) -> float:
         tried = settings.space.suggest(trial)
         judged = sampling.Judged(trial)
         for epoch in range(settings.epochs):
-            judged.report(accuracy(tried, place, epoch), epoch)
+            judged.report(accuracy(tried, slot, epoch), epoch)
             if broken and epoch == 4:
                 raise Broken
             if judged.should_prune() and not broken:
                 raise optuna.TrialPruned
-        return accuracy(tried, place, settings.epochs - 1)
+        return accuracy(tried, slot, settings.epochs - 1)
 
-    study.marks = {"place": place, "seed": sampling.seeds(settings.seed, place)[1]}
-    study.sampler = sampling.sampler(settings, place)
+    study.attrs = {"place": slot, "seed": sampling.seeds(settings.seed, slot)[1]}
+    study.sampler = sampling.sampler(settings, slot)
     study.optimize(objective, n_trials=1, catch=(Broken,))
 
 
@@ -77,7 +77,7 @@ def search(
     broken: Collection[int] = (),
     impossible: Collection[int] = (),
     sessions: Collection[int] = (),
-    places: int = PLACES,
+    slots: int = SLOTS,
     storage: BaseStorage | None = None,
 ) -> dict[int, FrozenTrial]:
     """The finished trials by slot.
@@ -87,23 +87,23 @@ def search(
     """
     storage = storage or InMemoryStorage()
     study = session(settings, storage)
-    for place in range(places):
-        if place in sessions:
+    for slot in range(slots):
+        if slot in sessions:
             study = session(settings, storage)
-        if place in impossible:
-            run_trial(study, settings, place, broken=True)
-            if place in broken:
+        if slot in impossible:
+            run_trial(study, settings, slot, broken=True)
+            if slot in broken:
                 study = session(settings, storage)
-            run_trial(study, settings, place, broken=True)
+            run_trial(study, settings, slot, broken=True)
             continue
-        if place in broken:
-            run_trial(study, settings, place, broken=True)
-        run_trial(study, settings, place, broken=False)
+        if slot in broken:
+            run_trial(study, settings, slot, broken=True)
+        run_trial(study, settings, slot, broken=False)
     trials = study.get_trials()
     states = Counter(trial.state for trial in trials)
     assert states[TrialState.FAIL] == len(set(broken) - set(impossible)) + 2 * len(impossible)
     finished = {t.user_attrs["place"]: t for t in trials if t.state is not TrialState.FAIL}
-    assert sorted(finished) == [place for place in range(places) if place not in impossible]
+    assert sorted(finished) == [slot for slot in range(slots) if slot not in impossible]
     return finished
 
 
@@ -118,15 +118,15 @@ def decisions(trials: dict[int, FrozenTrial]) -> list[tuple[str, list[float]]]:
     ]
 
 
-# ---- places and seeds --------------------------------------------------------------------------
+# ---- slots and seeds --------------------------------------------------------------------------
 
 
-def test_every_place_has_two_seeds_of_its_own() -> None:
-    pairs = [sampling.seeds(seed, place) for seed in range(5) for place in range(200)]
+def test_every_slot_has_two_seeds_of_its_own() -> None:
+    pairs = [sampling.seeds(seed, slot) for seed in range(5) for slot in range(200)]
     flat = [seed for pair in pairs for seed in pair]
     assert len(set(flat)) == len(flat) == 2000
     assert all(0 <= seed < 2**31 for seed in flat)
-    assert pairs == [sampling.seeds(seed, place) for seed in range(5) for place in range(200)]
+    assert pairs == [sampling.seeds(seed, slot) for seed in range(5) for slot in range(200)]
 
 
 # ---- proposals ---------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_sampler_proposes_the_same_resumed_or_with_failed_trials_replaced(
     assert proposals(search(settings, sessions=(1, 7, 15))) == in_one_go
     assert proposals(search(settings, broken=(0, 3, 14))) == in_one_go
     assert proposals(search(settings, broken=(6, 18), sessions=(7, 18))) == in_one_go
-    assert len({tuple(point.values()) for point in in_one_go}) == PLACES
+    assert len({tuple(point.values()) for point in in_one_go}) == SLOTS
 
 
 @pytest.mark.parametrize("pruner", ["none", "halving", "hyperband"])
@@ -165,15 +165,15 @@ def test_a_branching_space_is_proposed_the_same_and_only_what_matters(name: str)
     assert proposals(search(settings, sessions=(1, 7, 15), broken=(3, 14))) == in_one_go
     assert all(point in settings.space for point in in_one_go)
     with_filters = [point for point in in_one_go if "filters" in point]
-    assert 0 < len(with_filters) < PLACES
+    assert 0 < len(with_filters) < SLOTS
     assert len({point["filters"] for point in with_filters}) > len(with_filters) / 2
     assert {len(point) for point in in_one_go} == {7, 8, 9, 10}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_another_seed_gives_other_proposals(name: str) -> None:
-    one = proposals(search(config(sampler=name), places=6))
-    other = proposals(search(config(sampler=name, seed=1), places=6))
+    one = proposals(search(config(sampler=name), slots=6))
+    other = proposals(search(config(sampler=name, seed=1), slots=6))
     assert one[0] == other[0] == REFERENCE
     assert all(a != b for a, b in zip(one[1:], other[1:], strict=True))
 
@@ -183,28 +183,28 @@ def test_another_seed_gives_other_proposals(name: str) -> None:
 def test_tpe_learns_from_the_trials_before(pruner: str) -> None:
     def late_mean(name: str) -> float:
         settings = config(sampler=name, pruner=pruner, seed=5)
-        late = proposals(search(settings, places=60))[30:]
+        late = proposals(search(settings, slots=60))[30:]
         return sum(accuracy(p, 0, EPOCHS - 1) for p in late) / len(late)
 
     assert late_mean("tpe") > late_mean("random") + 0.05
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_first_place_proposes_the_reference(name: str) -> None:
+def test_the_first_slot_proposes_the_reference(name: str) -> None:
     settings = config(sampler=name)
     assert REFERENCE in settings.space
-    assert proposals(search(settings, places=1)) == [REFERENCE]
+    assert proposals(search(settings, slots=1)) == [REFERENCE]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize(
     "other", [{"hidden_units": "8,16"}, {"dropout_rate": "0.3:0.5"}, {"learning_rate": "0.01"}]
 )
-def test_the_first_place_stays_in_a_space_without_the_reference(
+def test_the_first_slot_stays_in_a_space_without_the_reference(
     name: str, other: dict[str, str]
 ) -> None:
     settings = config(sampler=name, **other)
-    (point,) = proposals(search(settings, places=1))
+    (point,) = proposals(search(settings, slots=1))
     assert point != REFERENCE
     assert point in settings.space
 
@@ -221,7 +221,7 @@ def test_every_proposal_lies_in_the_space(name: str) -> None:
 
 def test_qmc_covers_every_choice_evenly() -> None:
     for seed in range(4):
-        points = proposals(search(config(sampler="qmc", seed=seed), places=17))[1:]
+        points = proposals(search(config(sampler="qmc", seed=seed), slots=17))[1:]
         units = Counter(point["hidden_units"] for point in points)
         assert set(units) == {128, 256, 512, 1024}
         assert max(units.values()) - min(units.values()) <= 1
@@ -235,14 +235,14 @@ def test_qmc_covers_every_choice_evenly() -> None:
 def test_a_grid_covers_every_point_once_the_reference_first() -> None:
     settings = config(**GRID, learning_rate="0.001,0.01", n_trials=50)
     assert sampling.budget(settings) == 12
-    points = proposals(search(settings, places=12, broken=(0, 5), sessions=(4,)))
+    points = proposals(search(settings, slots=12, broken=(0, 5), sessions=(4,)))
     assert points[0] == REFERENCE
     expected = {(u, d, r) for u in (8, 512) for d in (0.1, 0.2, 0.3) for r in (0.001, 0.01)}
     assert len(points) == 12
     assert {tuple(point.values()) for point in points} == expected
 
 
-def test_the_budget_is_what_was_asked_where_the_grid_is_larger() -> None:
+def test_the_budget_is_what_was_given_if_the_grid_is_larger() -> None:
     assert sampling.budget(config(**GRID, learning_rate="0.001,0.01", n_trials=7)) == 7
     assert sampling.budget(config(n_trials=70)) == 70
 
@@ -254,7 +254,7 @@ def test_a_trial_of_a_large_grid_needs_no_memory_for_the_other_points() -> None:
     tracemalloc.start()
     try:
         sampling.sampler(settings, 39_999)
-        assert sampling.budget(settings) == PLACES
+        assert sampling.budget(settings) == SLOTS
         assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes; all points: 38 million
     finally:
         tracemalloc.stop()
@@ -272,7 +272,7 @@ def test_a_pruner_decides_the_same_resumed_or_with_failed_trials_replaced(pruner
     assert states["COMPLETE"] > 2
     assert decisions(search(settings, sessions=(1, 7, 15))) == in_one_go
     assert decisions(search(settings, broken=(0, 3, 4, 14))) == in_one_go
-    assert decisions(search(settings, broken=range(PLACES), sessions=range(PLACES))) == in_one_go
+    assert decisions(search(settings, broken=range(SLOTS), sessions=range(SLOTS))) == in_one_go
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
@@ -280,11 +280,11 @@ def test_a_pruner_that_is_shown_little_decides_as_one_that_is_shown_everything(
     monkeypatch: pytest.MonkeyPatch, pruner: str
 ) -> None:
     settings = config(sampler="random", pruner=pruner, epochs=40)
-    found = decisions(search(settings, places=40))
+    found = decisions(search(settings, slots=40))
     assert {state for state, _ in found} == {"COMPLETE", "PRUNED"}
     monkeypatch.setattr(sampling, "_is_at_rung", lambda *_: True)
     monkeypatch.setattr(sampling, "Judged", lambda trial: trial)  # as Optuna shows itself
-    assert decisions(search(settings, places=40)) == found
+    assert decisions(search(settings, slots=40)) == found
 
 
 @pytest.mark.parametrize(
@@ -296,9 +296,9 @@ def test_what_a_worker_reads_of_a_file_leads_to_the_same_trials_as_all_of_them_i
 ) -> None:
     settings = config(pruner=pruner, **space)
     backend = open_storage("sqlite:///study.db")
-    trials = search(settings, broken=(3,), places=18, storage=OutlineStorage(backend))
+    trials = search(settings, broken=(3,), slots=18, storage=OutlineStorage(backend))
     close(backend)
-    in_memory = search(settings, broken=(3,), places=18)
+    in_memory = search(settings, broken=(3,), slots=18)
     assert proposals(trials) == proposals(in_memory)
     assert decisions(trials) == decisions(in_memory)
 

@@ -62,7 +62,7 @@ create_sqlite(Path("study.db"), fill)
 """
 
 
-def test_a_database_whose_making_was_killed_does_not_exist_and_is_made_again(
+def test_a_database_whose_creation_was_killed_does_not_exist_and_is_created_again(
     in_folder: Path,
 ) -> None:
     with killed_after(FILL, in_folder, "half") as process:
@@ -76,7 +76,7 @@ def test_a_database_whose_making_was_killed_does_not_exist_and_is_made_again(
     assert list(in_folder.glob("*unfinished*")) == []
 
 
-def test_a_database_whose_making_failed_does_not_exist(in_folder: Path) -> None:
+def test_a_database_whose_creation_failed_does_not_exist(in_folder: Path) -> None:
     def fill(url: str) -> None:
         Path(url.removeprefix("sqlite:///")).write_text("half")
         raise RuntimeError("disk full")
@@ -86,7 +86,7 @@ def test_a_database_whose_making_failed_does_not_exist(in_folder: Path) -> None:
     assert {path.name for path in in_folder.iterdir()} <= {".study.db.creation.lock"}
 
 
-def test_an_existing_database_is_not_made_again(in_folder: Path) -> None:
+def test_an_existing_database_is_not_created_again(in_folder: Path) -> None:
     (in_folder / "study.db").write_text("mine")
     create_sqlite(in_folder / "study.db", lambda url: pytest.fail(url))
     assert (in_folder / "study.db").read_text() == "mine"

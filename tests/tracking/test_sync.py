@@ -1,4 +1,4 @@
-"""Whatever is damaged in a finished study, the next run mends it, and the one after has nothing to.
+"""The next run repairs whatever is damaged in a finished study; the one after finds nothing wrong.
 
 One small study is made once; every test gets a copy of its databases and damages it through
 SQLite, MLflow or Optuna. The artifacts stay where the first study wrote them.
@@ -104,13 +104,13 @@ def study(template: Damaged, in_folder: Path) -> Damaged:
     return Damaged(in_folder, template.config)
 
 
-def mend(study: Damaged) -> Result:
+def repair(study: Damaged) -> Result:
     """Run the study: afterwards all must hold, and running it once more must change nothing."""
     result = pipeline.run(study.config)
     invariants.check(study.folder, TRIALS)
     before = invariants.dump(study.folder)
     again = pipeline.run(study.config)
-    assert (again.mended, again.ran) == ((), 0)
+    assert (again.repaired, again.ran) == ((), 0)
     assert again.winner is not None
     assert not again.winner.new
     assert invariants.dump(study.folder) == before
@@ -119,7 +119,7 @@ def mend(study: Damaged) -> Result:
 
 def test_an_undamaged_study_is_left_alone(study: Damaged) -> None:
     before = invariants.dump(study.folder)
-    assert mend(study).mended == ()
+    assert repair(study).repaired == ()
     assert invariants.dump(study.folder) == before
 
 
@@ -244,34 +244,34 @@ DAMAGES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_mirror_is_mended_without_a_new_trial_or_version(
+def test_a_damaged_mirror_is_repaired_without_a_new_trial_or_version(
     study: Damaged, damage: Callable[[Damaged], None]
 ) -> None:
     damage(study)
     with pytest.raises((AssertionError, KeyError)):
         invariants.check(study.folder, TRIALS)
-    result = mend(study)
+    result = repair(study)
     assert result.ran == 0
     assert result.winner is not None
     assert (result.winner.version, result.winner.new) == (1, False)
-    assert result.mended or damage in (parent_left_running, parent_deleted)
+    assert result.repaired or damage in (parent_left_running, parent_deleted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [*DAMAGES, point_changed])
-def test_the_doctor_says_what_disagrees_and_mends_it_only_when_told_to(
+def test_the_doctor_says_what_disagrees_and_repairs_it_only_when_told_to(
     study: Damaged, damage: Callable[[Damaged], None]
 ) -> None:
     damage(study)
     before = invariants.dump(study.folder)
-    mended, left = doctor(study.config, fix=False)
-    assert mended == []
+    repaired, left = doctor(study.config, fix=False)
+    assert repaired == []
     assert left
     assert invariants.dump(study.folder) == before
 
-    mended, left = doctor(study.config, fix=True)
+    repaired, left = doctor(study.config, fix=True)
     assert left == []
-    assert mended or damage is parent_deleted
+    assert repaired or damage is parent_deleted
     invariants.check(study.folder, TRIALS)
     before = invariants.dump(study.folder)
     assert doctor(study.config, fix=True) == ([], [])
@@ -285,11 +285,11 @@ def test_the_doctor_on_the_command_line(study: Damaged, capsys: pytest.CaptureFi
     left_running(study)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "trial 1: its run has status RUNNING in place of FINISHED\n" in out
+    assert "trial 1: its run differs: status is RUNNING, expected FINISHED\n" in out
     assert "1 disagreement; repair with python study.py doctor --fix\n" in out
     assert cli.main(["doctor", "--fix"]) == 0
     out = capsys.readouterr().out
-    assert "repaired: trial 1: its run has status RUNNING in place of FINISHED\n" in out
+    assert "repaired: trial 1: its run differs: status is RUNNING, expected FINISHED\n" in out
     assert out.endswith("both stores agree\n")
     assert cli.main(["doctor", "--study-name", "other"]) == 2
     assert "has none named other" in capsys.readouterr().err
@@ -297,16 +297,16 @@ def test_the_doctor_on_the_command_line(study: Damaged, capsys: pytest.CaptureFi
     assert "--study-name must come after the verb" in capsys.readouterr().err
 
 
-def test_a_failure_that_an_earlier_version_stored_raw_is_mended_shown_and_reported(
+def test_a_failure_that_an_earlier_version_stored_raw_is_repaired_shown_and_reported(
     study: Damaged, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = "ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
     shown = r"ValueError: \x1b[31mrot\x00 \ud800 größer 模型\nnext"
     own = storage_module.load_study(study.config)
-    marks = {**own.trials[-1].user_attrs, "failure": raw}
+    attributes = {**own.trials[-1].user_attrs, "failure": raw}
     for name in ("mlflow_run_id", "history"):
-        marks.pop(name, None)
-    own.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=marks))
+        attributes.pop(name, None)
+    own.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes))
     assert cli.main(["doctor", "--fix"]) == 0
     run = study.client.get_run(study.run_of(TRIALS))
     assert run.data.tags["optuna.failure"] == shown
@@ -336,7 +336,7 @@ def test_the_doctor_waits_for_the_end_of_a_run(study: Damaged) -> None:
 
 
 @pytest.mark.slow
-def test_a_parent_run_that_is_gone_for_good_is_made_again_and_takes_its_runs(
+def test_a_parent_run_that_is_gone_for_good_is_created_again_and_takes_its_runs(
     study: Damaged,
 ) -> None:
     gone = study.parent()
@@ -346,19 +346,19 @@ def test_a_parent_run_that_is_gone_for_good_is_made_again_and_takes_its_runs(
             database.execute(query, (gone,))
             database.commit()
     before = [study.run_of(number) for number in range(TRIALS)]
-    result = mend(study)
+    result = repair(study)
     assert result.ran == 0
     assert result.parent_run_id != gone
-    assert len(result.mended) == TRIALS
+    assert len(result.repaired) == TRIALS
     assert [study.run_of(number) for number in range(TRIALS)] == before
 
 
 @pytest.mark.slow
 def test_a_lost_mlflow_database_is_rebuilt_and_the_model_registered_again(study: Damaged) -> None:
     (study.folder / "mlflow.db").unlink()
-    result = mend(study)
+    result = repair(study)
     assert result.ran == 0
-    assert len(result.mended) == TRIALS
+    assert len(result.repaired) == TRIALS
     assert result.winner is not None
     assert (result.winner.version, result.winner.new) == (1, True)
     assert (study.folder / "mlruns").is_dir()
@@ -394,7 +394,7 @@ def test_a_trial_left_running_by_a_dead_process_fails_and_is_replaced(study: Dam
     process.wait()
     old = invariants.check(study.folder, TRIALS)["trials"]
     leave_running(study, 2, process.pid)
-    result = mend(study)
+    result = repair(study)
     assert (result.ran, result.failed) == (1, 1)
     trials = invariants.check(study.folder, TRIALS)["trials"]
     assert trials[2].user_attrs["failure"].startswith("lost: ")
@@ -412,34 +412,34 @@ def test_a_trial_left_running_on_another_host_is_lost_because_this_one_runs_the_
         "WHERE key = 'owner'"
     )
     study.sql("study.db", query)
-    assert (mend(study).ran, len(invariants.check(study.folder, TRIALS)["trials"])) == (1, 7)
+    assert (repair(study).ran, len(invariants.check(study.folder, TRIALS)["trials"])) == (1, 7)
 
 
 def test_a_trial_that_somebody_enqueued_is_left_alone(study: Damaged) -> None:
     with_waiting = optuna.load_study(study_name="mnist-dnn", storage="sqlite:///study.db")
     with_waiting.enqueue_trial({"hidden_units": 8})
-    assert pipeline.run(study.config).mended == ()
+    assert pipeline.run(study.config).repaired == ()
     assert doctor(study.config, fix=True) == ([], [])
     assert with_waiting.get_trials()[-1].state.name == "WAITING"
 
 
 @pytest.mark.slow
-def test_a_server_that_fails_while_mending_leaves_no_run_twice(
+def test_a_server_that_fails_while_repairing_leaves_no_run_twice(
     study: Damaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave_mended = Tracking.mend
+    leave_repaired = Tracking.repair
     failures = iter([True])
 
     def failing(*arguments: Any) -> None:
         if next(failures, False):
             raise MlflowException("the server is down")
-        leave_mended(*arguments)
+        leave_repaired(*arguments)
 
-    monkeypatch.setattr(Tracking, "mend", failing)
+    monkeypatch.setattr(Tracking, "repair", failing)
     left_running(study)
     with pytest.raises(RunError, match="the server is down"):
         pipeline.run(study.config)
-    assert mend(study).ran == 0
+    assert repair(study).ran == 0
     assert len(study.client.search_runs(["1"])) == TRIALS + 2
 
 

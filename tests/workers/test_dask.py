@@ -107,7 +107,7 @@ class Hearing(Progress):
     def workers(self, line: str) -> None:
         self.lines.append(line)
 
-    def mended(self, lines: list[str]) -> None:
+    def repaired(self, lines: list[str]) -> None:
         self.lines.extend(lines)
 
     def trial(self, outcome: TrialSummary, best: float | None) -> None:
@@ -147,7 +147,7 @@ class _Here:
 def check(site: Site, folder: Path, config: StudyConfig) -> dict[str, Any]:
     """Both ledgers agree, and running the study once more changes nothing."""
     again = pipeline.run(config)
-    assert (again.ran, again.mended) == (0, ())
+    assert (again.ran, again.repaired) == (0, ())
     assert doctor(config, fix=False) == ([], [])
     return invariants.check(
         folder,

@@ -346,7 +346,7 @@ def test_a_trial_that_ended_as_its_worker_died_is_not_run_again(
     with engine.Executor(StudyConfig(workers=2), "run", dataset) as workers:
         stopped = workers.run_trials(
             range(4),
-            lambda outcome: told.append(outcome.place),
+            lambda outcome: told.append(outcome.slot),
             lambda: [place for place in (1, 2, 3) if place not in told],  # 0 is finished
             timeout=None,
             patience=Patience(None),
@@ -397,7 +397,7 @@ def outcomes(
     with engine.Executor(StudyConfig(workers=1), "run", nothing) as workers:
         workers.run_trials(
             range(8),
-            lambda outcome: seen.append((outcome.place, outcome.state)),
+            lambda outcome: seen.append((outcome.slot, outcome.state)),
             list,
             timeout=None,
             patience=Patience(None),

@@ -62,7 +62,7 @@ def test_a_trial_outlives_a_failing_tracking_server_and_its_run_is_written_later
     monkeypatch.setattr(MlflowClient, method, failing)
     result = run(config(clouds), outcomes)
     assert [outcome.state for outcome in outcomes.seen] == ["COMPLETE"] * 3
-    assert any("trial 1" in line for line in result.mended)
+    assert any("trial 1" in line for line in result.repaired)
     invariants.check(in_folder, 3)
 
 
@@ -70,7 +70,7 @@ def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> 
     outcomes = Outcomes()
     run(config(clouds), outcomes)
     for outcome, trial in zip(outcomes.seen, invariants.check(in_folder, 3)["trials"], strict=True):
-        assert (outcome.number, outcome.place) == (trial.number, trial.user_attrs["place"])
+        assert (outcome.number, outcome.slot) == (trial.number, trial.user_attrs["place"])
         assert outcome.value == outcome.val_accuracy == trial.value
         assert outcome.hyperparameters
         assert outcome.hyperparameters == trial.params
