@@ -18,6 +18,7 @@ from search.tracking.registered_model import (
     ALIAS,
     aliased_version,
     find_version,
+    follow_alias,
     register,
 )
 from search.tracking.runs import Tracking

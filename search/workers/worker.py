@@ -71,20 +71,20 @@ class Worker:
         self.closed = True
         storage.close_study(self.study)
 
-    def run_trial(self, place: int) -> TrialSummary:
-        """Run the trial at `place` to its end, whatever that is, unless one has finished there.
+    def run_trial(self, slot: int) -> TrialSummary:
+        """Run the trial at `slot` to its end, whatever that is, unless one has finished there.
 
         Raises RunError where Optuna's database fails: then nothing can be recorded.
         """
-        if place > 0:
+        if slot > 0:
             self._let_the_first_begin()
-        found = self._find(place)
+        found = self._find(slot)
         if found is not None:
             return self._outcome_of(read_trial(self.study, found.number))
         try:
-            return self._run_trial(place)
+            return self._run_trial(slot)
         except SlotTaken:
-            return self.run_trial(place)
+            return self.run_trial(slot)
 
     def _outcome_of(self, trial: FrozenTrial) -> TrialSummary:
         """How a finished trial went."""
@@ -93,17 +93,17 @@ class Worker:
         last = given_up(self.study).get(trial.user_attrs[SLOT])
         return summarize(trial, given_up=last is not None and last.number == trial.number)
 
-    def _find(self, place: int) -> FrozenTrial | None:
-        """The trial that finished the slot `place`, or with which the slot was given up.
+    def _find(self, slot: int) -> FrozenTrial | None:
+        """The trial that finished the slot `slot`, or with which the slot was given up.
 
         One that runs is waited for, unless it is lost.
         """
         while not self.closed:
-            begun = trials_in_slot(self.study, place)
-            if not begun:
-                return given_up(self.study).get(place)
+            started = trials_in_slot(self.study, slot)
+            if not started:
+                return given_up(self.study).get(slot)
             alive = False
-            for trial in begun:
+            for trial in started:
                 if trial.state.is_finished():
                     return trial
                 if trial.user_attrs[OWNER] == self.owner or is_lost(self.study, trial):
@@ -114,15 +114,15 @@ class Worker:
                 time.sleep(_LOOK)  # at what another process writes
         raise RunError("the run has ended")
 
-    def _run_trial(self, place: int) -> TrialSummary:
-        _, seed = sampling.seeds(self.config.seed, place)
+    def _run_trial(self, slot: int) -> TrialSummary:
+        _, seed = sampling.seeds(self.config.seed, slot)
         self.study.attrs = {
-            SLOT: place,
+            SLOT: slot,
             SEED: seed,
             OWNER: self.owner,
             ENVIRONMENT: self.environment,
         }
-        self.study.sampler = sampling.sampler(self.config, place)
+        self.study.sampler = sampling.sampler(self.config, slot)
         attempt = Attempt(self.context)
         try:
             self.study.optimize(attempt.objective, n_trials=1, catch=(Exception,))
@@ -141,13 +141,13 @@ class Worker:
         return self._outcome_of(attempt.frozen())
 
     def _let_the_first_begin(self) -> None:
-        """A study's first trial is the one at place 0, whichever worker is ready first."""
+        """A study's first trial is the one at slot 0, whichever worker is ready first."""
         deadline = time.monotonic() + 60
         while not self.study.get_trials(deepcopy=False) and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def repeat(self, number: int, repeat: int) -> dict[str, Any]:
-        """Train the configuration of trial `number` on a fresh seed; writes to neither ledger.
+        """Train the configuration of trial `number` on a fresh seed; writes to neither store.
 
         Returns what the trial keeps of it: seed, history, when it began and ended (ms), and the
         failure, where the training diverged.
@@ -163,13 +163,13 @@ class Worker:
             kept["failure"] = reason_of(error)
         except Exception as error:
             raise RunError(
-                f"trial {number} could not be trained again ({reason_of(error)}); mend the cause "
+                f"trial {number} could not be trained again ({reason_of(error)}); fix the cause "
                 "and run the same command again"
             ) from error
         return {**kept, "ended": now_ms()}
 
     def retrain(self, number: int) -> str:
-        """Train the configuration of trial `number` anew, log it and return its run."""
+        """Retrain trial `number` on all training data, log the model and return its run."""
         return retrain(
             self.config, self.dataset, self.tracking, self.context.parent_run, self.study, number
         )

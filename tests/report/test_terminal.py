@@ -27,7 +27,7 @@ def lines() -> tuple[Lines, io.StringIO]:
 
 OUTCOME = TrialSummary(
     number=7,
-    place=7,
+    slot=7,
     state="COMPLETE",
     val_accuracy=0.97654,
     hyperparameters=TRIED,
@@ -87,8 +87,8 @@ def test_the_start_says_what_will_be_done(done: int, missing: int, expected: str
 
 def test_every_repair_is_a_line() -> None:
     to, text = lines()
-    to.mended(["run [1] repaired", "trial 2 had no run"])
-    to.mended([])
+    to.repaired(["run [1] repaired", "trial 2 had no run"])
+    to.repaired([])
     assert text.getvalue() == "repaired: run [1] repaired\nrepaired: trial 2 had no run\n"
 
 
