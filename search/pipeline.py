@@ -92,7 +92,7 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
 
 def _check_scheduler(address: str) -> None:
     try:
-        from search.workers.dask import check_scheduler
+        from search.workers.scheduler import check_scheduler
     except ImportError as error:
         raise InputError(
             f"--scheduler needs Dask's distributed, which is not installed ({error}); "

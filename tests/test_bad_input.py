@@ -26,8 +26,8 @@ from search.config.settings import StudyConfig, options
 from search.data.dataset import load_dataset
 from search.errors import InputError
 from search.study import storage
-from search.workers import dask
-from search.workers.dask import check_scheduler
+from search.workers import scheduler
+from search.workers.scheduler import check_scheduler
 
 ROOT = Path(__file__).parent.parent
 NAME = "tiny"
@@ -498,7 +498,7 @@ def test_a_store_on_a_disk_is_refused_with_a_cluster(
 def test_an_address_without_a_scheduler_is_refused(
     address: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dask, "_TIMEOUT", 1)
+    monkeypatch.setattr(scheduler, "_TIMEOUT", 1)
     with pytest.raises(InputError) as caught:
         check_scheduler(address)
     line = str(caught.value)
@@ -508,8 +508,8 @@ def test_an_address_without_a_scheduler_is_refused(
 
 
 def test_a_cluster_without_dask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "search.workers.dask", raising=False)
-    monkeypatch.delattr("search.workers.dask", raising=False)
+    monkeypatch.delitem(sys.modules, "search.workers.scheduler", raising=False)
+    monkeypatch.delattr("search.workers.scheduler", raising=False)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(InputError, match=r"needs Dask's.*; pip install -e '\.\[cluster\]'"):
         pipeline._check_scheduler("tcp://127.0.0.1:9")

@@ -18,20 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from search.config.settings import StudyConfig, differences
 from search.config.urls import sqlite_path, sqlite_url
 from search.errors import InputError, RunError, one_line, redact
-from search.study.postgres import (
-    backend_of,
-    check_server,
-    connected,
-    escape_braces,
-    open_server_storage,
-)
-from search.study.sqlite import (
-    check_schema,
-    check_sqlite,
-    create_sqlite,
-    read_only_url,
-    tune_sqlite,
-)
+from search.study import postgres, sqlite
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # raised if a disk or a database fails
 _BEFORE = {"split": "last", "normalize": "none"}  # of studies of earlier versions
@@ -55,12 +42,14 @@ def check(config: StudyConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = sqlite_path(config.storage)
     if path is None:
-        check_server("--storage", config.storage, "sqlite:///study.db")
+        postgres.check_server("--storage", config.storage, "sqlite:///study.db")
         return
-    check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
+    sqlite.check_sqlite("--storage", config.storage, path, _OPTUNA_TABLES, "Optuna")
     if path.exists():
         upgrade = f"optuna storage upgrade --storage {redact(config.storage)}"
-        check_schema("--storage", path, f"Optuna {optuna.__version__}", _alembic_head(), upgrade)
+        sqlite.check_schema(
+            "--storage", path, f"Optuna {optuna.__version__}", _alembic_head(), upgrade
+        )
 
 
 def _alembic_head() -> str:
@@ -74,7 +63,7 @@ def _has_tables(url: str) -> bool:
     path = sqlite_path(url)
     if path is not None:
         return path.exists()  # created complete or not at all
-    with connected(url) as connection:
+    with postgres.connected(url) as connection:
         return sqlalchemy.inspect(connection).has_table("studies")
 
 
@@ -106,9 +95,9 @@ def _read_only(config: StudyConfig) -> Iterator[optuna.Study | None]:
         return
     path = sqlite_path(config.storage)
     if path is None:
-        storage: RDBStorage = open_server_storage(config.storage)
+        storage: RDBStorage = postgres.open_server_storage(config.storage)
     else:
-        url = escape_braces(read_only_url(path))
+        url = postgres.escape_braces(sqlite.read_only_url(path))
         storage = RDBStorage(url, skip_table_creation=True)
     study = None
     try:
@@ -167,12 +156,16 @@ def open_storage(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = sqlite_path(url)
     if path is None:
-        return open_server_storage(url)
+        return postgres.open_server_storage(url)
 
-    create_sqlite(path, lambda unfinished: close(RDBStorage(escape_braces(unfinished))))
-    tune_sqlite(path)
+    sqlite.create_sqlite(
+        path, lambda unfinished: close(RDBStorage(postgres.escape_braces(unfinished)))
+    )
+    sqlite.tune_sqlite(path)
     return RDBStorage(  # complete, and `check` has checked the schema
-        escape_braces(sqlite_url(path)), skip_compatibility_check=True, skip_table_creation=True
+        postgres.escape_braces(sqlite_url(path)),
+        skip_compatibility_check=True,
+        skip_table_creation=True,
     )
 
 
@@ -241,7 +234,7 @@ def failure(error: BaseException) -> RunError:
 
 def close_study(study: optuna.Study) -> None:
     """Close every connection of the storage behind `study`."""
-    backend = backend_of(study)
+    backend = postgres.backend_of(study)
     if isinstance(backend, RDBStorage):
         close(backend)
 

@@ -23,20 +23,8 @@ from search.config.urls import sqlite_path, sqlite_url
 from search.study.sqlite import create_sqlite, tune_sqlite
 from search.study.storage import RUN_ID, UID
 from search.study.trials import METRICS, history_of
+from search.tracking import schema
 from search.tracking.address import configure_client, global_uri, in_trash
-from search.tracking.schema import (
-    NOTE,
-    NUMBER,
-    ORPHAN,
-    PARENT,
-    STATUS,
-    STUDY,
-    STUDY_UID,
-    SUMMARY,
-    Metadata,
-    params_of,
-    tags_of,
-)
 
 TRACKING_ERRORS = (MlflowException, requests.RequestException)  # a tracking server that fails
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the view in MLflow's UI
@@ -105,8 +93,8 @@ class Tracking:
                 self.experiment_id,
                 run_name=study.study_name,
                 tags={
-                    STUDY: study.study_name,
-                    STUDY_UID: study.user_attrs[UID],
+                    schema.STUDY: study.study_name,
+                    schema.STUDY_UID: study.user_attrs[UID],
                     **_author(),
                 },
             ).info.run_id
@@ -134,8 +122,8 @@ class Tracking:
         known = None if named is None else self.find(named)
         if known is not None:
             return known
-        runs = self._search(f"tags.`{STUDY_UID}` = '{study.user_attrs[UID]}'")
-        parents = [run for run in runs if PARENT not in run.data.tags]
+        runs = self._search(f"tags.`{schema.STUDY_UID}` = '{study.user_attrs[UID]}'")
+        parents = [run for run in runs if schema.PARENT not in run.data.tags]
         return parents[-1] if parents else None
 
     def find(self, run_id: str) -> Run | None:
@@ -159,13 +147,13 @@ class Tracking:
 
     def is_described(self, run_id: str, text: str) -> bool:
         """Whether `text` was the last text that `describe` wrote."""
-        return self.client.get_run(run_id).data.tags.get(SUMMARY) == text
+        return self.client.get_run(run_id).data.tags.get(schema.SUMMARY) == text
 
     def describe(self, run_id: str, text: str) -> None:
         """Make `text` the run's description, unless the user has edited it."""
         tags = self.client.get_run(run_id).data.tags
-        own = tags.get(NOTE, "") in ("", tags.get(SUMMARY))
-        self._log(run_id, tags={**({NOTE: text} if own else {}), SUMMARY: text})
+        own = tags.get(schema.NOTE, "") in ("", tags.get(schema.SUMMARY))
+        self._log(run_id, tags={**({schema.NOTE: text} if own else {}), schema.SUMMARY: text})
 
     # ---- runs of trials ----------------------------------------------------------------------
 
@@ -182,13 +170,13 @@ class Tracking:
             self.experiment_id,
             start_time=start_ms,
             run_name=name,
-            tags={PARENT: parent, NUMBER: str(number), **_author(), **(tags or {})},
+            tags={schema.PARENT: parent, schema.NUMBER: str(number), **_author(), **(tags or {})},
         )
         return str(run.info.run_id)
 
-    def log_start(self, run_id: str, trial: FrozenTrial, metadata: Metadata) -> None:
+    def log_start(self, run_id: str, trial: FrozenTrial, metadata: schema.Metadata) -> None:
         """Log the params and the dataset, which are known before the first epoch."""
-        self._log(run_id, params=params_of(trial, metadata))
+        self._log(run_id, params=schema.params_of(trial, metadata))
         dataset = mlflow.entities.Dataset(**metadata["dataset"])
         self.client.log_inputs(run_id, [DatasetInput(dataset, tags=[])])
 
@@ -200,15 +188,17 @@ class Tracking:
         """End the run as its trial ended; the tag of the state is written last."""
         ended = trial.datetime_complete
         self.client.set_terminated(
-            run_id, STATUS[trial.state], None if ended is None else int(ended.timestamp() * 1000)
+            run_id,
+            schema.STATUS[trial.state],
+            None if ended is None else int(ended.timestamp() * 1000),
         )
-        self._log(run_id, tags=tags_of(trial))
+        self._log(run_id, tags=schema.tags_of(trial))
 
     def runs_of(self, parent: str) -> list[Run]:
         """All nested runs of a parent run, newest first."""
-        return self._search(f"tags.`{PARENT}` = '{parent}'")
+        return self._search(f"tags.`{schema.PARENT}` = '{parent}'")
 
-    def repair(self, run_id: str, trial: FrozenTrial, metadata: Metadata) -> None:
+    def repair(self, run_id: str, trial: FrozenTrial, metadata: schema.Metadata) -> None:
         """Write a finished trial into its run; idempotent."""
         self.log_start(run_id, trial, metadata)
         self._log(run_id, metrics=_metrics(history_of(trial)))
@@ -221,13 +211,13 @@ class Tracking:
 
     def adopt(self, run_id: str, parent: str) -> None:
         """Nest a run under `parent`."""
-        self.client.set_tag(run_id, PARENT, parent)
+        self.client.set_tag(run_id, schema.PARENT, parent)
 
     def orphan(self, run: Run) -> None:
         """End a run that belongs to no trial, and tag it so."""
         if run.info.status == "RUNNING":
             self.client.set_terminated(run.info.run_id, "KILLED")
-        self.client.set_tag(run.info.run_id, ORPHAN, "true")
+        self.client.set_tag(run.info.run_id, schema.ORPHAN, "true")
 
     def _search(self, query: str) -> list[Run]:
         runs: list[Run] = []

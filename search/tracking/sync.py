@@ -25,20 +25,10 @@ from search.study.trials import (
     history_of,
     is_lost,
 )
+from search.tracking import schema
 from search.tracking.address import check_tracking
 from search.tracking.registered_model import follow_alias, wrong_stages
 from search.tracking.runs import TRACKING_ERRORS, Tracking
-from search.tracking.schema import (
-    FINALIST,
-    NUMBER,
-    ORPHAN,
-    PARENT,
-    STATUS,
-    mirrored,
-    params_of,
-    run_name,
-    tags_of,
-)
 
 UNKNOWN = "unknown: its process could not record the reason, e.g. on a full disk"
 _PASSES = 4  # end lost trials, repair runs, replace those that can't be repaired, check
@@ -107,7 +97,7 @@ class Stores:
         """
         runs = self.tracking.runs_of(self.parent)  # first: a trial started later has no run here
         trials = self.study.get_trials(deepcopy=False)
-        pairs = list(self._pairs(mirrored(trials), runs))
+        pairs = list(self._pairs(schema.mirrored(trials), runs))
         return [
             *self._lost(trials, None),
             *self._strays(pairs, runs, at_rest),
@@ -128,7 +118,7 @@ class Stores:
                 run = self.tracking.find(named)  # under another parent?
             if run is not None and (
                 run.info.lifecycle_stage == "deleted"
-                or ORPHAN in run.data.tags
+                or schema.ORPHAN in run.data.tags
                 or _key_of(run) not in (_key(trial), (None, None))
             ):
                 run = None
@@ -180,7 +170,7 @@ class Stores:
                 yield Disagreement(f"{label}: no run", partial(self.write, trial))
                 continue
             run_id = run.info.run_id
-            if run_id not in nested and run.data.tags.get(PARENT) != self.parent:
+            if run_id not in nested and run.data.tags.get(schema.PARENT) != self.parent:
                 adopt = partial(self.tracking.adopt, run_id, self.parent)
                 yield Disagreement(f"{label}: its run is nested under another parent run", adopt)
                 continue
@@ -202,11 +192,11 @@ class Stores:
 
     def _differences(self, trial: FrozenTrial, run: Run, every_point: bool) -> Iterator[str]:
         """How `run` differs from what its finished trial says, e.g. "loss is 1.0, expected 2.0"."""
-        if run.info.status != STATUS[trial.state]:
-            yield f"status is {run.info.status}, expected {STATUS[trial.state]}"
+        if run.info.status != schema.STATUS[trial.state]:
+            yield f"status is {run.info.status}, expected {schema.STATUS[trial.state]}"
         for found, expected in (
-            (run.data.tags, tags_of(trial)),
-            (run.data.params, params_of(trial, self._metadata)),
+            (run.data.tags, schema.tags_of(trial)),
+            (run.data.params, schema.params_of(trial, self._metadata)),
         ):
             for name, value in expected.items():
                 if found.get(name) != str(value):
@@ -228,9 +218,9 @@ class Stores:
         started = trial.datetime_start
         run_id = self.tracking.create_run(
             self.parent,
-            run_name(trial),
+            schema.run_name(trial),
             trial.number,
-            {key: value for key, value in tags_of(trial).items() if key == FINALIST},
+            {key: value for key, value in schema.tags_of(trial).items() if key == schema.FINALIST},
             start_ms=None if started is None else int(started.timestamp() * 1000),
         )
         self._link(trial, run_id)
@@ -267,14 +257,14 @@ def _key(trial: FrozenTrial) -> Key:
 
 
 def _key_of(run: Run) -> Key:
-    number, repeat = (run.data.tags.get(name, "") for name in (NUMBER, FINALIST))
+    number, repeat = (run.data.tags.get(name, "") for name in (schema.NUMBER, schema.FINALIST))
     return int(number) if number.isdigit() else None, int(repeat) if repeat.isdigit() else None
 
 
 def _is_mirror(run: Run) -> bool:
     """Whether a run is of a trial or a repeat: neither a retraining's nor an orphan."""
     name = run.info.run_name or ""
-    return name.startswith(("trial-", "finalist-")) and ORPHAN not in run.data.tags
+    return name.startswith(("trial-", "finalist-")) and schema.ORPHAN not in run.data.tags
 
 
 @undisturbed()

@@ -5,10 +5,8 @@ not rerun it unnoticed. Where a worker has only lost its connection to the sched
 alive, `Worker.run_trial` prevents a slot of the study from being run twice.
 """
 
-import asyncio
 import contextlib
 import importlib.metadata
-import logging
 import math
 import os
 import time
@@ -18,33 +16,28 @@ from concurrent.futures import (
     CancelledError,
     Executor,
     Future,
-    ThreadPoolExecutor,
     wait,
 )
 from dataclasses import dataclass, field
 from typing import Any
 
-from distributed import Client, Security
 from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
-from distributed.core import rpc
 from distributed.scheduler import KilledWorker
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
-from search.errors import InputError, RunError, one_line
+from search.errors import RunError, one_line
 from search.workers import tasks
+from search.workers.scheduler import PATIENCE, connect, run_on
 
 _LOOK = 1.0  # seconds between two checks of the cluster's workers
-_TIMEOUT = 10  # seconds to find the scheduler at first
-_PATIENCE = 60  # seconds that a lost scheduler, or a paused worker, has to return
+_TIMEOUT = 10  # seconds that the scheduler has to answer
 _SENDING = 600  # seconds to send a dataset to all workers
 _PACKAGES = ("search", "tensorflow", "keras", "optuna", "mlflow")
 _TRIM = "MALLOC_TRIM_THRESHOLD_"
 _SMALL = 2**20  # bytes
 _SETTINGS = f"{_TRIM}=1073741824 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TOP_PAD_=67108864"
-
-
 _DEATHS = (CancelledError, FutureCancelledError, KilledWorker, CommClosedError)
 _NOT_STARTED = (tasks.NotPrepared, tasks.Unfit, ClosedClientError)
 
@@ -136,7 +129,7 @@ class DaskBackend:
     def close(self, *, now: bool) -> None:
         """Leave the cluster; `now`: a running trial notices at its next write that it was ended."""
         with contextlib.suppress(Exception):  # the next run starts with the same step
-            self._run(tasks.forget, self._prepare[0], workers=list(self._members))
+            run_on(self._client, tasks.forget, self._prepare[0], workers=list(self._members))
         self._client.close(timeout=5)
 
     # ---- which workers there are -------------------------------------------------------------
@@ -153,7 +146,7 @@ class DaskBackend:
         for address, member in list(self._members.items()):
             is_open = address in present and present[address]["status"] == "running"
             member.closed = None if is_open else member.closed or now
-            waited = member.closed is not None and now - member.closed > _PATIENCE
+            waited = member.closed is not None and now - member.closed > PATIENCE
             if self._connection_lost or waited or address not in present:
                 self._drop(address)
         self._connection_lost = False
@@ -177,7 +170,7 @@ class DaskBackend:
 
     def _present(self) -> Mapping[str, Any]:
         """What the scheduler knows of each worker; waits for a scheduler that is restarted."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 scheduler = self._client.scheduler
@@ -193,7 +186,7 @@ class DaskBackend:
                 if time.monotonic() > deadline or self._client.status == "closed":
                     raise RunError(
                         f"the connection to the Dask scheduler {self._address} is lost and was not "
-                        f"restored within {_PATIENCE} s ({one_line(error)}); start the scheduler "
+                        f"restored within {PATIENCE} s ({one_line(error)}); start the scheduler "
                         "and run the same command again"
                     ) from None
                 time.sleep(_LOOK)
@@ -213,8 +206,13 @@ class DaskBackend:
             alike = [at for at in new if at not in self._refused and new[at] == threads]
             if not alike:
                 continue
-            prepared = self._run(
-                tasks.prepare, *self._prepare, threads, workers=alike, timeout=_SENDING
+            prepared = run_on(
+                self._client,
+                tasks.prepare,
+                *self._prepare,
+                threads,
+                workers=alike,
+                timeout=_SENDING,
             )
             for address, error in prepared.items():
                 if error is None:
@@ -228,12 +226,12 @@ class DaskBackend:
         """
         for package in _PACKAGES:
             wanted = importlib.metadata.version(package)
-            found = self._run(importlib.metadata.version, package, workers=addresses)
+            found = run_on(self._client, importlib.metadata.version, package, workers=addresses)
             for address, version in found.items():
                 if isinstance(version, importlib.metadata.PackageNotFoundError):
                     has = f"it has no {package}"
                 elif isinstance(version, Exception):
-                    yield address, f"it does not answer ({one_line(version)})", _PATIENCE
+                    yield address, f"it does not answer ({one_line(version)})", PATIENCE
                     continue
                 elif version != wanted:
                     has = f"it has {package} {version}"
@@ -245,7 +243,7 @@ class DaskBackend:
                     "start it again",
                     math.inf,
                 )
-        trims = self._run(os.getenv, _TRIM, workers=addresses)
+        trims = run_on(self._client, os.getenv, _TRIM, workers=addresses)
         slow = [trim for trim in trims.values() if str(trim).isdigit() and int(trim) < _SMALL]
         if slow and not self._warned:
             self._warned = True
@@ -253,24 +251,6 @@ class DaskBackend:
                 f"{len(slow)} of {len(trims)} workers have {_TRIM}={slow[0]}, which Dask sets, and "
                 f"train about 1.5 times as slowly as with {_SETTINGS} in their environment"
             )
-
-    def _run(
-        self,
-        function: Callable[..., Any],
-        *arguments: Any,
-        workers: list[str],
-        timeout: float = _TIMEOUT,
-    ) -> dict[str, Any]:
-        """What `function` returns, or raises, in each of the workers."""
-        found: dict[str, Any] = self._client.sync(
-            self._client._run,
-            function,
-            *arguments,
-            workers=workers,
-            on_error="return",
-            callback_timeout=timeout,
-        )
-        return found
 
     def _refuse(self, address: str, why: str, seconds: float) -> None:
         self._refused[address] = _Refusal(why, time.monotonic() + seconds)
@@ -282,7 +262,7 @@ class DaskBackend:
         if isinstance(error, tasks.NotPrepared | tasks.Unfit):
             self._drop(address)
             if isinstance(error, tasks.Unfit) and address not in self._refused:
-                self._refuse(address, str(error), _PATIENCE)
+                self._refuse(address, str(error), PATIENCE)
         elif not future.cancelled():
             self._has_worked = True
 
@@ -297,31 +277,3 @@ class DaskBackend:
                 f"{threads} trial{'s' * (threads != 1)} at once"
                 + ("" if workers else "; waiting for some, Ctrl-C ends that")
             )
-
-
-def connect(address: str) -> Client:
-    """A client of the scheduler at `address`, which comes back to a scheduler that does."""
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are raised as well
-    return Client(address, timeout=_PATIENCE, set_as_default=False)
-
-
-def check_scheduler(address: str) -> None:
-    """Raise InputError where no scheduler answers at `address`."""
-
-    async def ask() -> str:
-        arguments = Security().get_connection_args("client")
-        async with rpc(address, timeout=_TIMEOUT, connection_args=arguments) as there:
-            return str((await there.identity())["type"])
-
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    try:
-        with ThreadPoolExecutor(1) as thread:  # in this one an event loop may run, as in a notebook
-            found = thread.submit(asyncio.run, ask()).result()
-        problem = "" if found == "Scheduler" else f"a {found.lower()} is there"
-    except Exception as error:  # a bad address, a refused connection, TLS
-        problem = one_line(error)
-    if problem:
-        raise InputError(
-            f"--scheduler must be the address of a running Dask scheduler, but {address!r} is not: "
-            f"{problem}; start one with dask scheduler, or leave the option out"
-        )

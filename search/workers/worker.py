@@ -12,21 +12,8 @@ from search.data.dataset import Dataset
 from search.errors import RunError
 from search.promotion.comparison import Comparison, compare_versions
 from search.promotion.retrain import retrain
-from search.study import outline, sampling, storage
+from search.study import outline, sampling, storage, trials
 from search.study.storage import ENVIRONMENT, METADATA, OWNER, SEED, SETTINGS, SLOT
-from search.study.trials import (
-    LOST,
-    SlotTaken,
-    SlottedStudy,
-    TrialSummary,
-    fail_trial,
-    given_up,
-    is_lost,
-    owner_of_this_process,
-    read_trial,
-    summarize,
-    trials_in_slot,
-)
 from search.tracking.runs import Tracking
 from search.training import environment
 from search.training.train import TrainingDiverged, use_one_thread_each
@@ -52,7 +39,7 @@ class Worker:
         use_one_thread_each(threads)
         self.config = config
         self.dataset = dataset
-        self.study = SlottedStudy(
+        self.study = trials.SlottedStudy(
             study_name=config.study_name,
             storage=outline.OutlineStorage(storage.open_storage(config.storage)),
             pruner=sampling.pruner(config),
@@ -60,7 +47,7 @@ class Worker:
         if config.model is not None:
             custom_model.check(config.model, self.study.user_attrs[SETTINGS]["model"])
         self.tracking = Tracking(config).open()
-        self.owner = {**owner_of_this_process(), "thread": threading.get_ident()}
+        self.owner = {**trials.owner_of_this_process(), "thread": threading.get_ident()}
         self.environment = environment.here()
         self.closed = False
         facts = self.study.user_attrs[METADATA]
@@ -71,7 +58,7 @@ class Worker:
         self.closed = True
         storage.close_study(self.study)
 
-    def run_trial(self, slot: int) -> TrialSummary:
+    def run_trial(self, slot: int) -> trials.TrialSummary:
         """Run the trial at `slot` to its end, whatever that is, unless one has finished there.
 
         Raises RunError where Optuna's database fails: then nothing can be recorded.
@@ -80,18 +67,18 @@ class Worker:
             self._let_the_first_begin()
         found = self._find(slot)
         if found is not None:
-            return self._outcome_of(read_trial(self.study, found.number))
+            return self._outcome_of(trials.read_trial(self.study, found.number))
         try:
             return self._run_trial(slot)
-        except SlotTaken:
+        except trials.SlotTaken:
             return self.run_trial(slot)
 
-    def _outcome_of(self, trial: FrozenTrial) -> TrialSummary:
+    def _outcome_of(self, trial: FrozenTrial) -> trials.TrialSummary:
         """How a finished trial went."""
         if trial.state is not TrialState.FAIL:
-            return summarize(trial)
-        last = given_up(self.study).get(trial.user_attrs[SLOT])
-        return summarize(trial, given_up=last is not None and last.number == trial.number)
+            return trials.summarize(trial)
+        last = trials.given_up(self.study).get(trial.user_attrs[SLOT])
+        return trials.summarize(trial, given_up=last is not None and last.number == trial.number)
 
     def _find(self, slot: int) -> FrozenTrial | None:
         """The trial that finished the slot `slot`, or with which the slot was given up.
@@ -99,22 +86,23 @@ class Worker:
         One that runs is waited for, unless it is lost.
         """
         while not self.closed:
-            started = trials_in_slot(self.study, slot)
+            started = trials.trials_in_slot(self.study, slot)
             if not started:
-                return given_up(self.study).get(slot)
+                return trials.given_up(self.study).get(slot)
             alive = False
             for trial in started:
                 if trial.state.is_finished():
                     return trial
-                if trial.user_attrs[OWNER] == self.owner or is_lost(self.study, trial):
-                    fail_trial(self.study, trial, LOST)  # unless it has finished meanwhile
+                if trial.user_attrs[OWNER] == self.owner or trials.is_lost(self.study, trial):
+                    # Does nothing if the trial has finished in the meantime.
+                    trials.fail_trial(self.study, trial, trials.LOST)
                 else:
                     alive = True
             if alive:
                 time.sleep(_LOOK)  # at what another process writes
         raise RunError("the run has ended")
 
-    def _run_trial(self, slot: int) -> TrialSummary:
+    def _run_trial(self, slot: int) -> trials.TrialSummary:
         _, seed = sampling.seeds(self.config.seed, slot)
         self.study.attrs = {
             SLOT: slot,
@@ -126,7 +114,7 @@ class Worker:
         attempt = Attempt(self.context)
         try:
             self.study.optimize(attempt.objective, n_trials=1, catch=(Exception,))
-        except SlotTaken:
+        except trials.SlotTaken:
             raise
         except Exception as error:
             # Optuna 5 answers an interruption or a failing database, where it ends the trial, with
@@ -152,7 +140,7 @@ class Worker:
         Returns what the trial keeps of it: seed, history, when it began and ended (ms), and the
         failure, where the training diverged.
         """
-        trial = read_trial(self.study, number)
+        trial = trials.read_trial(self.study, number)
         seed = sampling.repeat_seed(self.config.seed, trial.user_attrs[SLOT], repeat)
         kept: dict[str, Any] = {"seed": seed, "history": [], "began": now_ms()}
         try:

@@ -465,7 +465,7 @@ def test_a_trial_of_a_living_process_is_waited_for(
             living.wait()
         return looked[-1]
 
-    for module in ("tracking.sync", "workers.worker"):
+    for module in ("tracking.sync", "study.trials"):
         monkeypatch.setattr(f"search.{module}.is_lost", look)
     result = pipeline.run(study.config)
     assert looked[:5] == [False] * 5

@@ -21,7 +21,7 @@ from search.report.progress import Progress
 from search.study import storage
 from search.study.trials import LOST, TrialSummary
 from search.tracking.sync import doctor
-from search.workers.dask import connect
+from search.workers.scheduler import connect
 
 TRIALS, EPOCHS = 6, 15
 pytestmark = [
