@@ -112,7 +112,7 @@ class InProcess(Executor):
     """Runs a task at once, in this process."""
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run `task`; an interruption is raised here, anything else by the future."""
+        """Run `task`; an interruption is raised at once, any other error by the future."""
         future: Future[Any] = Future()
         try:
             future.set_result(task(*args, **kwargs))
@@ -138,10 +138,10 @@ def _die_with_parent() -> None:
 
 @contextlib.contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Processes started in the block do not import the main module, which is the user's script.
+    """Keep processes started in the block from importing the main module, the user's script.
 
-    It may lack its guard, or have come from stdin, and nothing that workers get is defined there.
-    `multiprocessing` looks here for what its children are to import.
+    It may lack its guard or have come from stdin, and workers need nothing that is defined there.
+    `multiprocessing` reads this entry of `sys.modules` to decide what its children import.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -152,10 +152,10 @@ def _no_main_module() -> Iterator[None]:
 
 
 class ProcessBackend:
-    """Processes, started as tasks come; one that dies is replaced when the next task comes.
+    """Processes, started on demand; one that dies is replaced when the next task is submitted.
 
-    Each is an executor of its own: where a process of a larger one dies, all of them are ended, and
-    nobody can tell which was the first.
+    Each has an executor of its own: if a process of a shared executor dies, Python ends them all,
+    and nothing tells which one died first.
     """
 
     most_deaths = 3
@@ -175,7 +175,7 @@ class ProcessBackend:
         self._report = report
         self._slots: int | None = None
         self._in_process: InProcess | None = None
-        self._last: dict[ProcessPoolExecutor, Future[Any]] = {}  # what each was given last
+        self._last: dict[ProcessPoolExecutor, Future[Any]] = {}  # the last task of each
 
     def slots(self) -> int:
         """How many tasks run at once; the first call determines and reports it."""
@@ -192,7 +192,7 @@ class ProcessBackend:
         return self._slots
 
     def _ask_for_gpu(self, device: str) -> str | None:
-        """The GPU that TensorFlow finds, in a process of its own: this one stays free of it."""
+        """The GPU that TensorFlow finds, in a separate process: this one must not import it."""
         asked = self._executor()
         try:
             found: str | None = _submit(asked, tasks.gpu).result()

@@ -43,8 +43,8 @@ def reproduce(
 ) -> Reproduction:
     """Train trial `number` again, or the winner, as many epochs as it had; changes nothing.
 
-    The study decides everything; only its dataset may be named anew, where it has `moved`. Raises
-    InputError where there is no such study or trial, or the dataset is another one.
+    All settings come from the study; `moved` is the dataset's new path, if it has one. Raises
+    InputError if there is no such study or trial, or if the dataset differs.
     """
     try:
         storage.check(config)

@@ -48,10 +48,10 @@ def train_again(
     history: list[dict[str, float]],
     only: int | None = None,
 ) -> float:
-    """Train what `trial` tried as a trial is trained; `history` gets an entry an epoch.
+    """Train the configuration of `trial` as a trial is trained, appending each epoch to `history`.
 
-    facts: what all trials of the study have in common. only: end after so many epochs.
-    Returns its value.
+    facts: the metadata that all trials of the study share. only: end after so many epochs.
+    Returns val_accuracy of the final weights.
     """
     tried = complete(trial.params, facts["params"])
     network = build_network(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
@@ -87,14 +87,14 @@ def _train(
 
 
 def _value(tried: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> float:
-    """val_accuracy of the weights that a training ends with."""
+    """val_accuracy of the final weights."""
     return history[best_epoch(history, stopping=bool(tried["early_stopping"]))]["val_accuracy"]
 
 
 def _entry(epoch: int, logs: dict[str, float]) -> dict[str, float]:
-    """An epoch of a trial's history."""
+    """One entry of a trial's history."""
     measured = {ours: float(logs[keras_name]) for keras_name, ours in METRICS.items()}
-    if "learning_rate" in logs:  # of a schedule that goes by the validation set
+    if "learning_rate" in logs:  # of a schedule that depends on the validation loss
         measured["learning_rate"] = float(logs["learning_rate"])
     return {"epoch": epoch, "time_ms": now_ms(), **measured}
 
@@ -117,7 +117,7 @@ def interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None
 
 
 class _Pruning(KerasPruningCallback):  # type: ignore[misc]
-    """Prunes on val_accuracy after every epoch but the last one, where it would save nothing."""
+    """Prunes on val_accuracy after every epoch except the last, where it would save nothing."""
 
     def __init__(self, trial: optuna.Trial, epochs: int) -> None:
         super().__init__(sampling.Judged(trial), "val_accuracy")
@@ -158,7 +158,7 @@ class Attempt:
         self._spent = 0.0
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Train what `trial` proposes; returns val_accuracy of the weights that it ends with."""
+        """Train the configuration that `trial` suggests; returns val_accuracy of the final weights."""
         try:
             return self._train(trial)
         except optuna.TrialPruned:
@@ -168,7 +168,7 @@ class Attempt:
             raise
         except Exception as error:
             trial.set_user_attr(REASON, reason_of(error))
-            if not isinstance(error, storage.ERRORS):  # those say nothing of the configuration
+            if not isinstance(error, storage.ERRORS):  # those do not depend on the configuration
                 trial.set_user_attr(BY_ITSELF, True)
             raise
 
@@ -209,10 +209,10 @@ class Attempt:
         context.tracking.log_start(self._run_id, self.frozen(), context.facts)
 
     def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
-        """Write to MLflow unless this trial's run has already missed something.
+        """Call `write`, unless a write of this trial to MLflow has already failed.
 
-        A server that fails or is slow costs a trial half a minute at most, `_PATIENCE` and two
-        requests, and all trials together about a share of 1 / `_REST`.
+        A server that fails or is slow costs a trial half a minute at most (`_PATIENCE` and two
+        requests), and all trials together about a fraction of 1 / `_REST` of their time.
         """
         if not self._mirrored:
             return
@@ -229,17 +229,17 @@ class Attempt:
             self._context.rest_until = time.monotonic() + _REST * self._spent
 
     def end(self) -> None:
-        """End the run as the trial ended."""
+        """End the MLflow run with the status of the trial."""
         if self._number is not None and self._run_id is not None:
             self._mirror(lambda: self._context.tracking.finish(str(self._run_id), self.frozen()))
 
     def frozen(self) -> FrozenTrial:
-        """The trial, as it is recorded."""
+        """The trial, as it is stored."""
         assert self._number is not None
         return read_trial(self._context.study, self._number)
 
     def was_ended(self) -> bool:
-        """Whether the trial has an end, from here or from where it was taken for lost."""
+        """Whether the trial has ended, here or by a process that considered it lost."""
         with contextlib.suppress(Exception):  # the database may be what failed
             return self._number is not None and self.frozen().state.is_finished()
         return False

@@ -54,14 +54,14 @@ class Worker:
         self.context = Context(config, dataset, self.study, self.tracking, parent_run, facts)
 
     def close(self) -> None:
-        """Close the connections, and begin nothing more."""
+        """Close the connections; no further trial is started."""
         self.closed = True
         storage.close_study(self.study)
 
     def run_trial(self, slot: int) -> trials.TrialSummary:
-        """Run the trial at `slot` to its end, whatever that is, unless one has finished there.
+        """Run the trial of `slot` until it ends in some way, unless one has finished there.
 
-        Raises RunError where Optuna's database fails: then nothing can be recorded.
+        Raises RunError if Optuna's database fails, since nothing can be recorded then.
         """
         if slot > 0:
             self._let_the_first_begin()
@@ -81,9 +81,9 @@ class Worker:
         return trials.summarize(trial, given_up=last is not None and last.number == trial.number)
 
     def _find(self, slot: int) -> FrozenTrial | None:
-        """The trial that finished the slot `slot`, or with which the slot was given up.
+        """The trial that finished `slot`, or with which the slot was given up.
 
-        One that runs is waited for, unless it is lost.
+        Waits for a running one, unless it is lost.
         """
         while not self.closed:
             started = trials.trials_in_slot(self.study, slot)
@@ -99,7 +99,7 @@ class Worker:
                 else:
                     alive = True
             if alive:
-                time.sleep(_LOOK)  # at what another process writes
+                time.sleep(_LOOK)  # the database does not notify
         raise RunError("the run has ended")
 
     def _run_trial(self, slot: int) -> trials.TrialSummary:
@@ -117,8 +117,8 @@ class Worker:
         except trials.SlotTaken:
             raise
         except Exception as error:
-            # Optuna 5 answers an interruption or a failing database, where it ends the trial, with
-            # errors of its own on top.
+            # Where it ends the trial, Optuna 5 replaces an interruption or a database's error by
+            # an error of its own.
             interruption = interruption_behind(error)
             if interruption is not None:
                 raise interruption from None
@@ -129,7 +129,7 @@ class Worker:
         return self._outcome_of(attempt.frozen())
 
     def _let_the_first_begin(self) -> None:
-        """A study's first trial is the one at slot 0, whichever worker is ready first."""
+        """The first trial of a study is that of slot 0, whichever worker is ready first."""
         deadline = time.monotonic() + 60
         while not self.study.get_trials(deepcopy=False) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -137,8 +137,8 @@ class Worker:
     def repeat(self, number: int, repeat: int) -> dict[str, Any]:
         """Train the configuration of trial `number` on a fresh seed; writes to neither store.
 
-        Returns what the trial keeps of it: seed, history, when it began and ended (ms), and the
-        failure, where the training diverged.
+        Returns what the trial stores of it: seed, history, start and end (ms), and the failure if
+        the training diverged.
         """
         trial = trials.read_trial(self.study, number)
         seed = sampling.repeat_seed(self.config.seed, trial.user_attrs[SLOT], repeat)
