@@ -1,8 +1,7 @@
 """One trial: suggest, train, report, prune, mirror.
 
-A worker process builds a `Worker` once and runs one trial a task. The Optuna trial is written
-first and is the truth; the MLflow run follows as well as it can, and `Stores.sync` writes later
-what a failing tracking server did not take.
+The Optuna trial is written first and is the source of truth. The MLflow run follows as far as the
+tracking server accepts it; `Stores.sync` writes later what the server has missed.
 """
 
 import contextlib
@@ -158,7 +157,7 @@ class Attempt:
         self._spent = 0.0
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Train the configuration that `trial` suggests; returns val_accuracy of the final weights."""
+        """Train what `trial` suggests; returns val_accuracy of the final weights."""
         try:
             return self._train(trial)
         except optuna.TrialPruned:
