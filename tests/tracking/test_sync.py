@@ -465,7 +465,7 @@ def test_a_trial_of_a_living_process_is_waited_for(
             living.wait()
         return looked[-1]
 
-    monkeypatch.setattr("search.tracking.sync.is_lost", look)
+    monkeypatch.setattr("search.workers.worker.is_lost", look)  # which waits for it
     result = pipeline.run(study.config)
     assert looked[:5] == [False] * 5
     assert looked[5]
