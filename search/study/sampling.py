@@ -6,6 +6,8 @@ study proposes the same whether it runs in one go, is resumed, or replaces lost 
 """
 
 import binascii
+import bisect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -234,13 +236,7 @@ class _SlotHyperband(HyperbandPruner):
         if slot is None or trial.state is TrialState.FAIL:
             return -1
         if slot not in self._brackets:  # asked of all trials at each rung
-            self._brackets[slot] = self._bracket(slot)
+            share = binascii.crc32(f"place {slot}".encode()) % self._total_trial_allocation_budget
+            ends = list(itertools.accumulate(self._trial_allocation_budgets))
+            self._brackets[slot] = bisect.bisect(ends, share)
         return self._brackets[slot]
-
-    def _bracket(self, slot: int) -> int:
-        share = binascii.crc32(f"place {slot}".encode()) % self._total_trial_allocation_budget
-        for bracket, size in enumerate(self._trial_allocation_budgets):
-            share -= size
-            if share < 0:
-                return bracket
-        raise AssertionError("the brackets' budgets add up to the total")

@@ -109,9 +109,6 @@ def amend_trial(study: optuna.Study, trial: FrozenTrial, name: str, value: Any, 
     trial.user_attrs[name] = value  # Optuna caches finished trials
 
 
-# ---- the budget ------------------------------------------------------------------------------
-
-
 def missing_slots(study: optuna.Study, total: int) -> list[int]:
     """The slots, of 0 to `total` - 1, that are not finished yet, as far as the budget goes.
 
@@ -127,7 +124,7 @@ def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
     """The slots that were given up after two failures, each with its last trial.
 
     A configuration whose training raised an error twice is not run again. Lost trials say nothing
-    about their configuration and do not count; neither do those of versions that did not tell.
+    about their configuration and do not count; neither do those that earlier versions recorded.
     """
     first: set[int] = set()
     found = {}
@@ -139,8 +136,6 @@ def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
             first.add(slot)
     return found
 
-
-# ---- history ---------------------------------------------------------------------------------
 
 # Stored in user attributes of so many epochs each, so that what is written after an epoch does not
 # grow with the number of epochs before it.
@@ -243,9 +238,6 @@ def has_ended(owner: Mapping[str, Any]) -> bool:
         return bool(abs(process.create_time() - owner["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
-
-
-# ---- summary ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
