@@ -15,13 +15,7 @@ from search.promotion.retrain import find_retrained
 from search.report import publish
 from search.report.progress import Progress, Result
 from search.study import ranking, sampling, storage
-from search.study.trials import (
-    FINISHED,
-    TrialSummary,
-    amend_trial,
-    given_up,
-    missing_slots,
-)
+from search.study.trials import FINISHED, TrialSummary, amend_trial, given_up, missing_slots
 from search.tracking.registered_model import aliased_version
 from search.tracking.runs import TRACKING_ERRORS
 from search.tracking.schema import NOT_MADE

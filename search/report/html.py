@@ -64,11 +64,7 @@ class Tested:
 
 
 def write_html(
-    path: Path,
-    study: optuna.Study,
-    found: Overview,
-    charts: list[Chart],
-    tested: Tested | None,
+    path: Path, study: optuna.Study, found: Overview, charts: list[Chart], tested: Tested | None
 ) -> None:
     """Write the report of `study` into `path`, whole or not at all."""
     html = build_html(study, found, charts, tested)

@@ -119,10 +119,7 @@ def publish(stores: Stores, winner: "Winner", charts: "list[Chart] | None" = Non
 
 def _is_of(path: Path, study: optuna.Study) -> bool:
     """Whether `path` is a report of this study, not of another one of the same name."""
-    return _study_of(path) in [
-        (study.study_name, study.user_attrs[UID]),
-        (study.study_name, ""),
-    ]
+    return _study_of(path) in [(study.study_name, study.user_attrs[UID]), (study.study_name, "")]
 
 
 @undisturbed()

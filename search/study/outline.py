@@ -48,10 +48,7 @@ class OutlineStorage(_CachedStorage):
         return self._outlines[study_id]
 
     def get_all_trials(
-        self,
-        study_id: int,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         """The outlines of the trials in `states` (default: all), ordered by number."""
         with self._lock:

@@ -108,11 +108,7 @@ def aliased_version(client: "MlflowClient", name: str) -> "ModelVersion | None":
 
 
 def _production(
-    name: str,
-    version: int | str,
-    run_id: str,
-    tags: Mapping[str, str],
-    accuracy: float | None,
+    name: str, version: int | str, run_id: str, tags: Mapping[str, str], accuracy: float | None
 ) -> Production:
     number = tags.get(NUMBER, "")
     return Production(

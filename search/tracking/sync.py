@@ -17,14 +17,7 @@ from search.study import storage
 from search.study.lock import study_lock
 from search.study.ranking import repeat_attr
 from search.study.storage import METADATA, REASON, RUN_ID, SETTINGS
-from search.study.trials import (
-    LOST,
-    METRICS,
-    amend_trial,
-    fail_trial,
-    history_of,
-    is_lost,
-)
+from search.study.trials import LOST, METRICS, amend_trial, fail_trial, history_of, is_lost
 from search.tracking import schema
 from search.tracking.address import check_tracking
 from search.tracking.registered_model import follow_alias, wrong_stages

@@ -11,13 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    CancelledError,
-    Executor,
-    Future,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +61,7 @@ class DaskBackend:
     remedy = "(out of memory?); give the cluster's workers more memory or fewer threads"
 
     def __init__(
-        self,
-        config: StudyConfig,
-        parent_run: str,
-        dataset: Dataset,
-        report: Callable[[str], None],
+        self, config: StudyConfig, parent_run: str, dataset: Dataset, report: Callable[[str], None]
     ) -> None:
         assert config.scheduler is not None
         self._address = config.scheduler
