@@ -64,9 +64,8 @@ class Session:
 
     def sync(self) -> None:
         """Make both stores agree, and report what had to be repaired."""
-        repaired = retry(self.stores.sync)
-        self.repaired += repaired
-        self.progress.repaired(repaired)
+        self.repaired += self.stores.sync()
+        self.progress.repaired(self.repaired)
 
     def missing(self) -> list[int]:
         """The slots that are not finished yet."""

@@ -22,7 +22,7 @@ from search.tracking.registered_model import Production, find_production
 SCHEMA = 1
 _TOP = 10
 _ENOUGH = 10  # trials below which an importance is noise
-_INTERNAL = ("place", "given_up")  # fields of a trial's summary that are not in the JSON
+_INTERNAL = ("slot", "given_up")  # fields of a trial's summary that are not in the JSON
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ def test_a_winner_that_is_kept_out_is_said_to_be() -> None:
 
 
 def test_an_early_stop_says_why() -> None:
-    assert "Stopped early: --timeout: 60 s are over.\n" in summary(
-        stopped="--timeout: 60 s are over"
+    assert "Stopped early: --timeout: 60 s have passed.\n" in summary(
+        stopped="--timeout: 60 s have passed"
     )
     assert "Stopped" not in display.summary(RESULT)
 

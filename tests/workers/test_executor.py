@@ -444,7 +444,7 @@ def test_patience_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clo
 def test_a_timeout_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:
     began = time.monotonic()
     result = pipeline.run(small(clouds, timeout=1.5, pruner="none"))
-    assert result.stopped == "--timeout: 1.5 s are over"
+    assert result.stopped == "--timeout: 1.5 s have passed"
     assert time.monotonic() - began < 60
     assert 1 <= result.ran < 200
     assert invariants.check(in_folder, result.ran)["winner"] is not None
