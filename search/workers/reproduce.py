@@ -1,33 +1,32 @@
 """Train a trial again from what its study holds, and compare every epoch to the last digit."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import optuna
 from optuna.trial import FrozenTrial
 
 from search.config import custom_model
 from search.config.hyperparameters import describe
 from search.config.settings import StudyConfig, differences
-from search.data.dataset import load_dataset
+from search.data.dataset import load_for_study
 from search.errors import InputError
 from search.imports import undisturbed
 from search.study import ranking, storage
 from search.study.storage import ENVIRONMENT, METADATA, SEED, SETTINGS
-from search.study.trials import history_of
+from search.study.trials import METRICS, history_of
 from search.training import environment
-
-_COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
 @dataclass(frozen=True)
 class Reproduction:
     """A trial trained again.
 
-    values: val_accuracy of every epoch; value: of the weights that it ends with. differences: what
-    of which epoch differs, empty where all is the same to the last digit. changed: what of the
-    environment is another one than then; None where that was not recorded.
+    values: val_accuracy of every epoch; value: of the weights that it ends with. differences: one
+    line per epoch and metric that differ, empty if all are the same to the last digit. changed: the
+    differences of the environment; None if the original one was not recorded.
     """
 
     trial: int
@@ -39,45 +38,35 @@ class Reproduction:
 
 @undisturbed()
 def reproduce(
-    config: StudyConfig, number: int | None, moved: str | None, say: Callable[[str], None]
+    config: StudyConfig, number: int | None, moved: str | None, report: Callable[[str], None]
 ) -> Reproduction:
     """Train trial `number` again, or the winner, as many epochs as it had; changes nothing.
 
     All settings come from the study; `moved` is the dataset's new path, if it has one. Raises
     InputError if there is no such study or trial, or if the dataset differs.
     """
-    try:
-        storage.check(config)
-        study = storage.load_study(config)
-        trials = study.get_trials(deepcopy=False)
-        trial = ranking.winner(study) if number is None else _find(trials, number)
-    except storage.ERRORS as error:
-        raise storage.failure(error) from error
-    if trial is None:
-        raise InputError(
-            f"reproduce needs a trial that completed, but study {config.study_name} has none; "
-            "name another one with --trial"
-        )
-    settings, seed = study.user_attrs[SETTINGS], trial.user_attrs[SEED]
-    name = moved or study.user_attrs[METADATA]["params"]["dataset"]
-    dataset = load_dataset(
-        name,
-        settings["validation_split"],
-        split=settings.get("split", "last"),
-        seed=settings["seed"],
-        normalize="normalize" in settings,
+    study, trial = _find(config, number)
+    settings, metadata = study.user_attrs[SETTINGS], study.user_attrs[METADATA]
+    name = moved or metadata["params"]["dataset"]
+    config = replace(
+        config,
+        dataset=name,
+        split=None,
+        normalize="auto",
+        **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
     )
+    dataset = load_for_study(config, settings)
     if dataset.digest[:12] not in settings["dataset"]:
         raise InputError(
             f"--dataset must be the data of the study, {settings['dataset']}, but "
             f"{name} has the digest {dataset.digest[:12]}; name the right file"
         )
-    model = _model_of(settings)
-    then = history_of(trial)
-    say(f"{dataset}")
-    say(
+    config = replace(config, model=_model_of(settings))
+    history, seed = history_of(trial), trial.user_attrs[SEED]
+    report(f"{dataset}")
+    report(
         f"trial {trial.number} of study {study.study_name}: {describe(trial.params)}  "
-        f"seed {seed}  {len(then)} epochs"
+        f"seed {seed}  {len(history)} epochs"
     )
 
     from search.workers.tasks import load_trial
@@ -87,30 +76,28 @@ def reproduce(
     from search.workers.trial import train_again
 
     use_one_thread_each(1)  # as a worker does
-    config = replace(config, epochs=settings["epochs"], model=model)
     now: list[dict[str, float]] = []
-    recorded = trial.user_attrs.get(ENVIRONMENT)
-    diverged, value = [], math.nan
+    value, diverged = math.nan, []
     try:
-        facts = study.user_attrs[METADATA]
-        value = train_again(config, dataset, trial, facts, seed, now, only=len(then))
+        value = train_again(config, dataset, trial, metadata, seed, now, only=len(history))
     except TrainingDiverged as error:
         diverged.append(f"epoch {len(now)}: {error}")
+    recorded = trial.user_attrs.get(ENVIRONMENT)
     return Reproduction(
         trial=trial.number,
         values=[entry["val_accuracy"] for entry in now],
         value=value,
-        differences=[
-            *diverged,
-            *(
-                f"epoch {int(old['epoch'])}: {metric} {new[metric]!r} in place of {old[metric]!r}"
-                for old, new in zip(then, now, strict=False)
-                for metric in _COMPARED
-                if old[metric] != new[metric]
-            ),
-        ],
+        differences=diverged + list(_differences(history, now)),
         changed=differences(recorded, environment.here()) if recorded else None,
     )
+
+
+def _differences(history: list[dict[str, float]], now: list[dict[str, float]]) -> Iterator[str]:
+    for old, new in zip(history, now, strict=False):
+        for metric in METRICS.values():
+            if old[metric] != new[metric]:
+                epoch = int(old["epoch"])
+                yield f"epoch {epoch}: {metric} is {new[metric]!r}, expected {old[metric]!r}"
 
 
 def _model_of(settings: Mapping[str, Any]) -> str | None:
@@ -122,16 +109,30 @@ def _model_of(settings: Mapping[str, Any]) -> str | None:
     return name
 
 
-def _find(trials: list[FrozenTrial], number: int) -> FrozenTrial:
-    if not 0 <= number < len(trials):
+def _find(config: StudyConfig, number: int | None) -> tuple[optuna.Study, FrozenTrial]:
+    """The study and trial `number`, or the winner. Raises InputError."""
+    try:
+        storage.check(config)
+        study = storage.load_study(config)
+        trials = study.get_trials(deepcopy=False)
+        trial = ranking.winner(study)
+    except storage.ERRORS as error:
+        raise storage.failure(error) from error
+    if number is not None:
+        if not 0 <= number < len(trials):
+            raise InputError(
+                f"--trial must be a trial of the study, 0 to {len(trials) - 1}, but got {number}; "
+                "look with python study.py show"
+            )
+        trial = trials[number]
+    if trial is None:
         raise InputError(
-            f"--trial must be a trial of the study, 0 to {len(trials) - 1}, but got {number}; "
-            "look with python study.py show"
+            f"reproduce needs a trial that completed, but study {config.study_name} has none; "
+            "name another one with --trial"
         )
-    trial = trials[number]
     if not trial.state.is_finished() or not history_of(trial):
         raise InputError(
-            f"--trial must have ended after at least one epoch, but trial {number} is "
+            f"--trial must have ended after at least one epoch, but trial {trial.number} is "
             f"{trial.state.name} without one; name another"
         )
-    return trial
+    return study, trial

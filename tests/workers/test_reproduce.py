@@ -76,7 +76,7 @@ def test_what_differs_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = again(1)
     (difference,) = found.differences
     assert difference.startswith("epoch 2: val_accuracy ")
-    assert difference.endswith(" in place of 0.125")
+    assert difference.endswith(", expected 0.125")
     assert found.changed is not None
     assert len(found.changed) == 1
     assert found.changed[0].endswith(" -> 9.9")
