@@ -13,9 +13,8 @@ import re
 from collections.abc import Iterable
 from urllib.parse import unquote
 
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
-)  # control characters, lone surrogates
+# Control characters and lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class InputError(Exception):

@@ -120,7 +120,8 @@ def _open_session(
         stack.callback(stores.tracking.disconnect)
         stack.enter_context(_ended_on_error(stores))
         session = Session(config, stores, progress)
-        session.sync()
+        session.repaired += stores.sync()
+        progress.repaired(session.repaired)
         progress.start(study, dataset, len(session.missing()))
         if dataset.problem is not None:
             progress.warning(f"{dataset.problem}, and another --study-name")

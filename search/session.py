@@ -62,11 +62,6 @@ class Session:
         self.stopped: str | None = None  # why the search ended early, if it did
         self.charts: list[Chart] | None = None  # of the report, once they are drawn
 
-    def sync(self) -> None:
-        """Make both stores agree, and report what had to be repaired."""
-        self.repaired += self.stores.sync()
-        self.progress.repaired(self.repaired)
-
     def missing(self) -> list[int]:
         """The slots that are not finished yet."""
         return missing_slots(self.study, sampling.budget(self.config))

@@ -11,29 +11,12 @@ relu,gelu           words: a value or a list
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from search.errors import nearest
 
 Number = int | float
 Value = Number | str  # bool is an int
-
-
-class Suggests(Protocol):
-    """The part of `optuna.Trial` that sampling needs, with Optuna's arguments."""
-
-    def suggest_categorical(self, name: str, choices: tuple[Any, ...]) -> Any:
-        """One of `choices`."""
-
-    def suggest_int(
-        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
-    ) -> int:
-        """A whole number from `low` to `high`."""
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        """A number from `low` to `high`."""
 
 
 def text_of(value: Value) -> str:
@@ -63,7 +46,7 @@ class Choice:
 
     values: tuple[Value, ...]
 
-    def suggest(self, trial: Suggests, name: str) -> Value:
+    def suggest(self, trial: Any, name: str) -> Value:
         """Suggest a value for `trial`."""
         return cast(Value, trial.suggest_categorical(name, self.values))
 
@@ -83,12 +66,13 @@ class Range:
     step: Number | None = None
     log: bool = False
 
-    def suggest(self, trial: Suggests, name: str) -> Number:
+    def suggest(self, trial: Any, name: str) -> Number:
         """Suggest a value for `trial`: an integer if both ends are integers, else a float."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             step = 1 if self.step is None else int(self.step)
-            return trial.suggest_int(name, self.low, self.high, step=step, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
+            return cast(int, trial.suggest_int(name, self.low, self.high, step=step, log=self.log))
+        value = trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
+        return cast(float, value)
 
     def __contains__(self, value: Value) -> bool:
         if isinstance(value, str) or not self.low <= value <= self.high:

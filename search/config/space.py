@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from search.config.parameter import (
     Choice,
     Parameter,
     Range,
-    Suggests,
     Value,
     is_fixed,
     only,
@@ -42,7 +42,7 @@ class Space:
     always: frozenset[str] = frozenset()
     start: Mapping[str, Value] = field(default_factory=dict)
 
-    def suggest(self, trial: Suggests) -> dict[str, Value]:
+    def suggest(self, trial: Any) -> dict[str, Value]:
         """All hyperparameters that matter in `trial`: those it suggests, and the fixed ones."""
         values: dict[str, Value] = {}
         for name, p in self.parameters.items():

@@ -77,10 +77,11 @@ def _dashboard(config: StudyConfig) -> Iterator[Served]:
     )
     with signals.no_ctrl_c_for_children():  # the main process ends it
         process.start()
+    server = psutil.Process(process.pid)
     try:
-        yield f"http://{HOST}:{port}/", psutil.Process(process.pid)
+        yield f"http://{HOST}:{port}/", server
     finally:
-        _end(process.pid)
+        _end(server)
         process.join()
 
 
@@ -113,10 +114,11 @@ def _mlflow(config: StudyConfig) -> Iterator[Served]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C must reach only the main process, which ends this one
     )
+    server = psutil.Process(process.pid)
     try:
-        yield f"http://{HOST}:{port}/", psutil.Process(process.pid)
+        yield f"http://{HOST}:{port}/", server
     finally:
-        _end(process.pid)
+        _end(server)
         process.wait()
 
 
@@ -141,12 +143,9 @@ def _wait(name: str, address: str, process: psutil.Process | None) -> None:
         time.sleep(0.1)
 
 
-def _end(pid: int | None) -> None:
+def _end(server: psutil.Process) -> None:
     """End a server and the processes that it started."""
-    if pid is None:
-        return
     with contextlib.suppress(psutil.NoSuchProcess):
-        server = psutil.Process(pid)
         family = [*server.children(recursive=True), server]
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):

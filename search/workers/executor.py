@@ -200,17 +200,13 @@ class Executor:
                         died = True
                         deaths[arguments] += 1
             if died:
-                _check_deaths(deaths, backend)
+                if max(deaths.values()) >= backend.most_deaths:
+                    raise RunError(
+                        f"workers died {backend.most_deaths} times at one task {backend.remedy}, "
+                        "and run the same command again"
+                    )
                 busy = set(running.values())
                 queue = deque(left for left in missing() if left not in busy)
-
-
-def _check_deaths(deaths: "Counter[Arguments]", backend: "ProcessBackend | DaskBackend") -> None:
-    if any(count >= backend.most_deaths for count in deaths.values()):
-        raise RunError(
-            f"workers died {backend.most_deaths} times at one task {backend.remedy}, "
-            "and run the same command again"
-        )
 
 
 def _backend(
