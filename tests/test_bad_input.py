@@ -34,6 +34,7 @@ NAME = "tiny"
 NEW = "give another file, for example --storage sqlite:///new.db"
 NEW_TRACKING = "give another file, for example --tracking-uri sqlite:///new.db"
 ANOTHER_NAME = f"give another --study-name, for example --study-name {NAME}-2"
+VERBS = [verb.__name__ for verb, names in cli._VERBS.items() if "tracking_uri" in names]
 SETTINGS = {
     "hidden_units": "4,8",
     "dropout_rate": "0.1,0.3",
@@ -1198,7 +1199,7 @@ def test_a_file_that_is_no_database_is_refused(
     )
 
 
-@pytest.mark.parametrize("verb", ["show", "report", "ui", "doctor"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_what_is_no_database(
     folder: Path, refused: Refused, ledger: str, verb: str
 ) -> None:
@@ -1207,7 +1208,7 @@ def test_every_verb_refuses_what_is_no_database(
     refused([verb, *places], f"error: {OPTION[ledger]} must be ", REMEDY[ledger])
 
 
-@pytest.mark.parametrize("verb", ["show", "report", "ui", "doctor"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_a_study_that_is_not_there(
     folder: Path, refused: Refused, study_database: bytes, verb: str
 ) -> None:
