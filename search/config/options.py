@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from search.errors import InputError, nearest
@@ -91,3 +91,16 @@ class Option:
 def flag(name: str) -> str:
     """The command-line option of the setting `name`: n_trials -> --n-trials."""
     return "--" + name.replace("_", "-")
+
+
+def setting(group: str, default: Any, help: str, kind: type | None = None, **rules: Any) -> Any:
+    """A setting in a panel of --help; kind: its type where the default is None, if not str."""
+    kind = kind or (str if default is None else type(default))
+    return field(default=default, metadata={"option": Option(group, help, default, kind, **rules)})
+
+
+def name_setting(group: str, default: str, help: str) -> Any:
+    """A setting that becomes part of file names; MLflow stores up to 256 characters."""
+    rule = "letters, digits, '.', '_' and '-' only, at most 200, and no folder's name"
+    pattern = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}"
+    return setting(group, default, help, metavar="NAME", pattern=pattern, rule=rule)

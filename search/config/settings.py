@@ -2,51 +2,35 @@
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
 
 from search.config import custom_model
+from search.config.data_settings import DataSettings
 from search.config.hyperparameters import HYPERPARAMETERS, check_space, differing, space_of
-from search.config.options import Option
+from search.config.options import Option, name_setting, setting
 from search.config.parameter import in_notation
 from search.config.space import Space
 from search.config.urls import check_stores
 from search.errors import InputError
 
-# The modules of keras.datasets, beside mnist, that hold images with integer labels:
-KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 EPOCHS = 5  # of a trial unless --epochs is given: enough for MNIST
-
-
-def _option(group: str, default: Any, help: str, kind: type | None = None, **rules: Any) -> Any:
-    """A setting in a panel of --help; kind: its type where the default is None, if not str."""
-    kind = kind or (str if default is None else type(default))
-    return field(default=default, metadata={"option": Option(group, help, default, kind, **rules)})
-
-
-def _name(group: str, default: str, help: str) -> Any:
-    """A setting that becomes part of file names; MLflow stores up to 256 characters."""
-    rule = "letters, digits, '.', '_' and '-' only, at most 200, and no folder's name"
-    pattern = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}"
-    return _option(group, default, help, metavar="NAME", pattern=pattern, rule=rule)
 
 
 _NETWORK = "Search space of the network: V, V,V,V, LOW:HIGH, LOW:HIGH:STEP or LOW:HIGH:log"
 _TRAINING = "Search space of the training: the same notation"
-_study, _data, _winner, _mlflow = (
-    partial(_option, group) for group in ("Study", "Data", "Winner", "MLflow")
-)
+_study, _winner, _mlflow = (partial(setting, group) for group in ("Study", "Winner", "MLflow"))
 
 
 def _hyperparameter(name: str) -> Any:
     known = HYPERPARAMETERS[name]
     group = _NETWORK if known.network else _TRAINING
-    return _option(group, known.space, known.help, metavar="SPACE")
+    return setting(group, known.space, known.help, metavar="SPACE")
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(DataSettings):
     """The settings of a study. Raises InputError, in one line, for a value that breaks its rule."""
 
     n_trials: int = _study(
@@ -56,7 +40,7 @@ class StudyConfig:
         low=1,
         high=10**6,
     )
-    study_name: str = _name("Study", "mnist-dnn", "Name of the study.")
+    study_name: str = name_setting("Study", "mnist-dnn", "Name of the study.")
     storage: str = _study(
         "sqlite:///study.db",
         "Database URL of Optuna's storage.",
@@ -118,32 +102,7 @@ class StudyConfig:
         low=0,
         high=2**31 - 1,
     )
-    dataset: str = _data(
-        "mnist",
-        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), or the path of an .npz file.",
-        metavar="NAME|FILE.npz",
-    )
-    validation_split: float = _data(
-        0.1,
-        "Fraction of the training data used for validation.",
-        metavar="FRACTION",
-        low=0,
-        below=1,
-    )
-    split: str | None = _data(
-        None,
-        "Which training examples are used for validation: the last ones, or a stratified random "
-        "sample, seeded by --seed. auto: stratified for your own file, last for the others.",
-        choices=("last", "stratified"),
-        none="auto",
-    )
-    normalize: str = _data(
-        "auto",
-        "Scale every feature of your own file to mean 0 and variance 1 by a Normalization layer, "
-        "adapted to the training part and saved with the model. auto: unless examples are images.",
-        choices=("auto", "none"),
-    )
-    epochs: int | None = _option(
+    epochs: int | None = setting(
         "Training",
         None,
         "Number of epochs to train a trial. auto: 5; up to 20 for a small file of your own.",
@@ -153,7 +112,7 @@ class StudyConfig:
         none="auto",
         example="5",
     )
-    model: str | None = _option(
+    model: str | None = setting(
         _NETWORK,
         None,
         "Search a custom model: FUNCTION of the Python module MODULE builds it, and the module's "
@@ -200,8 +159,8 @@ class StudyConfig:
         metavar="URL",
         env="MLFLOW_TRACKING_URI",
     )
-    experiment: str = _name("MLflow", "MNIST_Classification", "Experiment of the runs.")
-    model_name: str = _name("MLflow", "MNIST_DNN_Model", "Name of the registered model.")
+    experiment: str = name_setting("MLflow", "MNIST_Classification", "Experiment of the runs.")
+    model_name: str = name_setting("MLflow", "MNIST_DNN_Model", "Name of the registered model.")
 
     def __post_init__(self) -> None:
         for name, option in options().items():
@@ -281,7 +240,9 @@ class StudyConfig:
 
 def options() -> dict[str, Option]:
     """The option of every setting, in the order of --help."""
-    return {f.name: f.metadata["option"] for f in fields(StudyConfig)}
+    known = {f.name: f.metadata["option"] for f in fields(StudyConfig)}
+    study = [name for name, option in known.items() if option.group == "Study"]
+    return {name: known[name] for name in (*study, *(n for n in known if n not in study))}
 
 
 def defaults() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config.settings import KERAS_DATASETS
+from search.config.data_settings import KERAS_DATASETS
 from search.errors import InputError, one_line
 
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
