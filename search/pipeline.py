@@ -10,7 +10,8 @@ from optuna.trial import TrialState
 
 from search.config.hyperparameters import needs_images
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, check_images, choose_epochs, load_for_study
+from search.data.dataset import Dataset, check_images
+from search.data.load import choose_epochs, load_for_study
 from search.errors import InputError, one_line
 from search.imports import undisturbed
 from search.report import publish

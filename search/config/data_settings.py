@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from search.config.options import setting
 
@@ -10,14 +11,38 @@ KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 _data = partial(setting, "Data")
 
 
+def _columns(help: str) -> Any:
+    return _data(None, help, metavar="COLUMN,...", example="name,id")
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """The settings in the panel Data of --help."""
 
     dataset: str = _data(
         "mnist",
-        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), or the path of an .npz file.",
-        metavar="NAME|FILE.npz",
+        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), or the path of a table (CSV or "
+        "Parquet) or of an .npz file.",
+        metavar="NAME|FILE",
+    )
+    target: str | None = _data(
+        None, "Column of the table to predict.", metavar="COLUMN", example="species"
+    )
+    ignore: str | None = _columns("Columns of the table to leave out, for example identifiers.")
+    numeric: str | None = _columns("Columns of the table to take as numbers.")
+    categorical: str | None = _columns("Columns of the table to take as categories.")
+    test: str | None = _data(
+        None,
+        "Table of the test set, with the same columns. none: --test-split of the rows.",
+        metavar="FILE",
+        example="test.csv",
+    )
+    test_split: float = _data(
+        0.2,
+        "Fraction of the examples used as the test set where none is given.",
+        metavar="FRACTION",
+        low=0,
+        below=1,
     )
     validation_split: float = _data(
         0.1,
@@ -28,10 +53,15 @@ class DataSettings:
     )
     split: str | None = _data(
         None,
-        "Which training examples are used for validation: the last ones, or a stratified random "
-        "sample, seeded by --seed. auto: stratified for your own file, last for the others.",
-        choices=("last", "stratified"),
+        "Which examples are used for validation, and of a table for the test: the last ones; a "
+        "random or stratified random sample, seeded by --seed; whole groups, which have the same "
+        "value in a column of the table; or the latest by a column of the table. auto: stratified "
+        "for your own file, last for the others.",
+        metavar="SPLIT",
+        pattern=r"last|random|stratified|(group|time):.+",
+        rule="last, random, stratified, group:COLUMN or time:COLUMN",
         none="auto",
+        example="stratified",
     )
     normalize: str = _data(
         "auto",
@@ -39,3 +69,13 @@ class DataSettings:
         "adapted to the training part and saved with the model. auto: unless examples are images.",
         choices=("auto", "none"),
     )
+
+
+def is_table(name: str) -> bool:
+    """Whether the dataset `name` is a CSV or Parquet file."""
+    return name.lower().endswith((".csv", ".parquet"))
+
+
+def names_in(text: str | None) -> list[str]:
+    """The columns in the notation COLUMN,COLUMN."""
+    return [] if text is None else [name.strip() for name in text.split(",") if name.strip()]

@@ -1,22 +1,21 @@
 """The dataset: load it, split it, scale it."""
 
 import hashlib
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config.settings import StudyConfig
-from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
-from search.data.sources import ARRAYS, Images, flat, is_own, read
+from search.data.preprocessing import ENOUGH, Normalization, fit, held_out
+from search.data.sources import ARRAYS, Images, flat, read
 from search.errors import InputError
+
+if TYPE_CHECKING:
+    from search.data.columns import Columns, Rows
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
 _CHANNELS = (1, 3)
-_STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
 Labels = NDArray[np.int32]
 
 
@@ -30,7 +29,9 @@ class Dataset:
     `x_all`, `y_all`: the training part, the first `train_size` examples, then the validation part.
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
-    test examples that also occur in the training data. `digest`: SHA-256 of the source arrays.
+    test examples that also occur in the training data. `digest`: SHA-256 of the source arrays, or
+    of a table's files. `class_names`: empty if the classes are only numbered. `columns`: those of a
+    table, whose encoded rows are the examples; `test_rows`: its test rows as they are.
     """
 
     name: str
@@ -45,11 +46,24 @@ class Dataset:
     split: str = "last"
     normalization: Normalization | None = None
     repeated: int = 0
+    class_names: tuple[str, ...] = ()
+    columns: "Columns | None" = None
+    test_rows: "Rows | None" = None
 
     @property
     def features(self) -> int:
         """Number of features of a flat example."""
         return int(self.x_all.shape[1])
+
+    @property
+    def test_inputs(self) -> Any:
+        """The test examples as the registered model takes them."""
+        return scaled(self.x_test) if self.test_rows is None else self.test_rows.inputs
+
+    @property
+    def embeddings(self) -> tuple[int, ...]:
+        """The vocabulary sizes of the last features, which are indices for embeddings."""
+        return () if self.columns is None else self.columns.embeddings
 
     @property
     def train(self) -> tuple[Images, Labels]:
@@ -64,10 +78,12 @@ class Dataset:
     def __str__(self) -> str:
         sizes = self.train_size, len(self.x_all) - self.train_size, len(self.x_test)
         counts = " / ".join(f"{size:,}" for size in sizes)
-        normalized = "" if self.normalization is None else ", normalized"
+        features = f"{self.features} features{'' if self.normalization is None else ', normalized'}"
+        if self.columns is not None:
+            features = f"{self.columns} as {features}"
         return (
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
-            f"{self.features} features{normalized}, {self.classes} classes; "
+            f"{features}, {self.classes} classes; "
             f"test examples in the training data: {self.repeated:,}"
         )
 
@@ -86,7 +102,9 @@ class Dataset:
             present = np.bincount(labels, minlength=self.classes) > 0
             lacking = np.flatnonzero(~present & (counts >= needed))
             if len(lacking):
-                shown = ", ".join(map(str, lacking[:8])) + (", ..." if len(lacking) > 8 else "")
+                names = self.class_names or range(self.classes)
+                shown = ", ".join(str(names[i]) for i in lacking[:8])
+                shown += ", ..." if len(lacking) > 8 else ""
                 remedy = (
                     "--split stratified"
                     if self.split == "last"
@@ -128,18 +146,12 @@ def load_dataset(
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
         digest.update(np.ascontiguousarray(arrays[key]).data)
     x_train = arrays["x_train"]
-    train_size = int(len(x_train) * (1 - validation_split))  # Keras' own rounding
-    if not 0 < train_size < len(x_train):
-        raise InputError(
-            f"--validation-split must leave examples to train and to validate, but "
-            f"{validation_split} of {len(x_train)} leaves {train_size} and "
-            f"{len(x_train) - train_size}; give a fraction nearer to 0.5 or more data"
-        )
+    train_size = kept("--validation-split", validation_split, len(x_train), "validate")
     x_all, x_test = (flat(name, key, arrays[key]) for key in ("x_train", "x_test"))
     y_all, y_test = (arrays[key].ravel().astype(np.int32) for key in ("y_train", "y_test"))
-    repeated = _count_repeated(x_test, x_all)
-    if split == "stratified":
-        validates = stratified(y_all, len(x_all) - train_size, seed)
+    repeated = count_repeated(x_test, x_all)
+    if split != "last":
+        validates = held_out(split, y_all, len(x_all) - train_size, seed)
         order = np.argsort(validates, kind="stable")
         x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
     normalization = None
@@ -163,45 +175,25 @@ def load_dataset(
     )
 
 
-def _count_repeated(x_test: Images, x_train: Images) -> int:
+def kept(option: str, fraction: float, examples: int, use: str) -> int:
+    """How many of `examples` are left when a fraction is held out, with Keras' rounding.
+
+    Raises InputError if none or all of them are.
+    """
+    left = int(examples * (1 - fraction))
+    if not 0 < left < examples:
+        raise InputError(
+            f"{option} must leave examples to train and to {use}, but {fraction} of {examples} "
+            f"leaves {left} and {examples - left}; give a fraction nearer to 0.5 or more data"
+        )
+    return left
+
+
+def count_repeated(x_test: Images, x_train: Images) -> int:
     """How many rows of `x_test` also occur in `x_train`, byte for byte."""
     tested = {row.tobytes() for row in x_test}
     repeated = {key for row in x_train if (key := row.tobytes()) in tested}
     return sum(row.tobytes() in repeated for row in x_test) if repeated else 0
-
-
-def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dataset:
-    """The dataset, prepared as in the existing study unless the settings say otherwise.
-
-    stored: the settings of that study, which may be older than these options; None for a new study.
-    """
-    own = is_own(config.dataset)
-    split, normalize = ("stratified" if own else "last"), own
-    if stored is not None:
-        split = "stratified" if stored.get("split") == "stratified" else "last"
-        normalize = "normalize" in stored
-    return load_dataset(
-        config.dataset,
-        config.validation_split,
-        split=config.split or split,
-        seed=config.seed,
-        normalize=normalize and config.normalize == "auto",
-    )
-
-
-def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None) -> int:
-    """The epochs of a trial: as in the settings, or else as in the existing study.
-
-    With a thousand examples, 5 epochs are 40 steps, too few to tell trials apart. On scikit-learn's
-    digits, 10 epochs gain 0.009 test accuracy (mean of four splits of 50 trials).
-    """
-    known = (stored or {}).get("epochs")
-    if config.epochs is None and isinstance(known, int):
-        return known
-    if config.epochs is not None or not is_own(config.dataset):
-        return config.trial_epochs
-    steps = math.ceil(dataset.train_size / 128)
-    return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
 
 
 def check_images(dataset: Dataset, for_images: list[str]) -> None:

@@ -1,6 +1,7 @@
-"""Preprocessing of the training data: the stratified split and normalization."""
+"""Preprocessing of the training data: its splits, and normalization."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,36 @@ class Normalization:
         return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
 
 
-def stratified(y: NDArray[np.int32], size: int, seed: int) -> NDArray[np.bool_]:
+Seed = int | tuple[int, ...]
+
+
+def held_out(
+    kind: str, y: NDArray[Any], size: int, seed: Seed, column: NDArray[Any] | None = None
+) -> NDArray[np.bool_]:
+    """A mask of about `size` examples to hold out of the training data, by `--split`.
+
+    kind: last; random; stratified, with the class proportions of `y`; group, whole groups; or time,
+    the latest. column: of shape (n,), the groups as anything hashable, or the times, sortable.
+    """
+    if kind == "stratified":
+        return stratified(y, size, seed)
+    held = np.zeros(len(y), bool)
+    if kind == "group":
+        _, groups = np.unique(np.asarray(column, str), return_inverse=True)
+        order = np.random.default_rng(seed).permutation(groups.max() + 1)
+        ends = np.cumsum(np.bincount(groups)[order])
+        taken = int(np.abs(ends - size).argmin()) + 1  # the nearest, and at least one
+        return np.asarray(np.isin(groups, order[:taken]), bool)
+    order = np.arange(len(y))
+    if kind == "random":
+        order = np.random.default_rng(seed).permutation(len(y))
+    elif kind == "time":
+        order = np.argsort(np.asarray(column), kind="stable")
+    held[order[len(y) - size :]] = True
+    return held
+
+
+def stratified(y: NDArray[np.int32], size: int, seed: Seed) -> NDArray[np.bool_]:
     """A mask of about `size` validation examples, a random sample with the class proportions of y.
 
     Every class keeps at least one training example; as far as `size` allows, every class with

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from search.config import custom_model
 from search.config.hyperparameters import describe
 from search.config.settings import StudyConfig, differences
-from search.data.dataset import load_for_study
+from search.data.load import load_for_study
 from search.errors import InputError
 from search.imports import undisturbed
 from search.study import ranking, storage
