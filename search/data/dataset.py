@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from search.config.settings import StudyConfig
 from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
 from search.data.sources import ARRAYS, Images, flat, is_own, read
+from search.data.task import Task
 from search.errors import InputError
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
@@ -31,6 +32,7 @@ class Dataset:
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
     test examples that also occur in the training data. `digest`: SHA-256 of the source arrays.
+    `task`: what is predicted, and the names of the classes.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Dataset:
     split: str = "last"
     normalization: Normalization | None = None
     repeated: int = 0
+    task: Task = field(default_factory=Task)
 
     @property
     def features(self) -> int:
@@ -147,6 +150,7 @@ def load_dataset(
         numbers = x_all.astype(np.float32, copy=False)
         normalization = fit(name, numbers[:train_size])
         x_all = normalization.apply(numbers)
+    classes = int(y_all.max()) + 1
     return Dataset(
         name=name,
         digest=digest.hexdigest(),
@@ -155,11 +159,12 @@ def load_dataset(
         x_test=x_test,
         y_test=y_test,
         train_size=train_size,
-        classes=int(y_all.max()) + 1,
+        classes=classes,
         sample_shape=x_train.shape[1:],
         split=split,
         normalization=normalization,
         repeated=repeated,
+        task=Task("classification", classes),
     )
 
 
