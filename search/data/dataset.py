@@ -1,7 +1,7 @@
 """The dataset: load it, split it, scale it."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from search.data.preprocessing import ENOUGH, Normalization, fit, held_out
 from search.data.sources import ARRAYS, Images, flat, read
+from search.data.task import Task
 from search.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Dataset:
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
     test examples that also occur in the training data. `digest`: SHA-256 of the source arrays, or
-    of a table's files. `class_names`: empty if the classes are only numbered. `columns`: those of a
-    table, whose encoded rows are the examples; `test_rows`: its test rows as they are.
+    of a table's files. `task`: what is predicted, and the names of the classes. `columns`: those of
+    a table, whose encoded rows are the examples; `test_rows`: its test rows as they are.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Dataset:
     split: str = "last"
     normalization: Normalization | None = None
     repeated: int = 0
-    class_names: tuple[str, ...] = ()
+    task: Task = field(default_factory=Task)
     columns: "Columns | None" = None
     test_rows: "Rows | None" = None
 
@@ -102,8 +103,7 @@ class Dataset:
             present = np.bincount(labels, minlength=self.classes) > 0
             lacking = np.flatnonzero(~present & (counts >= needed))
             if len(lacking):
-                names = self.class_names or range(self.classes)
-                shown = ", ".join(str(names[i]) for i in lacking[:8])
+                shown = ", ".join(map(self.task.name_of, lacking[:8]))
                 shown += ", ..." if len(lacking) > 8 else ""
                 remedy = (
                     "--split stratified"
@@ -159,6 +159,7 @@ def load_dataset(
         numbers = x_all.astype(np.float32, copy=False)
         normalization = fit(name, numbers[:train_size])
         x_all = normalization.apply(numbers)
+    classes = int(y_all.max()) + 1
     return Dataset(
         name=name,
         digest=digest.hexdigest(),
@@ -167,11 +168,12 @@ def load_dataset(
         x_test=x_test,
         y_test=y_test,
         train_size=train_size,
-        classes=int(y_all.max()) + 1,
+        classes=classes,
         sample_shape=x_train.shape[1:],
         split=split,
         normalization=normalization,
         repeated=repeated,
+        task=Task("classification", classes),
     )
 
 

@@ -11,6 +11,7 @@ from search.config.options import flag
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, count_repeated, load_dataset
 from search.data.sources import is_own
+from search.data.task import Task
 from search.errors import InputError, one_line
 
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
@@ -85,7 +86,7 @@ def _load_table(config: StudyConfig, split: str) -> Dataset:
         sample_shape=(adapted.features,),
         split=split,
         repeated=count_repeated(x_test, x_all),
-        class_names=part.names,
+        task=Task("classification", len(part.names), part.names),
         columns=adapted,
         test_rows=test,
     )

@@ -107,7 +107,7 @@ def _train(
     earlier, seed = history_of(trial), trial.user_attrs["seed"]
     epochs = best_epoch(earlier, stopping=bool(hyperparameters["early_stopping"])) + 1
     network = build_network(
-        hyperparameters, dataset.sample_shape, dataset.classes, seed, config.custom_model
+        hyperparameters, dataset.sample_shape, dataset.task, seed, config.custom_model
     )
     curves = train(
         network,

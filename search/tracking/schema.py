@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION, shared
+from search.config.hyperparameters import shared
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import printable
@@ -77,6 +77,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
     from mlflow.data.numpy_dataset import from_numpy  # slow: pandas
 
     x, y = dataset.train
+    decided = dataset.task.decides
     described = from_numpy(
         features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
     )
@@ -87,9 +88,9 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "validation_split": config.validation_split,
             **({} if dataset.split == "last" else {"split": dataset.split}),
             **({} if dataset.normalization is None else {"normalize": "auto"}),
-            **({} if config.model else {"output_activation": OUTPUT_ACTIVATION}),
+            **({} if config.model else {"output_activation": decided.output_activation}),
             **({"model": config.model} if config.model else {}),
-            "loss": LOSS,
+            "loss": decided.loss,
             "dataset": config.dataset,
             "train_samples": dataset.train_size,
             "validation_samples": len(dataset.x_all) - dataset.train_size,

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from search.config.custom_model import CustomModel
-from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION
 from search.data.preprocessing import Normalization
+from search.data.task import Task
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
 _seeding = threading.Lock()
@@ -19,28 +19,28 @@ _seeding = threading.Lock()
 def build_network(
     hp: Mapping[str, Any],
     shape: tuple[int, ...],
-    classes: int,
+    task: Task,
     seed: int,
     custom: CustomModel | None = None,
 ) -> keras.Sequential:
     """The compiled network with the hyperparameters `hp`: all that matter, by name.
 
     shape: of one example; the network takes flat examples, float32 of shape (n, features), and
-    returns probabilities of shape (n, classes). custom: the custom model (`--model`), if any.
-    The initial weights depend on `seed` alone.
+    returns probabilities of shape (n, classes). task: decides output and loss. custom: the custom
+    model (`--model`), if any. The initial weights depend on `seed` alone.
     """
     if custom is None:
-        layers = list(_layers(hp, shape, classes, seed))
+        layers = list(_layers(hp, shape, task, seed))
         name = f"{hp['architecture']}_network"
     else:
-        layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, classes, seed)]
+        layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, task, seed)]
         name = "own_network"
     model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
     if custom is not None:
         model.source = custom.fingerprint
     model.compile(
         optimizer=_optimizer(hp),
-        loss=LOSS,
+        loss=task.decides.loss,
         metrics=["accuracy"],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
@@ -83,7 +83,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _layers(
-    hp: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+    hp: Mapping[str, Any], shape: tuple[int, ...], task: Task, seed: int
 ) -> Iterator[keras.layers.Layer]:
     """Convolutional blocks for a cnn, hidden layers with dropout, and the probabilities.
 
@@ -115,8 +115,8 @@ def _layers(
         )
         yield keras.layers.Dropout(hp["dropout_rate"], seed=seed + layer, name=f"dropout{suffix}")
     yield keras.layers.Dense(
-        classes,
-        activation=OUTPUT_ACTIVATION,
+        task.outputs,
+        activation=task.decides.output_activation,
         kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
         name="probabilities",
     )
@@ -156,10 +156,10 @@ def decay_weights(optimizer: keras.optimizers.Optimizer, decay: Any) -> None:
 
 
 def _custom_network(
-    custom: CustomModel, hp: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+    custom: CustomModel, hp: Mapping[str, Any], shape: tuple[int, ...], task: Task, seed: int
 ) -> keras.Model:
     """The network of a custom model. Raises ValueError if it can't be trained and saved."""
-    name = custom.name
+    name, classes = custom.name, task.outputs
     with _seeding:  # layers without a seed draw one from Python's global generator
         keras.utils.set_random_seed(seed)
         network = custom.build({name: hp[name] for name in custom.space}, shape, classes)

@@ -53,7 +53,7 @@ def train_again(
     Returns val_accuracy of the final weights.
     """
     tried = complete(trial.params, facts["params"])
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
+    network = build_network(tried, dataset.sample_shape, dataset.task, seed, config.custom_model)
 
     def record(epoch: int, logs: dict[str, float]) -> None:
         history.append(_entry(epoch, logs))
@@ -177,7 +177,7 @@ class Attempt:
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), context.dataset
         own = config.custom_model
-        network = build_network(tried, dataset.sample_shape, dataset.classes, seed, own)
+        network = build_network(tried, dataset.sample_shape, dataset.task, seed, own)
         if own is not None:
             check_probabilities(own, network)
         trial.set_user_attr("trainable_parameters", trainable_parameters(network))

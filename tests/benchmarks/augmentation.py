@@ -36,7 +36,7 @@ KERAS = {
 def epoch(kind: str, dataset: Dataset) -> float:
     """Seconds of the second of two epochs: the first one carries the tracing."""
     tried = complete({**REFERENCE, "augmentation": kind, "augmentation_strength": 1.0})
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed=0)
+    network = build_network(tried, dataset.sample_shape, dataset.task, seed=0)
     began: list[float] = []
     clock = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda *_: began.append(time.perf_counter()),

@@ -59,7 +59,7 @@ def judge(params: dict[str, Any], seed: int) -> float:
     use_one_thread_each(1)
     dataset = load_dataset("mnist", 0.1)
     tried = complete(params)
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed)
+    network = build_network(tried, dataset.sample_shape, dataset.task, seed)
     train(network, (dataset.x_all, dataset.y_all), tried, epochs=5, seed=seed)
     return evaluate(network, (dataset.x_test, dataset.y_test))["accuracy"]
 

@@ -43,7 +43,7 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
 
     use_one_thread_each(1)
     dataset = load_dataset("mnist", 0.1)
-    network = build_network(complete(REFERENCE), dataset.sample_shape, dataset.classes, seed=0)
+    network = build_network(complete(REFERENCE), dataset.sample_shape, dataset.task, seed=0)
     floors: list[float] = []
     loops: list[float] = []
 

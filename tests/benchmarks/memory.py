@@ -42,7 +42,7 @@ def main() -> None:
     for trial in range(1, trials + 1):
         width = (128, 256, 512, 1024)[trial % 4]
         tried = complete({"hidden_units": width})
-        network = build_network(tried, dataset.sample_shape, 10, trial)
+        network = build_network(tried, dataset.sample_shape, dataset.task, trial)
         train(
             network,
             dataset.train,

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import default_network
-from test_train import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
+from test_train import BATCH, CLASSES, FEATURES, RAGGED, TASK, WHOLE, examples, moved, same
 
 from search.config import custom_model
 from search.config.parameter import Choice
@@ -30,7 +30,7 @@ def tried(**changed: Any) -> Tried:
 
 
 def build(what: Tried, shape: tuple[int, ...] = (FEATURES,)) -> keras.Sequential:
-    return build_network(what, shape, CLASSES, seed=3)
+    return build_network(what, shape, TASK, seed=3)
 
 
 def train(net: keras.Sequential, what: Tried, data: Any, epochs: int = 1, **more: Any) -> Any:
@@ -266,7 +266,7 @@ def own() -> Callable[..., keras.Sequential]:
 
     def make(seed: int = 3, **rates: float) -> keras.Sequential:
         what = {**tried(), "drop": 0.1, "spatial": 0.1, "whole": 0.1, **rates}
-        return build_network(what, (FEATURES,), CLASSES, seed, custom=made)
+        return build_network(what, (FEATURES,), TASK, seed, custom=made)
 
     return make
 
@@ -325,7 +325,7 @@ def test_networks_that_differ_share_no_graph(
             return keras.Sequential([keras.Input(shape), *layers(other), last])
 
         found = custom_model.CustomModel("here:made", made, {}, "0")
-        net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
+        net = build_network(tried(), (FEATURES,), TASK, 3, custom=found)
         train(net, tried(), examples(WHOLE))
         assert len(_of_thread.graphs) == count
 
@@ -336,7 +336,7 @@ def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) ->
         return keras.Sequential([keras.Input(shape), Scaled(), last])
 
     found = custom_model.CustomModel("here:made", made, {}, "0")
-    ours, theirs = (build_network(tried(), (FEATURES,), CLASSES, 3, custom=found) for _ in "ab")
+    ours, theirs = (build_network(tried(), (FEATURES,), TASK, 3, custom=found) for _ in "ab")
     before = ours.get_weights()
     train(ours, tried(), examples(WHOLE))
     plain_fit(theirs, examples(WHOLE))
@@ -393,7 +393,7 @@ def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_cha
         return [v.numpy().tolist() for v in (*net.variables, shared)]
 
     found = custom_model.CustomModel("here:made", made, {}, "0")
-    net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
+    net = build_network(tried(), (FEATURES,), TASK, 3, custom=found)
     before = state(net)
     with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
         check_probabilities(found, net)
@@ -425,4 +425,4 @@ def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_cha
 def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
     found = custom_model.CustomModel("here:made", made, {}, "0")
     with pytest.raises(ValueError, match=said):
-        build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
+        build_network(tried(), (FEATURES,), TASK, 3, custom=found)

@@ -8,17 +8,22 @@ import pytest
 from conftest import default_network
 
 from search.data.preprocessing import Normalization
+from search.data.task import Task
 from search.training.network import build_network, network_to_register, trainable_parameters
 
 
 def test_512_units_on_784_pixels_have_407050_trainable_parameters() -> None:
-    network = build_network(default_network(), shape=(28, 28), classes=10, seed=0)
+    network = build_network(
+        default_network(), shape=(28, 28), task=Task("classification", 10), seed=0
+    )
     assert trainable_parameters(network) == 407_050
     assert sum(weights.size for weights in network.get_weights()) == 407_050
 
 
 def test_the_layers_are_dense_relu_dropout_dense_softmax() -> None:
-    network = build_network(default_network(24, 0.3, 0.004), shape=(5,), classes=3, seed=0)
+    network = build_network(
+        default_network(24, 0.3, 0.004), shape=(5,), task=Task("classification", 3), seed=0
+    )
     assert type(network) is keras.Sequential
     assert (network.input_shape, network.output_shape) == ((None, 5), (None, 3))
     hidden, dropout, output = network.layers
@@ -33,7 +38,9 @@ def test_the_layers_are_dense_relu_dropout_dense_softmax() -> None:
 
 
 def test_it_is_compiled_with_plain_adam_and_the_loss_for_integer_labels() -> None:
-    network = build_network(default_network(24, 0.3, 0.004), shape=(5,), classes=3, seed=0)
+    network = build_network(
+        default_network(24, 0.3, 0.004), shape=(5,), task=Task("classification", 3), seed=0
+    )
     assert type(network.optimizer) is keras.optimizers.Adam
     assert float(network.optimizer.learning_rate) == pytest.approx(0.004)
     assert network.loss == "sparse_categorical_crossentropy"
@@ -46,7 +53,9 @@ def test_it_is_compiled_with_plain_adam_and_the_loss_for_integer_labels() -> Non
 
 
 def test_its_output_is_a_probability_for_every_class() -> None:
-    network = build_network(default_network(24, 0.3, 0.004), shape=(5,), classes=3, seed=0)
+    network = build_network(
+        default_network(24, 0.3, 0.004), shape=(5,), task=Task("classification", 3), seed=0
+    )
     probabilities = network.predict(np.random.default_rng(0).normal(size=(9, 5)), verbose=0)
     assert probabilities.shape == (9, 3)
     assert probabilities.sum(axis=1) == pytest.approx(np.ones(9), rel=1e-5)
@@ -54,7 +63,9 @@ def test_its_output_is_a_probability_for_every_class() -> None:
 
 
 def weights(seed: int, dropout: float = 0.2) -> list[bytes]:
-    network = build_network(default_network(24, dropout, 0.004), shape=(5,), classes=3, seed=seed)
+    network = build_network(
+        default_network(24, dropout, 0.004), shape=(5,), task=Task("classification", 3), seed=seed
+    )
     return [array.tobytes() for array in network.get_weights()]
 
 
@@ -75,7 +86,10 @@ def test_the_registered_model_takes_raw_values_and_gives_nan_for_what_is_no_numb
     tmp_path: Path, ending: str, activation: str
 ) -> None:
     network = build_network(
-        default_network(24, activation=activation), shape=(5,), classes=3, seed=0
+        default_network(24, activation=activation),
+        shape=(5,),
+        task=Task("classification", 3),
+        seed=0,
     )
     scale = Normalization(np.arange(5, dtype=np.float32), np.full(5, 4, np.float32))
     network_to_register(network, scale).save(tmp_path / f"model.{ending}")
@@ -90,7 +104,7 @@ def test_the_registered_model_takes_raw_values_and_gives_nan_for_what_is_no_numb
 
 
 def test_without_normalization_the_registered_model_gives_the_same_to_the_last_digit() -> None:
-    network = build_network(default_network(24), shape=(5,), classes=3, seed=0)
+    network = build_network(default_network(24), shape=(5,), task=Task("classification", 3), seed=0)
     registered = network_to_register(network, None)
     x = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
     np.testing.assert_array_equal(registered.predict(x, verbose=0), network.predict(x, verbose=0))

@@ -13,6 +13,7 @@ from conftest import default_network
 from numpy.typing import NDArray
 
 from search.data.dataset import scaled
+from search.data.task import Task
 from search.training import environment
 from search.training import epoch as graph
 from search.training import train as training
@@ -31,6 +32,7 @@ from search.training.train import (
 )
 
 FEATURES, CLASSES, BATCH = 20, 4, 32
+TASK = Task("classification", CLASSES)
 WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
 Weights = list[NDArray[Any]]
 
@@ -43,7 +45,7 @@ def examples(count: int, seed: int = 0) -> Examples:
 
 
 def network(dropout: float = 0.0, rate: float = 0.001, units: int = 16) -> keras.Sequential:
-    return build_network(default_network(units, dropout, rate), (FEATURES,), CLASSES, seed=3)
+    return build_network(default_network(units, dropout, rate), (FEATURES,), TASK, seed=3)
 
 
 def train(

@@ -1,0 +1,146 @@
+"""The tasks, and the metrics that each is measured by: each is decided here and nowhere else."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from search.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of the validation data; `test_` in place of `val_` is that of the test data.
+
+    name: as it is stored, and the value of --objective. label: in a sentence. maximize: whether
+    more is better. fraction: whether its best value is 1, so that four decimals show it.
+    """
+
+    name: str
+    label: str
+    maximize: bool = True
+    fraction: bool = True
+
+    @property
+    def stem(self) -> str:
+        """The name without `val_`."""
+        return self.name.removeprefix("val_")
+
+    @property
+    def direction(self) -> str:
+        """As Optuna names it: maximize or minimize."""
+        return "maximize" if self.maximize else "minimize"
+
+    @property
+    def sign(self) -> int:
+        """1 or -1: `sign * value` is higher if the value is better."""
+        return 1 if self.maximize else -1
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of `values`, of which there is at least one."""
+        return max(values) if self.maximize else min(values)
+
+    def text(self, value: float) -> str:
+        """`value` for people: with four decimals, or five significant digits if unbounded."""
+        return f"{value:.4f}" if self.fraction else f"{value:.5g}"
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("val_loss", "loss", maximize=False, fraction=False),
+        Metric("val_accuracy", "accuracy"),
+        Metric("val_auc", "AUC"),
+        Metric("val_f1", "macro F1"),
+        Metric("val_balanced_accuracy", "balanced accuracy"),
+        Metric("val_mae", "MAE", maximize=False, fraction=False),
+        Metric("val_rmse", "RMSE", maximize=False, fraction=False),
+        Metric("val_r2", "R2"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of task decides.
+
+    loss, output_activation: as Keras names them. metrics: those of every epoch, in order; the first
+    two are also computed of the training data. objective: the default. has_classes: whether the
+    target is one of several classes.
+    """
+
+    loss: str
+    output_activation: str
+    metrics: tuple[str, ...]
+    objective: str
+    has_classes: bool = False
+
+
+KINDS = {
+    "classification": Kind(
+        loss="sparse_categorical_crossentropy",
+        output_activation="softmax",
+        metrics=("val_loss", "val_accuracy", "val_auc", "val_f1", "val_balanced_accuracy"),
+        objective="val_accuracy",
+        has_classes=True,
+    ),
+    "regression": Kind(
+        loss="mean_squared_error",
+        output_activation="linear",
+        metrics=("val_loss", "val_mae", "val_rmse", "val_r2"),
+        objective="val_rmse",
+    ),
+}
+DEFAULT_OBJECTIVE = METRICS["val_accuracy"]  # of studies that did not store another one
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted.
+
+    kind: a key of KINDS. outputs: the number of the network's outputs: of classes, or 1.
+    class_names: one for each class, in order; empty if the classes are only numbered.
+    mean, deviation: those of the target in the training part. In regression the network learns the
+    target minus `mean`, divided by `deviation`, and the registered model undoes that.
+    """
+
+    kind: str = "classification"
+    outputs: int = 1
+    class_names: tuple[str, ...] = ()
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    @property
+    def decides(self) -> Kind:
+        """What its kind decides."""
+        return KINDS[self.kind]
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics of the validation data after every epoch, in order."""
+        return tuple(METRICS[name] for name in self.decides.metrics)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes; 0 if the target is not a class."""
+        return self.outputs if self.decides.has_classes else 0
+
+    def name_of(self, label: int) -> str:
+        """The name of class `label`, or its number."""
+        return self.class_names[label] if self.class_names else str(label)
+
+    def objective(self, name: str) -> Metric:
+        """The metric that --objective `name` means; auto: the default of the kind.
+
+        Raises InputError, in one line, if it is not a metric of the task.
+        """
+        if name == "auto":
+            return METRICS[self.decides.objective]
+        if name in self.decides.metrics:
+            return METRICS[name]
+        listed = ", ".join(self.decides.metrics)
+        raise InputError(
+            f"--objective must be a metric of the task, for {self.kind} {listed}",
+            f"got {name!r}",
+            nearest(
+                name, self.decides.metrics, f"for example --objective {self.decides.objective}"
+            ),
+        )
