@@ -8,6 +8,7 @@ from search.config.options import setting
 
 # The modules of keras.datasets, beside mnist, that hold images with integer labels:
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
+TABLE_SETTINGS = ("target", "ignore", "numeric", "categorical", "test_split")
 _data = partial(setting, "Data")
 
 
@@ -69,6 +70,15 @@ class DataSettings:
         "adapted to the training part and saved with the model. auto: unless examples are images.",
         choices=("auto", "none"),
     )
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The settings of a table that must not change during a study; empty for other data."""
+        if not is_table(self.dataset):
+            return {}
+        unused = () if self.test is None else ("test_split",)
+        given = {name: getattr(self, name) for name in TABLE_SETTINGS if name not in unused}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def is_table(name: str) -> bool:

@@ -235,6 +235,7 @@ class StudyConfig(DataSettings):
             "seed": self.seed,
             **({} if split == "last" else {"split": split}),
             **({"normalize": "auto"} if normalized else {}),
+            **self.table,
         }
 
 

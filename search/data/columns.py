@@ -84,6 +84,11 @@ class Columns:
         one_hot = sum(len(self.vocabularies[i]) + 1 for i in self.one_hot)
         return len(self.numbers) + len(self.indicated) + one_hot + len(self.embedded)
 
+    @property
+    def sources(self) -> list[str]:
+        """The columns of the table that are used, in the order of their first use."""
+        return list(dict.fromkeys(column for column, _ in (*self.numbers, *self.words)))
+
     def rows(self, frame: pd.DataFrame) -> Rows:
         """The values of `frame` that are used. Raises ValueError for one of another kind."""
         return Rows(numbers_of(frame, self.numbers), words_of(frame, self.words))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
 _CHANNELS = (1, 3)
+_ALL = slice(None)
 Labels = NDArray[np.int32]
 
 
@@ -32,7 +33,8 @@ class Dataset:
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
     test examples that also occur in the training data. `digest`: SHA-256 of the source arrays, or
     of a table's files. `task`: what is predicted, and the names of the classes. `columns`: those of
-    a table, whose encoded rows are the examples; `test_rows`: its test rows as they are.
+    a table, whose encoded rows are the examples; `test_rows`: its test rows as they are;
+    `example`: two of its rows, a DataFrame.
     """
 
     name: str
@@ -50,16 +52,26 @@ class Dataset:
     task: Task = field(default_factory=Task)
     columns: "Columns | None" = None
     test_rows: "Rows | None" = None
+    example: Any = None
 
     @property
     def features(self) -> int:
         """Number of features of a flat example."""
         return int(self.x_all.shape[1])
 
+    def test_inputs(self, chosen: slice = _ALL) -> Any:
+        """The test examples, or the `chosen` ones, as the registered model takes them."""
+        if self.test_rows is None:
+            return scaled(self.x_test[chosen])
+        return self.test_rows[chosen].inputs
+
     @property
-    def test_inputs(self) -> Any:
-        """The test examples as the registered model takes them."""
-        return scaled(self.x_test) if self.test_rows is None else self.test_rows.inputs
+    def input_shape(self) -> Any:
+        """Of the registered model, as Keras has it: None stands for the number of examples."""
+        if self.columns is None:
+            return None, self.features
+        widths = {"numbers": len(self.columns.numbers), "words": len(self.columns.words)}
+        return {name: (None, width) for name, width in widths.items() if width}
 
     @property
     def embeddings(self) -> tuple[int, ...]:

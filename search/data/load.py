@@ -15,7 +15,6 @@ from search.data.task import Task
 from search.errors import InputError, one_line
 
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
-TABLE_SETTINGS = ("target", "ignore", "numeric", "categorical", "test")
 
 
 def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dataset:
@@ -42,7 +41,8 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
 
 def _refuse_table_settings(config: StudyConfig, split: str) -> None:
     """Raise InputError for a setting that only a table has."""
-    given = [flag(name) for name in TABLE_SETTINGS if getattr(config, name) is not None]
+    names = ("target", "ignore", "numeric", "categorical", "test")
+    given = [flag(name) for name in names if getattr(config, name) is not None]
     if given or ":" in split:
         raise InputError(
             f"{given[0] if given else f'--split {split}'} needs a table, a .csv or .parquet file",
@@ -89,6 +89,7 @@ def _load_table(config: StudyConfig, split: str) -> Dataset:
         task=Task("classification", len(part.names), part.names),
         columns=adapted,
         test_rows=test,
+        example=frame[adapted.sources].iloc[part.train[:2]],
     )
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from requests import RequestException
 
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, scaled
+from search.data.dataset import Dataset
 from search.errors import RunError, one_line
 from search.promotion.evaluation import predict
 from search.tracking.address import global_uri
@@ -79,12 +79,12 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
 
                 model: Any = mlflow.keras.load_model(uri, dst_path=folder)
             shapes = model.input_shape, model.output_shape
-            if shapes != ((None, dataset.features), (None, dataset.classes)):
+            if shapes != (dataset.input_shape, (None, dataset.classes)):
                 return (
                     f"it takes {shapes[0]} and returns {shapes[1]}, but this study's data have "
                     f"{dataset.features} features and {dataset.classes} classes"
                 )
-            predicted, _ = predict(model, scaled(dataset.x_test))
+            predicted, _ = predict(model, dataset)
         except MemoryError:
             raise
         except Exception as error:  # with a damaged file, Keras, zipfile and json raise anything

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.dataset import Dataset, is_image, scaled
+from search.data.dataset import Dataset, is_image
 from search.errors import one_line
 
 DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
@@ -65,15 +65,15 @@ class Evaluation:
         return json.dumps({name: kept[name] for name in (*counts, "mistakes")})
 
 
-def predict(model: Any, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The class that `model` predicts for each example in `x`, and its probability.
+def predict(model: Any, dataset: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The class that `model` predicts for each test example, and its probability.
 
     In parts, so that the probabilities of all classes fit in memory.
     """
     rows = max(1, _AT_ONCE // model.output_shape[-1])
     predicted, confidence = [], []
-    for first in range(0, len(x), rows):
-        part = x[first : first + rows]
+    for first in range(0, len(dataset.y_test), rows):
+        part = dataset.test_inputs(slice(first, first + rows))
         probabilities = model.predict(part, batch_size=min(rows, 2_000), verbose=0)
         predicted.append(probabilities.argmax(axis=1))
         confidence.append(probabilities.max(axis=1))
@@ -125,9 +125,7 @@ def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
     """
     path = folder / DATA
     try:
-        found = evaluate_predictions(
-            *predict(model, scaled(dataset.x_test)), dataset.y_test, dataset.classes
-        )
+        found = evaluate_predictions(*predict(model, dataset), dataset.y_test, dataset.classes)
         path.write_text(found.as_json())
         for name, draw in _pictures(found, dataset):
             path = folder / name

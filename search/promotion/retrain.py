@@ -22,6 +22,7 @@ from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, scaled
 from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
+from search.promotion.table_model import log_table_model
 from search.study.storage import METADATA, SEED, SETTINGS, UID
 from search.study.trials import METRICS, best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
@@ -83,8 +84,8 @@ def retrain(
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, origin)
     tracking.log_start(run_id, trial, metadata)
     network, history = _train(config, dataset, trial, complete(trial.params, metadata["params"]))
-    model = network_to_register(network, dataset.normalization)
-    test = evaluate(model, (dataset.x_test, dataset.y_test))
+    model = network_to_register(network, dataset.normalization, dataset.columns)
+    test = evaluate(model, (dataset.test_inputs(), dataset.y_test))
     tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
     loading.join()
     with tracking.active(run_id), _silence():
@@ -101,14 +102,12 @@ def _train(
 
     Returns the network and its history.
     """
-    from search.training.network import build_network
+    from search.training.network import network_for
     from search.training.train import train
 
     earlier, seed = history_of(trial), trial.user_attrs["seed"]
     epochs = best_epoch(earlier, stopping=bool(hyperparameters["early_stopping"])) + 1
-    network = build_network(
-        hyperparameters, dataset.sample_shape, dataset.task, seed, config.custom_model
-    )
+    network = network_for(dataset, hyperparameters, seed, config.custom_model)
     curves = train(
         network,
         (dataset.x_all, dataset.y_all),
@@ -131,6 +130,8 @@ def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -
     """Log `model` to the active run; returns its URI."""
     from mlflow.models import Model, infer_signature
 
+    if dataset.columns is not None:
+        return log_table_model(model, dataset, origin, _requirements())
     example = scaled(dataset.x_test[:2])
     info = Model.log(
         artifact_path=None,
@@ -153,7 +154,8 @@ def _log_files(model: "keras.Model", dataset: Dataset, client: "MlflowClient", r
     .keras file written afterwards would lack it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        model.save(Path(folder) / "mnist_model.h5")
+        if dataset.columns is None:  # HDF5 can't hold the operations on columns
+            model.save(Path(folder) / "mnist_model.h5")
         failure = save_evaluation(model, dataset, Path(folder))
         client.log_artifacts(run_id, folder)
     if failure is not None:

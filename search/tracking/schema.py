@@ -92,6 +92,8 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             **({"model": config.model} if config.model else {}),
             "loss": decided.loss,
             "dataset": config.dataset,
+            **config.table,
+            **({} if config.test is None else {"test": config.test}),
             "train_samples": dataset.train_size,
             "validation_samples": len(dataset.x_all) - dataset.train_size,
             "test_samples": len(dataset.x_test),

@@ -3,16 +3,22 @@
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from search.config.custom_model import CustomModel
+from search.data.dataset import Dataset
 from search.data.preprocessing import Normalization
 from search.data.task import Task
+from search.training.table_layers import embeddings, encoding
+
+if TYPE_CHECKING:
+    from search.data.columns import Columns
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
+_EMBEDDINGS = 200  # added to the seed, as each layer has its own
 _seeding = threading.Lock()
 
 
@@ -22,20 +28,27 @@ def build_network(
     task: Task,
     seed: int,
     custom: CustomModel | None = None,
+    embedded: tuple[int, ...] = (),
 ) -> keras.Sequential:
     """The compiled network with the hyperparameters `hp`: all that matter, by name.
 
     shape: of one example; the network takes flat examples, float32 of shape (n, features), and
     returns probabilities of shape (n, classes). task: decides output and loss. custom: the custom
-    model (`--model`), if any. The initial weights depend on `seed` alone.
+    model (`--model`), if any. embedded: the vocabulary sizes of the last features, which are
+    indices; the layers get their embeddings. The initial weights depend on `seed` alone.
     """
+    front: list[keras.Model] = []
+    example = keras.Input((math.prod(shape),), name="example")
+    if embedded:
+        front = [embeddings(math.prod(shape), embedded, seed + _EMBEDDINGS)]
+        shape = front[0].output_shape[1:]
     if custom is None:
         layers = list(_layers(hp, shape, task, seed))
         name = f"{hp['architecture']}_network"
     else:
         layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, task, seed)]
         name = "own_network"
-    model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
+    model = keras.Sequential([example, *front, *layers], name=name)
     if custom is not None:
         model.source = custom.fingerprint
     model.compile(
@@ -47,15 +60,26 @@ def build_network(
     return model
 
 
+def network_for(
+    dataset: Dataset, hp: Mapping[str, Any], seed: int, custom: CustomModel | None
+) -> keras.Sequential:
+    """The compiled network for `dataset`, as `build_network` builds it."""
+    return build_network(hp, dataset.sample_shape, dataset.task, seed, custom, dataset.embeddings)
+
+
 def network_to_register(
-    network: keras.Sequential, normalization: Normalization | None
+    network: keras.Sequential, normalization: Normalization | None, columns: "Columns | None" = None
 ) -> keras.Model:
     """The trained `network` as it is registered: it takes raw values and returns NaN for NaN.
 
     The result of a kernel for NaN depends on the processor: ReLU may return 0. So the input times
-    zero is added to the probabilities: 0 for finite numbers, NaN for NaN and infinity.
+    zero is added to the probabilities: 0 for finite numbers, NaN for NaN and infinity. Of a table,
+    `columns`, it takes rows, whose values may be missing.
     The layers and the optimizer are shared with `network`.
     """
+    if columns is not None:
+        inputs, outputs = encoding(columns)
+        return _registered(network, inputs, _applied(network, outputs))
     example = keras.Input(network.input_shape[1:], name="example")
     outputs = example
     if normalization is not None:
@@ -65,13 +89,22 @@ def network_to_register(
         layer.adapt_variance.assign(normalization.variance)
         layer.finalize_state()
         outputs = layer(outputs)
-    for layer in network.layers:
-        outputs = layer(outputs)
+    outputs = _applied(network, outputs)
     zero = keras.layers.Dense(
         1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
     )
     checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(example)])
-    model = keras.Model(example, checked, name=network.name)
+    return _registered(network, example, checked)
+
+
+def _applied(network: keras.Sequential, values: Any) -> Any:
+    for layer in network.layers:
+        values = layer(values)
+    return values
+
+
+def _registered(network: keras.Sequential, inputs: Any, outputs: Any) -> keras.Model:
+    model = keras.Model(inputs, outputs, name=network.name)
     model.compile(network.optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
     return model
 

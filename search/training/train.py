@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from search.data.dataset import Labels
 from search.data.sources import Images
-from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of, scaled
+from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of
 from search.training.network import is_of_layers
 
 _VALIDATION_BATCH = 2_000
@@ -114,9 +114,9 @@ def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Ca
     return callbacks
 
 
-def evaluate(model: keras.Model, examples: Examples) -> dict[str, float]:
-    """The loss and the metrics of `model` on `examples`."""
-    batches = _batched(*examples).map(lambda x, y: (scaled(x), y))
+def evaluate(model: keras.Model, examples: tuple[Any, Labels]) -> dict[str, float]:
+    """The loss and the metrics of `model` on `examples`, scaled and as it takes them."""
+    batches = _batched(*examples)
     logs = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}
 

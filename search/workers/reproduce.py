@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from search.config import custom_model
+from search.config.data_settings import TABLE_SETTINGS
 from search.config.hyperparameters import describe
 from search.config.settings import StudyConfig, differences
 from search.data.load import load_for_study
@@ -53,7 +54,9 @@ def reproduce(
         dataset=name,
         split=None,
         normalize="auto",
+        test=metadata["params"].get("test"),
         **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
+        **{key: settings[key] for key in TABLE_SETTINGS if key in settings},
     )
     dataset = load_for_study(config, settings)
     if dataset.digest[:12] not in settings["dataset"]:

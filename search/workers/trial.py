@@ -31,7 +31,7 @@ from search.study.trials import (
 )
 from search.tracking.runs import Tracking
 from search.tracking.schema import STATE, Metadata
-from search.training.network import build_network, check_probabilities, trainable_parameters
+from search.training.network import check_probabilities, network_for, trainable_parameters
 from search.training.train import train
 
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
@@ -53,7 +53,7 @@ def train_again(
     Returns val_accuracy of the final weights.
     """
     tried = complete(trial.params, facts["params"])
-    network = build_network(tried, dataset.sample_shape, dataset.task, seed, config.custom_model)
+    network = network_for(dataset, tried, seed, config.custom_model)
 
     def record(epoch: int, logs: dict[str, float]) -> None:
         history.append(_entry(epoch, logs))
@@ -177,7 +177,7 @@ class Attempt:
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), context.dataset
         own = config.custom_model
-        network = build_network(tried, dataset.sample_shape, dataset.task, seed, own)
+        network = network_for(dataset, tried, seed, own)
         if own is not None:
             check_probabilities(own, network)
         trial.set_user_attr("trainable_parameters", trainable_parameters(network))
