@@ -147,6 +147,7 @@ def adapt(
     left_out: dict[str, str] = {}
     for column in map(str, frame.columns):
         values = frame[column]
+        _check_single(column, values)
         if column in numeric:
             numbers.append((column, None))
         elif column in categorical:
@@ -174,6 +175,15 @@ def adapt(
         vocabularies=tuple(tuple(sorted(set(column))) for column in words_of(frame, words).T),
         left_out=left_out,
     )
+
+
+def _check_single(column: str, values: "pd.Series[Any]") -> None:
+    first = next(iter(values.dropna()), None)
+    if isinstance(first, list | dict | set | np.ndarray):
+        raise ValueError(
+            f"column {column!r} must hold single values, but has a {type(first).__name__} in each "
+            "row; name it in --ignore"
+        )
 
 
 def _sort_in(

@@ -66,12 +66,12 @@ class Dataset:
         return self.test_rows[chosen].inputs
 
     @property
-    def input_shape(self) -> Any:
-        """Of the registered model, as Keras has it: None stands for the number of examples."""
+    def input_shapes(self) -> list[tuple[int | None, ...]]:
+        """Of the registered model's inputs; None stands for the number of examples."""
         if self.columns is None:
-            return None, self.features
-        widths = {"numbers": len(self.columns.numbers), "words": len(self.columns.words)}
-        return {name: (None, width) for name, width in widths.items() if width}
+            return [(None, self.features)]
+        widths = len(self.columns.numbers), len(self.columns.words)
+        return [(None, width) for width in widths if width]
 
     @property
     def embeddings(self) -> tuple[int, ...]:

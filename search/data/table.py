@@ -101,20 +101,24 @@ def _read(path: str, option: str) -> pd.DataFrame:
 
 def _arrow(path: str) -> "pyarrow.Table":
     """The file as PyArrow reads it, strictly: a row of another length is an error."""
-    if path.lower().endswith(".parquet"):
-        import pyarrow.parquet
+    import pyarrow
+    from pyarrow import csv, parquet
 
-        return pyarrow.parquet.read_table(path)
-    from pyarrow import csv
+    if path.lower().endswith(".parquet"):
+        return parquet.read_table(path)
 
     with Path(path).open("rb") as file:
         header = file.readline(1_000_000).decode("utf-8-sig")
     delimiter = max(",;\t", key=header.count)  # the first one of equals
-    return csv.read_csv(
+    table = csv.read_csv(
         path,
         parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=csv.ConvertOptions(null_values=_MISSING, strings_can_be_null=True),
     )
+    for column in table.schema:
+        if pyarrow.types.is_binary(column.type):
+            raise ValueError(f"column {column.name!r} is not UTF-8")
+    return table
 
 
 def _check_memory(path: str, option: str, size: int) -> None:

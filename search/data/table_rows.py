@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 PARTS: dict[str, Callable[[Any], Any]] = {
     "year": lambda dates: dates.dt.year,
     "month": lambda dates: dates.dt.month,
-    "weekday": lambda dates: dates.dt.dayofweek,  # 0 is Monday
+    "weekday": lambda dates: dates.dt.day_of_week,  # 0 is Monday
     "hour": lambda dates: dates.dt.hour,
 }
 SCHEMA, MODEL = "table.json", "model.keras"

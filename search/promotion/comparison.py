@@ -78,11 +78,12 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
                 import mlflow.keras
 
                 model: Any = mlflow.keras.load_model(uri, dst_path=folder)
-            shapes = model.input_shape, model.output_shape
-            if shapes != (dataset.input_shape, (None, dataset.classes)):
+            takes = [tuple(taken.shape) for taken in model.inputs]
+            if (takes, model.output_shape) != (dataset.input_shapes, (None, dataset.classes)):
+                shown = ", ".join(map(str, takes))
                 return (
-                    f"it takes {shapes[0]} and returns {shapes[1]}, but this study's data have "
-                    f"{dataset.features} features and {dataset.classes} classes"
+                    f"it takes {shown} and returns {model.output_shape}, but this study's data "
+                    f"have {dataset.features} features and {dataset.classes} classes"
                 )
             predicted, _ = predict(model, dataset)
         except MemoryError:
