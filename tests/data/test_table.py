@@ -34,7 +34,7 @@ def people(rows: int = ROWS) -> pd.DataFrame:
 
 @pytest.fixture
 def load(in_folder: Path) -> Callable[..., Dataset]:
-    """Load a table that is written to people.csv; its target is `answer` unless another is given."""
+    """Load a table, written to people.csv; its target is `answer` unless another is given."""
 
     def write_and_load(frame: pd.DataFrame | None = None, **settings: Any) -> Dataset:
         (people() if frame is None else frame).to_csv("people.csv", index=False)
