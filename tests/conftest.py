@@ -256,6 +256,29 @@ def copy_databases(source: Path, target: Path) -> None:
             database.backup(copy)
 
 
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
+    """A folder in which a good model is version 1, in production."""
+    import registry
+
+    from search import run
+
+    folder = tmp_path_factory.mktemp("champion")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run(registry.config(clouds, study_name="champion", **registry.GOOD))
+    assert result.winner is not None
+    assert result.winner.test_accuracy > 0.9
+    return folder
+
+
+@pytest.fixture
+def held(champion: Path, client: "MlflowClient") -> "MlflowClient":
+    """The same, in this test's own folder; the artifacts stay where they are."""
+    copy_databases(champion, Path.cwd())
+    return client
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """What `condition` finds, as soon as it finds something."""
     deadline = time.monotonic() + seconds
