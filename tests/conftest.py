@@ -331,6 +331,25 @@ def run_elsewhere(config: StudyConfig) -> None:
     assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.fixture
+def grown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let TensorFlow see two GPUs; returns those whose memory may grow."""
+    import tensorflow as tf
+
+    from search.training import environment
+
+    names: list[str] = []
+    gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(2)]
+    monkeypatch.setattr(environment, "gpu_device", lambda: "/dev/nvidia0")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(
+        tf.config.experimental, "set_memory_growth", lambda gpu, on: names.append(gpu.name)
+    )
+    details = {"device_name": "NVIDIA H100"}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
+    return names
+
+
 CHROMIUM = shutil.which("chromium")
 
 
