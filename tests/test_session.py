@@ -1,4 +1,4 @@
-"""The steps of a run: what a server that stays away ends, the next run completes."""
+"""The steps of a run: a server that stays away ends it, and the next run completes it."""
 
 from pathlib import Path
 from typing import Any

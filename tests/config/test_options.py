@@ -1,4 +1,4 @@
-"""An option of the settings: how its text is read, and what a wrong value is told."""
+"""An option of the settings: how its text is read, and what is said of a wrong value."""
 
 from typing import Any
 

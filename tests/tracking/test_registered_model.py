@@ -1,4 +1,4 @@
-"""The registered model: what is in production is read alike from a file and through a server."""
+"""The registered model: what is in production is the same from a file and through a server."""
 
 from pathlib import Path
 from typing import Any

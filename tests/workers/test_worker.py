@@ -1,4 +1,4 @@
-"""A worker: what it trains, and what it tells of a trial."""
+"""A worker: whose source it trains, and what it says of a trial."""
 
 from pathlib import Path
 
