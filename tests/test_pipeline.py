@@ -11,6 +11,7 @@ from typing import Any
 
 import invariants
 import keras
+import mlflow
 import numpy as np
 import optuna
 import psutil
@@ -397,3 +398,20 @@ def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
     finally:
         for name, level in zip(names, before, strict=True):
             logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.parametrize("known", [None, "sqlite:///elsewhere.db"])
+def test_a_run_leaves_no_address_behind(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, known: str | None
+) -> None:
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", known)
+
+    def addresses() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
+
+    before, default = addresses(), mlflow.get_tracking_uri()
+    run(config(clouds))
+    assert addresses() == before
+    assert mlflow.get_tracking_uri() == (known or default)
+    mlflow.set_tracking_uri("sqlite:///another.db")
+    assert mlflow.get_registry_uri() == "sqlite:///another.db"

@@ -1,58 +1,22 @@
-"""Datasets: the bundled digits, .npz files, scaling and splitting."""
+"""A dataset: its size, its split, its scale, its digest, and what is wrong with it."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import arrays
+from conftest import arrays, labelled, load
 from numpy.typing import NDArray
 
 from search.data import dataset as data
 from search.data.dataset import Dataset, load_dataset
-from search.data.sources import ARRAYS, MNIST
-from search.errors import InputError
-
-SHA256 = {
-    "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
-    "y_train": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
-    "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
-    "y_test": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
-}
+from search.data.sources import MNIST
 
 
 @pytest.fixture(scope="module")
 def mnist() -> Dataset:
     return load_dataset("mnist", 0.1)
-
-
-def load(
-    folder: Path,
-    share: float = 0.1,
-    split: str = "last",
-    seed: int = 0,
-    normalize: bool = False,
-    **changed: Any,
-) -> Dataset:
-    path = folder / "data.npz"
-    np.savez(path, **arrays(**changed))
-    return load_dataset(str(path), share, split=split, seed=seed, normalize=normalize)
-
-
-def labelled(*counts: int) -> dict[str, NDArray[Any]]:
-    """Training data sorted by class, so many examples of each; every example is its number."""
-    y = np.repeat(np.arange(len(counts)), counts)
-    return {"x_train": np.arange(len(y), dtype=np.float32)[:, None] * [[1, 1, 1, 1]], "y_train": y}
-
-
-@pytest.mark.parametrize("key", ARRAYS)
-def test_the_bundled_digits_are_the_standard_ones(key: str) -> None:
-    with np.load(MNIST, allow_pickle=False) as archive:
-        array = archive[key]
-    assert array.dtype == np.uint8
-    assert hashlib.sha256(array.tobytes()).hexdigest() == SHA256[key]
 
 
 def test_the_digits_are_split_into_54_6_and_10_thousand(mnist: Dataset) -> None:
@@ -101,19 +65,6 @@ def test_the_split_rounds_as_keras_does(tmp_path: Path, share: float, train: int
     assert load(tmp_path, share).train_size == train == int(40 * (1 - share))
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_numbers_with_a_fraction_stay_as_they_are(tmp_path: Path, kind: type) -> None:
-    x = np.linspace(-300, 300, 160).reshape(40, 4).astype(kind)
-    dataset = load(tmp_path, x_train=x)
-    assert dataset.x_all.dtype == np.float32
-    np.testing.assert_array_equal(dataset.x_all, x.astype(np.float32))
-
-
-def test_whole_numbers_other_than_bytes_stay_as_they_are(tmp_path: Path) -> None:
-    x = np.arange(160).reshape(40, 4)
-    np.testing.assert_array_equal(load(tmp_path, x_train=x).x_all, x)
-
-
 def test_bytes_stay_bytes_until_they_are_scaled(tmp_path: Path) -> None:
     x = np.full((40, 2, 2), 51, dtype=np.uint8)
     dataset = load(tmp_path, x_train=x, x_test=x[:10])
@@ -125,37 +76,6 @@ def test_bytes_stay_bytes_until_they_are_scaled(tmp_path: Path) -> None:
 def test_numbers_with_a_fraction_are_not_scaled(tmp_path: Path) -> None:
     dataset = load(tmp_path, x_train=np.full((40, 4), 255.0))
     np.testing.assert_array_equal(data.scaled(dataset.x_all), np.full((40, 4), 255.0))
-
-
-def test_images_of_any_shape_become_flat(tmp_path: Path) -> None:
-    x = np.zeros((40, 2, 3, 4), dtype=np.float32)
-    dataset = load(tmp_path, x_train=x, x_test=x[:10])
-    assert dataset.features == 24
-    assert dataset.x_all.flags.c_contiguous
-
-
-def test_labels_in_a_column_are_accepted(tmp_path: Path) -> None:
-    column = load(tmp_path, y_train=np.arange(40)[:, None] % 2, y_test=np.arange(10)[:, None] % 2)
-    row = load(tmp_path)
-    assert column.y_all.shape == (40,)
-    np.testing.assert_array_equal(column.y_all, row.y_all)
-    np.testing.assert_array_equal(column.y_test, row.y_test)
-
-
-def test_a_test_set_may_lack_a_class(tmp_path: Path) -> None:
-    assert load(tmp_path, y_test=np.zeros(10, dtype=np.uint8)).classes == 2
-
-
-def test_arrays_in_fortran_order_are_read_like_others(tmp_path: Path) -> None:
-    usual = load(tmp_path)
-    fortran = load(tmp_path, x_train=np.asfortranarray(arrays()["x_train"]))
-    np.testing.assert_array_equal(fortran.x_all, usual.x_all)
-    assert fortran.digest == usual.digest
-
-
-def test_compressed_files_are_read(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "small.npz", **arrays())
-    assert load_dataset(str(tmp_path / "small.npz"), 0.1).digest == load(tmp_path).digest
 
 
 def test_the_digest_depends_on_the_numbers_and_not_on_the_file(tmp_path: Path) -> None:
@@ -177,41 +97,6 @@ def test_the_digest_depends_on_the_type_and_the_shape(tmp_path: Path) -> None:
 
 
 # ---- splits ----------------------------------------------------------------------------------
-
-
-def test_a_stratified_split_gives_both_parts_the_same_proportion_of_every_class(
-    tmp_path: Path,
-) -> None:
-    dataset = load(tmp_path, split="stratified", **labelled(150, 150, 30))
-    assert dataset.problem is None
-    assert np.bincount(dataset.train[1]).tolist() == [135, 135, 27]
-    assert np.bincount(dataset.validation[1]).tolist() == [15, 15, 3]
-    assert sorted(dataset.x_all[:, 0]) == list(range(330)), "every example is in one part"
-    np.testing.assert_array_equal(dataset.y_all, np.digitize(dataset.x_all[:, 0], [150, 300]))
-    assert "(stratified split)" in str(dataset)
-
-
-def test_a_stratified_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    first, same, other = (
-        load(tmp_path, split="stratified", seed=seed, **labelled(50, 50)).validation[0]
-        for seed in (0, 0, 1)
-    )
-    np.testing.assert_array_equal(first, same)
-    assert not np.array_equal(first, other)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
-def test_a_stratified_split_trains_on_every_class_and_validates_what_it_can(
-    tmp_path: Path, share: float
-) -> None:
-    counts = (1000, 100, 25, 2, 1)
-    dataset = load(tmp_path, share=share, split="stratified", **labelled(*counts))
-    assert np.bincount(dataset.train[1], minlength=5).min() >= 1
-    validated = np.bincount(dataset.validation[1], minlength=5)
-    assert validated[:3].min() >= 1
-    wanted = 1128 - int(1128 * (1 - share))
-    assert len(dataset.validation[1]) == min(wanted, 1128 - 5)
-    assert dataset.problem is None
 
 
 @pytest.mark.parametrize(
@@ -243,38 +128,6 @@ def test_test_examples_that_stand_in_the_training_data_are_counted(tmp_path: Pat
 
 # ---- scales ----------------------------------------------------------------------------------
 
-SCALES = np.array([1e-3, 1, 4e3, 1e6], np.float32)
-
-
-def test_features_are_normalized_by_the_training_part_alone(tmp_path: Path) -> None:
-    x = arrays()["x_train"] * SCALES + SCALES * 5
-    x[36:] *= 100  # validates
-    dataset = load(tmp_path, normalize=True, x_train=x)
-    seen, _ = dataset.train
-    np.testing.assert_allclose(seen.mean(axis=0), np.zeros(4), atol=1e-3)
-    np.testing.assert_allclose(seen.std(axis=0), np.ones(4), atol=1e-3)
-    assert np.abs(dataset.validation[0]).min() > 10
-    np.testing.assert_array_equal(dataset.x_test, arrays()["x_test"])
-    assert ", normalized," in str(dataset)
-
-
-def test_a_constant_feature_is_not_blown_up(tmp_path: Path) -> None:
-    x = arrays()["x_train"]
-    x[:, 1], x[:, 2] = 7, np.float32(0.1) + np.arange(40) % 2 * np.float32(7e-9)
-    x[38, 1] = 8  # in the validation part alone
-    dataset = load(tmp_path, normalize=True, x_train=x)
-    assert np.abs(dataset.x_all).max() < 10
-
-
-@pytest.mark.parametrize("factor", [1e-9, 1e20])
-def test_a_scale_that_float32_cannot_normalize_is_refused(tmp_path: Path, factor: float) -> None:
-    x = arrays()["x_train"]
-    x[:, 2] *= np.float32(factor)
-    with pytest.raises(
-        InputError, match=r"standard deviation from 1e-07 to 1e\+19 .* feature 2 has"
-    ):
-        load(tmp_path, normalize=True, x_train=x)
-
 
 @pytest.mark.parametrize(
     "x",
@@ -285,30 +138,3 @@ def test_images_are_not_normalized(tmp_path: Path, x: NDArray[Any]) -> None:
     dataset = load(tmp_path, normalize=True, x_train=x, x_test=x[:10])
     assert dataset.normalization is None
     assert (dataset.x_all == 1).all()
-
-
-class Trap:
-    """Unpickling it creates the file `marker`."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, (str(self.marker), "w")
-
-
-@pytest.mark.parametrize("key", ARRAYS)
-def test_objects_are_never_unpickled(tmp_path: Path, key: str) -> None:
-    marker = tmp_path / "marker"
-    trap = np.array([Trap(marker)], dtype=object)
-    with pytest.raises(InputError, match="must hold arrays of numbers, but has an array of obj"):
-        load(tmp_path, **{key: trap})
-    assert not marker.exists()
-    with np.load(tmp_path / "data.npz", allow_pickle=True) as archive:
-        archive[key][0].close()
-    assert marker.exists(), "the trap does not work, so the test above shows nothing"
-
-
-def test_a_name_that_is_neither_a_dataset_nor_a_file_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--dataset must be mnist, .*but got 'emnist'"):
-        load_dataset("emnist", 0.1)

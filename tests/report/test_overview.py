@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import ROOT, TRIALS, command, start_anew
 from optuna.trial import TrialState, create_trial
@@ -18,7 +19,6 @@ from servers import MlflowServer
 from search import StudyConfig
 from search.report import overview
 from search.study import sampling, storage
-from search.tracking.registered_model import find_production
 
 
 def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
@@ -101,19 +101,6 @@ def test_show_changes_nothing(finished: dict[str, Any]) -> None:
     assert (content(), sorted(path.name for path in finished["folder"].iterdir())) == before
 
 
-def test_production_is_the_same_through_a_server(finished: dict[str, Any], tmp_path: Path) -> None:
-    server = MlflowServer(finished["folder"])
-    try:
-        through = find_production(StudyConfig(tracking_uri=server.uri))
-    finally:
-        server.stop()
-    direct = find_production(
-        StudyConfig(tracking_uri=f"sqlite:///{finished['folder'] / 'mlflow.db'}")
-    )
-    assert through == direct
-    assert through is not None
-
-
 def test_the_password_of_a_server_is_shown_nowhere(finished: dict[str, Any]) -> None:
     server = MlflowServer(finished["folder"])
     secret = "hunter2 'of' \"mine\""
@@ -156,6 +143,28 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: --study-name must be a study of this tool")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_are_compared_after_the_last_epoch_that_all_of_them_have() -> None:
+    study = optuna.create_study(direction="maximize")
+    distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    for number, values in enumerate([(0.1, 0.2, 0.3), (0.4, 0.5), (0.6, 0.7, 0.8)]):
+        study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if len(values) == 3 else TrialState.PRUNED,
+                value=values[-1] if len(values) == 3 else None,
+                params={"x": number / 10},
+                distributions=distributions,
+                intermediate_values=dict(enumerate(values)),
+            )
+        )
+    epoch, copy = overview.comparable(study)
+    assert epoch == 2
+    assert [(trial.params["x"], trial.value) for trial in copy.trials] == [
+        (0.0, 0.2),
+        (0.1, 0.5),
+        (0.2, 0.7),
+    ]
 
 
 def test_importances_need_trials_and_something_that_varies() -> None:

@@ -117,13 +117,6 @@ def test_switched_off_the_best_trial_wins_again() -> None:
     assert ranking.winner(study).number == 1  # type: ignore[union-attr]
 
 
-def test_fresh_seeds_are_fresh() -> None:
-    used = {seed for place in range(100) for seed in sampling.seeds(0, place)}
-    fresh = [sampling.repeat_seed(0, place, repeat) for place in range(100) for repeat in range(9)]
-    assert len(set(fresh)) == 900
-    assert not used & set(fresh)
-
-
 # ---- whole runs ----------------------------------------------------------------------------------
 
 

@@ -129,6 +129,13 @@ def test_every_slot_has_two_seeds_of_its_own() -> None:
     assert pairs == [sampling.seeds(seed, slot) for seed in range(5) for slot in range(200)]
 
 
+def test_fresh_seeds_are_fresh() -> None:
+    used = {seed for place in range(100) for seed in sampling.seeds(0, place)}
+    fresh = [sampling.repeat_seed(0, place, repeat) for place in range(100) for repeat in range(9)]
+    assert len(set(fresh)) == 900
+    assert not used & set(fresh)
+
+
 # ---- proposals ---------------------------------------------------------------------------------
 
 

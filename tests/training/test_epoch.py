@@ -1,6 +1,5 @@
 """Each way to train in the graph is Keras' own, to float precision; graphs are shared correctly."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from test_train import BATCH, CLASSES, FEATURES, RAGGED, TASK, WHOLE, examples, 
 
 from search.config import custom_model
 from search.config.parameter import Choice
-from search.training import fused
 from search.training import train as training
-from search.training.epoch import _leaves, epoch_order
-from search.training.network import build_network, check_probabilities
+from search.training.epoch import epoch_order
+from search.training.network import build_network
 from search.training.train import _of_thread, evaluate
 
 RATE = 0.01
@@ -164,21 +162,6 @@ def test_early_stopping_gives_back_the_best_weights() -> None:
 # ---- randomness and graphs -----------------------------------------------------------------------
 
 
-def test_every_dropout_layer_draws_masks_of_its_own(no_graphs: None) -> None:
-    what = tried(hidden_layers=2, dropout_rate=0.5)
-    net = build(what)
-    train(net, what, examples(WHOLE))
-    (kept,) = _of_thread.graphs.values()
-    masks = []
-    for layer in _leaves(kept.network):
-        if isinstance(layer, fused.Dropout):
-            layer.set(0.5, 7, len(masks))
-            masks.append(np.asarray(layer(np.ones((64, 16), np.float32), training=True)))
-    assert len(masks) == 2
-    assert (masks[0] != masks[1]).any()
-    assert 0.4 < np.mean(masks[0] == 0) < 0.6
-
-
 IMAGES = {"shape": (4, 5)}
 
 
@@ -253,10 +236,6 @@ class Scaled(keras.Model):  # type: ignore[misc]
 
     def call(self, x: Any) -> Any:
         return self.inner(x * self.scale)
-
-
-class Unknown(keras.layers.Layer):  # type: ignore[misc]
-    """A layer that nobody could load."""
 
 
 @pytest.fixture
@@ -356,73 +335,3 @@ def test_a_custom_model_learns_and_is_plain_keras(
     loaded = keras.saving.load_model(tmp_path / "net.keras")
     x, _ = examples(20)
     assert np.allclose(loaded.predict(x, verbose=0), net.predict(x, verbose=0), atol=1e-6)
-
-
-class Jumps(keras.layers.Layer):  # type: ignore[misc]
-    """Draws, in and out of training, from a generator of its own and from Keras'."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.generator = keras.random.SeedGenerator(1)
-
-    def call(self, x: Any) -> Any:
-        noise = keras.random.normal((CLASSES,), seed=self.generator)
-        return x + noise + keras.random.normal((CLASSES,))
-
-
-keras.saving.register_keras_serializable("here")(Jumps)
-
-
-@pytest.mark.parametrize(
-    ("last", "said"),
-    [
-        (keras.layers.Softmax, None),
-        (lambda: keras.layers.Activation("linear"), "but it gives -"),
-        (lambda: keras.layers.Activation("sigmoid"), "; end it with a softmax, for example"),
-    ],
-)
-def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
-    last: Any, said: str | None
-) -> None:
-    def made(_: Any, shape: Any, classes: int) -> keras.Model:
-        dense = keras.layers.Dense(classes)
-        return keras.Sequential([keras.Input(shape), dense, Jumps(), last()])
-
-    def state(net: keras.Model) -> list[Any]:
-        shared = keras.src.random.seed_generator.global_seed_generator().state
-        return [v.numpy().tolist() for v in (*net.variables, shared)]
-
-    found = custom_model.CustomModel("here:made", made, {}, "0")
-    net = build_network(tried(), (FEATURES,), TASK, 3, custom=found)
-    before = state(net)
-    with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
-        check_probabilities(found, net)
-    assert state(net) == before
-
-
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (lambda *_: 3, "must return a keras.Sequential or a functional keras.Model"),
-        (
-            lambda _, shape, __: keras.Sequential([keras.Input(shape), keras.layers.Dense(2)]),
-            r"a probability for each of 4 classes, shape \(None, 4\), but it gives \(None, 2\)",
-        ),
-        (
-            lambda *_: keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]),
-            r"takes examples of shape \(20,\)",
-        ),
-        (
-            lambda _, shape, __: keras.Sequential([keras.Input(shape), Unknown()]),
-            "class Unknown is not registered; write @keras.saving.register_keras_serializable",
-        ),
-        (
-            lambda _, s, __: keras.Sequential([keras.Input(s), keras.layers.Lambda(abs)]),
-            "Keras loads no Lambda layer, which may hold any code; write a layer class instead",
-        ),
-    ],
-)
-def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
-    found = custom_model.CustomModel("here:made", made, {}, "0")
-    with pytest.raises(ValueError, match=said):
-        build_network(tried(), (FEATURES,), TASK, 3, custom=found)

@@ -1,15 +1,25 @@
 """The network has the layers and the optimizer of its hyperparameters."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 from conftest import default_network
+from test_epoch import tried
+from test_train import CLASSES, FEATURES, TASK
 
+from search.config import custom_model
 from search.data.preprocessing import Normalization
 from search.data.task import Task
-from search.training.network import build_network, network_to_register, trainable_parameters
+from search.training.network import (
+    build_network,
+    check_probabilities,
+    network_to_register,
+    trainable_parameters,
+)
 
 
 def test_512_units_on_784_pixels_have_407050_trainable_parameters() -> None:
@@ -110,3 +120,80 @@ def test_without_normalization_the_registered_model_gives_the_same_to_the_last_d
     np.testing.assert_array_equal(registered.predict(x, verbose=0), network.predict(x, verbose=0))
     assert trainable_parameters(registered) == trainable_parameters(network)
     assert registered.optimizer is network.optimizer
+
+
+# ---- models of the user's own --------------------------------------------------------------------
+
+
+class Unknown(keras.layers.Layer):  # type: ignore[misc]
+    """A layer that nobody could load."""
+
+
+class Jumps(keras.layers.Layer):  # type: ignore[misc]
+    """Draws, in and out of training, from a generator of its own and from Keras'."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.generator = keras.random.SeedGenerator(1)
+
+    def call(self, x: Any) -> Any:
+        noise = keras.random.normal((CLASSES,), seed=self.generator)
+        return x + noise + keras.random.normal((CLASSES,))
+
+
+keras.saving.register_keras_serializable("here")(Jumps)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (keras.layers.Softmax, None),
+        (lambda: keras.layers.Activation("linear"), "but it gives -"),
+        (lambda: keras.layers.Activation("sigmoid"), "; end it with a softmax, for example"),
+    ],
+)
+def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
+    last: Any, said: str | None
+) -> None:
+    def made(_: Any, shape: Any, classes: int) -> keras.Model:
+        dense = keras.layers.Dense(classes)
+        return keras.Sequential([keras.Input(shape), dense, Jumps(), last()])
+
+    def state(net: keras.Model) -> list[Any]:
+        shared = keras.src.random.seed_generator.global_seed_generator().state
+        return [v.numpy().tolist() for v in (*net.variables, shared)]
+
+    found = custom_model.CustomModel("here:made", made, {}, "0")
+    net = build_network(tried(), (FEATURES,), TASK, 3, custom=found)
+    before = state(net)
+    with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        check_probabilities(found, net)
+    assert state(net) == before
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda *_: 3, "must return a keras.Sequential or a functional keras.Model"),
+        (
+            lambda _, shape, __: keras.Sequential([keras.Input(shape), keras.layers.Dense(2)]),
+            r"a probability for each of 4 classes, shape \(None, 4\), but it gives \(None, 2\)",
+        ),
+        (
+            lambda *_: keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]),
+            r"takes examples of shape \(20,\)",
+        ),
+        (
+            lambda _, shape, __: keras.Sequential([keras.Input(shape), Unknown()]),
+            "class Unknown is not registered; write @keras.saving.register_keras_serializable",
+        ),
+        (
+            lambda _, s, __: keras.Sequential([keras.Input(s), keras.layers.Lambda(abs)]),
+            "Keras loads no Lambda layer, which may hold any code; write a layer class instead",
+        ),
+    ],
+)
+def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
+    found = custom_model.CustomModel("here:made", made, {}, "0")
+    with pytest.raises(ValueError, match=said):
+        build_network(tried(), (FEATURES,), TASK, 3, custom=found)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from search.data.dataset import scaled
 from search.data.task import Task
-from search.training import environment
 from search.training import epoch as graph
 from search.training import train as training
 from search.training.epoch import Examples, plan_of
@@ -293,21 +292,6 @@ assert int(net.optimizer.iterations) == 102
 # ---- GPUs ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def grown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let TensorFlow see two GPUs; returns those whose memory may grow."""
-    names: list[str] = []
-    gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(2)]
-    monkeypatch.setattr(environment, "gpu_device", lambda: "/dev/nvidia0")
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
-    monkeypatch.setattr(
-        tf.config.experimental, "set_memory_growth", lambda gpu, on: names.append(gpu.name)
-    )
-    details = {"device_name": "NVIDIA H100"}
-    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
-    return names
-
-
 def test_a_worker_takes_of_a_gpus_memory_only_what_it_needs(
     grown: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,16 +300,3 @@ def test_a_worker_takes_of_a_gpus_memory_only_what_it_needs(
     use_one_thread_each(1)
     assert grown == ["/physical_device:GPU:0", "/physical_device:GPU:1"]
     assert gpu_name() == "NVIDIA H100"
-
-
-def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
-    grown: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = environment.here.__wrapped__
-    assert here()["gpu"] == "NVIDIA H100"
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
-    without = here()
-    assert "gpu" not in without
-    monkeypatch.setattr(environment, "gpu_device", lambda: None)
-    monkeypatch.setattr(training, "gpu_name", None)  # is not called
-    assert here() == without
