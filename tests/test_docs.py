@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, arrays
+from conftest import ROOT, arrays, command
 
 from search import StudyConfig, cli
 from search.config import files
@@ -179,10 +179,23 @@ def test_the_settings_file_is_read(tmp_path: Path) -> None:
 def test_the_arrays_of_a_table_are_a_dataset(in_folder: Path) -> None:
     rows = np.c_[arrays()["x_train"], arrays()["y_train"]]
     np.savetxt("flowers.csv", rows, delimiter=",", header="a,b,c,d,class")
-    (text,) = blocks(DOCS / "your-data.md", "python")
+    (text,) = [text for text in blocks(DOCS / "your-data.md", "python") if "savez" in text]
     exec(text, {})
     dataset = load_dataset("./mine.npz", 0.25, split="stratified", normalize=True)
     assert (dataset.features, dataset.classes, len(dataset.x_test)) == (4, 2, 8)
+
+
+@pytest.mark.slow
+def test_the_table_is_searched_and_its_model_answers_rows(in_folder: Path) -> None:
+    write, use = [t for t in blocks(DOCS / "your-data.md", "python") if "wine.csv" in t]
+    exec(write, {})
+    (search,) = [words for words in commands(DOCS / "your-data.md") if "wine.csv" in words]
+    small = ("--n-trials", "1", "--epochs", "2", "--workers", "1", "--report", "none")
+    code, _, err = command(in_folder, *search, *small)
+    assert (code, err) == (0, "")
+    answers = run_python(use, in_folder)
+    assert re.findall(r"^prediction +cultivar \d( +cultivar \d)?$", answers, re.MULTILINE)
+    assert len(re.findall(r"^probability_cultivar \d +0\.\d+", answers, re.MULTILINE)) == 2 * 3
 
 
 @each_page()
@@ -229,5 +242,6 @@ def test_the_registered_model_and_its_origin_are_loaded(
 def test_every_block_of_python_is_run_but_those_for_clusters() -> None:
     """Here, and in test_custom_model."""
     found = {page.stem: len(blocks(page, "python")) for page in PAGES}
-    run = dict.fromkeys(("README", "your-data", "your-model", "results", "trust"), 1)
-    assert {name: number for name, number in found.items() if number} == {**run, "cluster": 2}
+    run = dict.fromkeys(("README", "your-model", "results", "trust"), 1)
+    others = {"your-data": 3, "cluster": 2}
+    assert {name: number for name, number in found.items() if number} == {**run, **others}
