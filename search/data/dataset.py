@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from search.config.settings import StudyConfig
 from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
 from search.data.sources import ARRAYS, Images, flat, is_own, read
-from search.data.task import Task
+from search.data.task import Metric, Task, objective_of
 from search.errors import InputError
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
@@ -207,6 +207,19 @@ def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, An
         return config.trial_epochs
     steps = math.ceil(dataset.train_size / 128)
     return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
+
+
+def choose_objective(
+    config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None
+) -> Metric:
+    """The objective: as in the settings, or else as in the existing study, or the task's default.
+
+    Raises InputError if it is not a metric of the task.
+    """
+    known = None if stored is None else objective_of(stored).name
+    return dataset.task.objective(
+        known or "auto" if config.objective == "auto" else config.objective
+    )
 
 
 def check_images(dataset: Dataset, for_images: list[str]) -> None:

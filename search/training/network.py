@@ -11,6 +11,7 @@ import numpy as np
 from search.config.custom_model import CustomModel
 from search.data.preprocessing import Normalization
 from search.data.task import Task
+from search.training.metrics import compiled_metrics
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
 _seeding = threading.Lock()
@@ -36,12 +37,13 @@ def build_network(
         layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, task, seed)]
         name = "own_network"
     model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
+    model.task = task
     if custom is not None:
         model.source = custom.fingerprint
     model.compile(
         optimizer=_optimizer(hp),
         loss=task.decides.loss,
-        metrics=["accuracy"],
+        metrics=compiled_metrics(task),
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
     return model

@@ -18,9 +18,10 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Engine
 
 from search import StudyConfig, run
+from search.data.task import KINDS
 from search.errors import Interrupted, RunError
 from search.report.progress import Progress
-from search.study.trials import HISTORY_BLOCK, METRICS, TrialSummary, history_attr, history_of
+from search.study.trials import HISTORY_BLOCK, TrialSummary, history_attr, history_of
 from search.workers.tasks import load_trial
 
 
@@ -71,7 +72,7 @@ def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> 
     run(config(clouds), outcomes)
     for outcome, trial in zip(outcomes.seen, invariants.check(in_folder, 3)["trials"], strict=True):
         assert (outcome.number, outcome.slot) == (trial.number, trial.user_attrs["place"])
-        assert outcome.value == outcome.val_accuracy == trial.value
+        assert outcome.value == outcome.final == trial.value
         assert outcome.hyperparameters
         assert outcome.hyperparameters == trial.params
         assert (outcome.epochs, outcome.failure) == (2, None)
@@ -123,7 +124,7 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
         for epoch in range(epochs if longest else 2):
             model.stop_training = not longest
             traffic.rows = traffic.characters = 0
-            logs = dict.fromkeys(METRICS, 0.5)
+            logs = dict.fromkeys(["loss", "accuracy", *KINDS["classification"].metrics], 0.5)
             for callback in callbacks:
                 callback.on_epoch_end(epoch, logs)
             if longest:
