@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from search.config.hyperparameters import needs_images
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, check_images
-from search.data.load import choose_epochs, load_for_study
+from search.data.load import choose_epochs, choose_objective, load_for_study
 from search.errors import InputError, one_line
 from search.imports import undisturbed
 from search.report import publish
@@ -74,7 +74,9 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
     storage.check(config)
     stored = storage.stored_settings(config)
     dataset = load_for_study(config, stored)
-    config = config.with_epochs(choose_epochs(config, dataset, stored))
+    config = config.resolved(
+        choose_epochs(config, dataset, stored), choose_objective(config, dataset, stored).name
+    )
     check_images(dataset, needs_images(config.space))
     if dataset.problem is not None and stored is None:
         raise InputError(dataset.problem)

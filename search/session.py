@@ -18,7 +18,7 @@ from search.study import ranking, sampling, storage
 from search.study.trials import FINISHED, TrialSummary, amend_trial, given_up, missing_slots
 from search.tracking.registered_model import aliased_version
 from search.tracking.runs import TRACKING_ERRORS
-from search.tracking.schema import NOT_MADE
+from search.tracking.schema import NOT_MADE, test_metrics
 from search.tracking.sync import Stores
 from search.workers.executor import INTERRUPTED, Executor, Patience
 
@@ -57,6 +57,7 @@ class Session:
         self.tracking = stores.tracking
         self.parent = stores.parent
         self.progress = progress
+        self.objective = storage.objective(self.study)
         self.ran = 0
         self.repaired: list[str] = []
         self.stopped: str | None = None  # why the search ended early, if it did
@@ -74,19 +75,19 @@ class Session:
     def search(self) -> None:
         """Run the missing trials."""
         missing, finished = self.missing(), self._finished()
-        patience = Patience(self.config.patience)
+        patience = Patience(self.config.patience, self.objective)
         for trial in finished:
             patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
         if not missing or patience.exhausted:
             return
-        known = ranking.best(finished)
+        known = ranking.best(finished, self.objective)
         best = None if known is None else known.value
 
         def on_trial(trial: TrialSummary) -> None:
             nonlocal best
             self.ran += 1
-            if trial.value is not None:
-                best = trial.value if best is None else max(best, trial.value)
+            if trial.final is not None:
+                best = self.objective.best([trial.final, *([] if best is None else [best])])
             self.progress.trial(trial, best)
 
         self.tracking.reopen(self.parent)
@@ -165,9 +166,8 @@ class Session:
             trial=best.number,
             run_id=run.info.run_id,
             version=version,
-            val_accuracy=best.value or 0.0,
-            test_loss=run.data.metrics["test_loss"],
-            test_accuracy=run.data.metrics["test_accuracy"],
+            value=best.value or 0.0,
+            metrics=test_metrics(run.data.metrics),
             verdict=verdict,
             in_production=None if champion is None else int(champion.version),
             new=new,
@@ -210,7 +210,7 @@ class Session:
         states = [trial.state for trial in trials]
         return Result(
             config=config,
-            best=ranking.best(trials),
+            best=ranking.best(trials, self.objective),
             finalists=ranking.standing(self.study),
             reference=ranking.reference(self.study),
             winner=winner,

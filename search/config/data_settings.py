@@ -9,6 +9,11 @@ from search.config.options import setting
 # The modules of keras.datasets, beside mnist, that hold images with integer labels:
 KERAS_DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 TABLE_SETTINGS = ("target", "ignore", "numeric", "categorical", "test_split")
+# What --objective may name; `data.task` says what each is, and of which task.
+OBJECTIVES = (
+    *("val_accuracy", "val_loss", "val_auc", "val_f1", "val_balanced_accuracy"),
+    *("val_mae", "val_rmse", "val_r2"),
+)
 _data = partial(setting, "Data")
 
 

@@ -134,7 +134,7 @@ HYPERPARAMETERS = {
         "constant",
     ),
     "early_stopping": Hyperparameter(
-        "Epochs without a better val_accuracy after which training stops, with its best weights.",
+        "Epochs without a better objective after which training stops, with its best weights.",
         Domain(int, "off or whole numbers, 1 or more", "3", lambda v: 0 <= v <= 10**6, {"off": 0}),
         0,
         "stopping",

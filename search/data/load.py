@@ -11,7 +11,7 @@ from search.config.options import flag
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, count_repeated, load_dataset
 from search.data.sources import is_own
-from search.data.task import Task
+from search.data.task import Metric, Task, objective_of
 from search.errors import InputError, one_line
 
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
@@ -106,3 +106,16 @@ def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, An
         return config.trial_epochs
     steps = math.ceil(dataset.train_size / 128)
     return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
+
+
+def choose_objective(
+    config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None
+) -> Metric:
+    """The objective: as in the settings, or else as in the existing study, or the task's default.
+
+    Raises InputError if it is not a metric of the task.
+    """
+    known = None if stored is None else objective_of(stored).name
+    return dataset.task.objective(
+        known or "auto" if config.objective == "auto" else config.objective
+    )

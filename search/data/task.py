@@ -1,7 +1,8 @@
 """The tasks, and the metrics that each is measured by: each is decided here and nowhere else."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from search.errors import InputError, nearest
 
@@ -11,13 +12,13 @@ class Metric:
     """A metric of the validation data; `test_` in place of `val_` is that of the test data.
 
     name: as it is stored, and the value of --objective. label: in a sentence. maximize: whether
-    more is better. fraction: whether its best value is 1, so that four decimals show it.
+    more is better. own_unit: whether it has the unit of the target, so that its size may be any.
     """
 
     name: str
     label: str
     maximize: bool = True
-    fraction: bool = True
+    own_unit: bool = False
 
     @property
     def stem(self) -> str:
@@ -25,7 +26,7 @@ class Metric:
         return self.name.removeprefix("val_")
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["maximize", "minimize"]:
         """As Optuna names it: maximize or minimize."""
         return "maximize" if self.maximize else "minimize"
 
@@ -39,20 +40,20 @@ class Metric:
         return max(values) if self.maximize else min(values)
 
     def text(self, value: float) -> str:
-        """`value` for people: with four decimals, or five significant digits if unbounded."""
-        return f"{value:.4f}" if self.fraction else f"{value:.5g}"
+        """`value` for people: with four decimals, or in a unit with five significant digits."""
+        return f"{value:.5g}" if self.own_unit else f"{value:.4f}"
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("val_loss", "loss", maximize=False, fraction=False),
+        Metric("val_loss", "loss", maximize=False),
         Metric("val_accuracy", "accuracy"),
         Metric("val_auc", "AUC"),
         Metric("val_f1", "macro F1"),
         Metric("val_balanced_accuracy", "balanced accuracy"),
-        Metric("val_mae", "MAE", maximize=False, fraction=False),
-        Metric("val_rmse", "RMSE", maximize=False, fraction=False),
+        Metric("val_mae", "MAE", maximize=False, own_unit=True),
+        Metric("val_rmse", "RMSE", maximize=False, own_unit=True),
         Metric("val_r2", "R2"),
     )
 }
@@ -92,6 +93,11 @@ KINDS = {
 DEFAULT_OBJECTIVE = METRICS["val_accuracy"]  # of studies that did not store another one
 
 
+def objective_of(settings: Mapping[str, Any]) -> Metric:
+    """The objective of the study with these stored settings."""
+    return METRICS[settings.get("objective", DEFAULT_OBJECTIVE.name)]
+
+
 @dataclass(frozen=True)
 class Task:
     """What is predicted.
@@ -117,6 +123,16 @@ class Task:
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics of the validation data after every epoch, in order."""
         return tuple(METRICS[name] for name in self.decides.metrics)
+
+    def measured(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """What Keras measured in an epoch, by the names that are stored and in their order.
+
+        logs: by Keras' names; those of the validation data may be missing.
+        """
+        trained = (f"train_{metric.stem}" for metric in self.metrics[:2])
+        names = dict(zip(("loss", self.metrics[1].stem), trained, strict=True))
+        names.update((metric.name, metric.name) for metric in self.metrics)
+        return {ours: float(logs[name]) for name, ours in names.items() if name in logs}
 
     @property
     def classes(self) -> int:

@@ -227,16 +227,26 @@ def _mark_decided(tracking: Tracking, version: ModelVersion, decision: Decision)
 class Winner:
     """The winning trial, retrained, and its version of the registered model.
 
-    val_accuracy: of the trial. verdict: whether the version was promoted. in_production: the
-    version that is there now, perhaps a later study's. new: whether this run retrained it.
+    value: the objective of the trial. metrics: of the test examples, by name, as `test_loss`.
+    verdict: whether the version was promoted. in_production: the version that is there now, perhaps
+    a later study's. new: whether this run retrained it.
     """
 
     trial: int
     run_id: str
     version: int
-    val_accuracy: float
-    test_loss: float
-    test_accuracy: float
+    value: float
+    metrics: Mapping[str, float]
     verdict: Decision
     in_production: int | None
     new: bool
+
+    @property
+    def test_loss(self) -> float:
+        """The loss on the test examples."""
+        return self.metrics["test_loss"]
+
+    @property
+    def test_accuracy(self) -> float:
+        """The accuracy on the test examples. Raises KeyError in a regression."""
+        return self.metrics["test_accuracy"]

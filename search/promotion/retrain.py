@@ -23,8 +23,8 @@ from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, scaled
 from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
 from search.promotion.table_model import log_table_model
-from search.study.storage import METADATA, SEED, SETTINGS, UID
-from search.study.trials import METRICS, best_epoch, history_of, read_trial
+from search.study.storage import METADATA, SEED, SETTINGS, UID, objective
+from search.study.trials import best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
 from search.tracking.schema import COMMIT, DATASET, MODEL_URI, NOT_MADE, NUMBER, STUDY, STUDY_UID
 from search.training import environment
@@ -52,7 +52,7 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
         STUDY_UID: study.user_attrs[UID],
         NUMBER: str(trial.number),
         "lineage.hyperparameters": json.dumps({**unusual(shared), **trial.params}),
-        "lineage.val_accuracy": repr(trial.value),
+        f"lineage.{objective(study).name}": repr(trial.value),
         "lineage.seed": str(trial.user_attrs[SEED]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
         DATASET: dataset.digest,
@@ -106,7 +106,9 @@ def _train(
     from search.training.train import train
 
     earlier, seed = history_of(trial), trial.user_attrs["seed"]
-    epochs = best_epoch(earlier, stopping=bool(hyperparameters["early_stopping"])) + 1
+    stopping = bool(hyperparameters["early_stopping"])
+    goal = dataset.task.objective(config.objective)
+    epochs = best_epoch(earlier, goal, stopping=stopping) + 1
     network = network_for(dataset, hyperparameters, seed, config.custom_model)
     curves = train(
         network,
@@ -119,10 +121,10 @@ def _train(
         rates=[entry["learning_rate"] for entry in earlier if "learning_rate" in entry],
     )
     now = int(time.time() * 1000)
-    names = [name for name in METRICS if name in curves]
+    by_epoch = [{name: curve[epoch] for name, curve in curves.items()} for epoch in range(epochs)]
     return network, [
-        {"epoch": epoch, "time_ms": now, **{METRICS[name]: curves[name][epoch] for name in names}}
-        for epoch in range(epochs)
+        {"epoch": epoch, "time_ms": now, **dataset.task.measured(logs)}
+        for epoch, logs in enumerate(by_epoch)
     ]
 
 

@@ -24,11 +24,11 @@ from search.promotion.evaluation import MANY, Confusion, Evaluation
 from search.report import overview
 from search.report.overview import Overview
 from search.report.text import in_production, sentences
+from search.report.text import tested as tested_text
 from search.study.storage import UID
 from search.study.trials import FINISHED, summarize
 
 _COLOURS = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
-_ACCURACY = "val_accuracy"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Tested:
 
     run_id: str
     trial: int
-    test_accuracy: float
+    metrics: dict[str, float]
     evaluation: Evaluation | None
     mistakes: bytes | None
 
@@ -106,6 +106,7 @@ def build_html(
         charts=charts,
         saved=timedelta(seconds=round(found.saved.seconds)),
         tested=tested,
+        tested_text="" if tested is None else tested_text(tested.metrics, found.metric),
         mistakes=_mistakes(tested),
         names=list(found.space),
         short=short,
@@ -124,16 +125,16 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     if found.best is not None:
         yield Chart(
             "History of the search",
-            f"val_accuracy of the {found.complete} complete trials in order, and the best so far, "
-            f"at the end {found.best.val_accuracy:.4f}.",
-            visualization.plot_optimization_history(study, target_name=_ACCURACY),
+            f"{found.objective} of the {found.complete} complete trials in order, and the best so "
+            f"far, at the end {found.metric.text(found.best.value or 0)}.",
+            visualization.plot_optimization_history(study, target_name=found.objective),
         )
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     if finished:
         yield Chart(
             "Learning curves",
-            f"val_accuracy after every epoch of {len(finished)} trials; the {found.pruned} pruned "
-            "ones are faint.",
+            f"{found.objective} after every epoch of {len(finished)} trials; the {found.pruned} "
+            "pruned ones are faint.",
             _curves(study, found),
         )
         yield from _comparisons(study, found)
@@ -147,7 +148,9 @@ def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     varied, common = ([n for n in found.space if n in names] for names in overview.varied(copy))
     if not varied:
         return
-    every = f"val_accuracy after epoch {epoch}, which all {len(copy.trials)} finished trials have"
+    every = (
+        f"{found.objective} after epoch {epoch}, which all {len(copy.trials)} finished trials have"
+    )
     if found.importances is not None:
         name, share = next(iter(found.importances.shares.items()))
         yield Chart(
@@ -158,14 +161,16 @@ def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     yield Chart(
         "Each hyperparameter alone",
         f"One point per trial: {every}.",
-        visualization.plot_slice(copy, params=varied, target_name=_ACCURACY),
+        visualization.plot_slice(copy, params=varied, target_name=found.objective),
         wide=True,
     )
     if common:
         yield Chart(
             "All hyperparameters together",
             f"One line per trial, from its {', '.join(common)} to {every}.",
-            visualization.plot_parallel_coordinate(copy, params=common, target_name=_ACCURACY),
+            visualization.plot_parallel_coordinate(
+                copy, params=common, target_name=found.objective
+            ),
             wide=True,
         )
 
@@ -186,7 +191,7 @@ def _curves(study: optuna.Study, found: Overview) -> go.Figure:
         )
     figure.update_layout(showlegend=False, hovermode="closest")
     figure.update_xaxes(title="epoch", dtick=1)
-    figure.update_yaxes(title=_ACCURACY)
+    figure.update_yaxes(title=found.objective)
     return figure
 
 

@@ -53,7 +53,7 @@ class Progress:
         """These trials are being trained again, each `repeats` times."""
 
     def repeat(self, number: int, repeat: int, value: float | None, left: int) -> None:
-        """Trial `number` was trained again, with this val_accuracy or None; `left` are to go."""
+        """Trial `number` was trained again, with this value or None; `left` are to go."""
 
     def retraining(self, trial: "FrozenTrial") -> None:
         """The winner is being retrained."""
@@ -63,12 +63,12 @@ class Progress:
 class Result:
     """The result of a run.
 
-    best: the COMPLETE trial with the highest val_accuracy, `best.value`; None only if the run was
+    best: the COMPLETE trial with the best objective, `best.value`; None only if the run was
     interrupted before one completed.
     finalists: the trials that were trained again on fresh seeds, the best mean first, which is the
     winner. Empty with `--finalists 0`: the best trial is the winner.
     reference: the study's trial of the reference configuration, None if there is none.
-    winner: the best configuration, retrained on training and validation data, its accuracy on the
+    winner: the best configuration, retrained on training and validation data, its metrics on the
     test examples and its version of the registered model; None if the run was interrupted.
     complete, pruned, failed: numbers of trials in the study; `ran` of them in this run. given_up:
     slots whose configuration failed by itself twice; they count as finished.

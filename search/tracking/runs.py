@@ -22,7 +22,7 @@ from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path, sqlite_url
 from search.study.sqlite import create_sqlite, tune_sqlite
 from search.study.storage import RUN_ID, UID
-from search.study.trials import METRICS, history_of
+from search.study.trials import history_of, metrics_in
 from search.tracking import schema
 from search.tracking.address import configure_client, global_uri, in_trash
 
@@ -284,6 +284,5 @@ def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
     return [
         Metric(name, entry[name], int(entry["time_ms"]), int(entry["epoch"]))
         for entry in history
-        for name in METRICS.values()
-        if name in entry
+        for name in metrics_in(entry)
     ]

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config.hyperparameters import shared
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
+from search.data.task import METRICS
 from search.errors import printable
 from search.study.ranking import repeats_of
 from search.study.storage import REASON, SEED, VERSION
@@ -23,7 +24,8 @@ COMMIT = "mlflow.source.git.commit"
 DATASET = "lineage.dataset"  # the digest of the data
 LINEAGE = (  # a model's origin: tags of its run and version, and the model's metadata
     *(STUDY, STUDY_UID, NUMBER),
-    *("lineage.hyperparameters", "lineage.val_accuracy", "lineage.seed", "lineage.settings"),
+    *("lineage.hyperparameters", "lineage.seed", "lineage.settings"),
+    *(f"lineage.{name}" for name in METRICS),  # the objective
     *(DATASET, "lineage.environment", COMMIT),
 )
 NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
@@ -70,6 +72,11 @@ def params_of(trial: FrozenTrial, metadata: Metadata) -> dict[str, Any]:
     own = (SEED, "trainable_parameters")
     attrs = {name: value for name, value in trial.user_attrs.items() if name in own}
     return {**trial.params, **metadata["params"], **attrs}
+
+
+def test_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of the run of a retraining that are of the test examples, as `test_loss`."""
+    return {name: value for name, value in metrics.items() if name.startswith("test_")}
 
 
 def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:

@@ -17,7 +17,7 @@ from search.study import storage
 from search.study.lock import study_lock
 from search.study.ranking import repeat_attr
 from search.study.storage import METADATA, REASON, RUN_ID, SETTINGS
-from search.study.trials import LOST, METRICS, amend_trial, fail_trial, history_of, is_lost
+from search.study.trials import LOST, amend_trial, fail_trial, history_of, is_lost, metrics_in
 from search.tracking import schema
 from search.tracking.address import check_tracking
 from search.tracking.registered_model import follow_alias, wrong_stages
@@ -195,8 +195,9 @@ class Stores:
                 if found.get(name) != str(value):
                     yield printable(f"{name} is {found.get(name)}, expected {value}")
         history = history_of(trial)
-        for name in METRICS.values():
-            last = history[-1][name] if history else None
+        expected_names = metrics_in(history[-1] if history else ())
+        for name in dict.fromkeys([*expected_names, *metrics_in(run.data.metrics)]):
+            last = history[-1].get(name) if history else None
             if run.data.metrics.get(name) != last:
                 yield f"{name} is {run.data.metrics.get(name)}, expected {last}"
             elif every_point:

@@ -16,6 +16,7 @@ from search.data.dataset import UINT8_SCALE, Labels
 from search.data.sources import Images
 from search.training import augmentation
 from search.training.fused import Dropout, fused
+from search.training.metrics import compiled_metrics, validation_metrics
 from search.training.network import decay_weights, image_shape, is_of_layers
 
 _OTHER_STREAM = 0x2545F491  # so that augmentation and dropout draw different numbers
@@ -78,7 +79,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         self._plan = plan
         shape = model.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
-        self._y = tf.Variable(np.zeros(0, np.int32), shape=(None,))
+        labels = np.int32 if model.task.classes else np.float32
+        self._y = tf.Variable(np.zeros(0, labels), shape=(None,))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
             tf.Variable(0.0) for _ in range(4)
@@ -86,16 +88,18 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         optimizer = fused(model.optimizer)
         if plan.decays:
             decay_weights(optimizer, self._decay)
-        self.compile(optimizer, model.loss, metrics=["accuracy"], jit_compile=False)
+        self.compile(optimizer, model.loss, metrics=compiled_metrics(model.task), jit_compile=False)
+        self._of_validation = validation_metrics(model.task)
+        self._validates = False  # while the graph of a validation batch is traced
         # Variables created during the first trace of an epoch would require a second trace.
-        probabilities = self(tf.zeros((1, *shape)))
+        outputs = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
-        self.compute_metrics(None, tf.zeros(1, tf.int32), probabilities)
+        self.compute_metrics(None, tf.zeros(1, labels), outputs)
         # All start as zeros except scalars such as Nadam's product of momentums.
         self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
 
     def call(self, x: Any, training: bool = False) -> Any:
-        """Probabilities."""
+        """Probabilities, or standardized numbers."""
         return self.network(x, training=training)
 
     def take(
@@ -173,12 +177,24 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             (tf.constant(0),),
             parallel_iterations=1,
         )
-        return self.get_metrics_result()
+        of_validation = self._of_validation.result()
+        results = self.get_metrics_result()
+        return {name: value for name, value in results.items() if name not in of_validation}
 
     def test_step(self, data: Any) -> Any:
         """One validation batch."""
         x, y = data
-        return super().test_step((scaled(x), y))
+        self._validates = True
+        try:
+            return super().test_step((scaled(x), y))
+        finally:
+            self._validates = False
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """The metrics so far; of validation data, all those of the task."""
+        if self._validates:
+            self._of_validation.update_state(y, y_pred)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def compute_loss(
         self,

@@ -12,6 +12,7 @@ from search.config.custom_model import CustomModel
 from search.data.dataset import Dataset
 from search.data.preprocessing import Normalization
 from search.data.task import Task
+from search.training.metrics import compiled_metrics
 from search.training.table_layers import embeddings, encoding
 
 if TYPE_CHECKING:
@@ -49,12 +50,13 @@ def build_network(
         layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, task, seed)]
         name = "own_network"
     model = keras.Sequential([example, *front, *layers], name=name)
+    model.task = task
     if custom is not None:
         model.source = custom.fingerprint
     model.compile(
         optimizer=_optimizer(hp),
         loss=task.decides.loss,
-        metrics=["accuracy"],
+        metrics=compiled_metrics(task),
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
     return model

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from search.data.dataset import Labels
 from search.data.sources import Images
+from search.data.task import DEFAULT_OBJECTIVE, Metric
 from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of
 from search.training.network import is_of_layers
 
@@ -64,6 +65,7 @@ def train(
     seed: int,
     shape: tuple[int, ...] = (),
     validation: Examples | None = None,
+    objective: Metric = DEFAULT_OBJECTIVE,
     only: int | None = None,
     rates: Sequence[float] = (),
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -73,7 +75,8 @@ def train(
     examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,).
     hp: a value for every hyperparameter of the training. shape: of one example, not flattened,
     for augmentation. seed: determines the order of the examples in every epoch, the dropout masks
-    and the augmentation. Early stopping and plateaus monitor `validation`; without it they are off.
+    and the augmentation. Early stopping monitors the `objective` of `validation`, plateaus its
+    loss; without it they are off.
     only: stop after this many of the `epochs`, which remain the length of a schedule.
     rates: the learning rate of every epoch, as set by the plateaus of an earlier training.
     Raises TrainingDiverged, and any exception of a callback.
@@ -90,7 +93,7 @@ def train(
             validation_data=None if validation is None else _batched(*validation),
             callbacks=[
                 _StopAtNaN(),
-                *_monitors(hp, validation is not None),
+                *_monitors(hp, objective, validation is not None),
                 *([keras.callbacks.LearningRateScheduler(lambda e, _: rates[e])] if rates else []),
                 *callbacks,
             ],
@@ -100,7 +103,9 @@ def train(
     return {name: [float(value) for value in values] for name, values in history.history.items()}
 
 
-def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Callback]:
+def _monitors(
+    hp: Mapping[str, Any], objective: Metric, validated: bool
+) -> list[keras.callbacks.Callback]:
     """The callbacks that monitor the validation set; they run before those that record an epoch."""
     callbacks: list[keras.callbacks.Callback] = []
     if validated and hp["schedule"] == "plateau":
@@ -108,7 +113,10 @@ def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Ca
     if validated and hp["early_stopping"]:
         callbacks.append(
             keras.callbacks.EarlyStopping(
-                "val_accuracy", mode="max", patience=hp["early_stopping"], restore_best_weights=True
+                objective.name,
+                mode="max" if objective.maximize else "min",
+                patience=hp["early_stopping"],
+                restore_best_weights=True,
             )
         )
     return callbacks
@@ -168,7 +176,7 @@ _of_thread = _OfThread()
 def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
     """The cached graph for networks like `model`; drops the least recently used one."""
     source = getattr(model, "source", "")  # of a custom model, whose layers' code may change
-    key = source + _architecture(model) + json.dumps(astuple(plan))
+    key = source + _architecture(model) + json.dumps([astuple(plan), astuple(model.task)])
     graphs = _of_thread.graphs
     if key not in graphs:
         while len(graphs) >= _GRAPHS:

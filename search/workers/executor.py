@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
+from search.data.task import DEFAULT_OBJECTIVE, Metric
 from search.errors import Interrupted, RunError
 from search.signals import EXIT_INTERRUPTED
 from search.study.trials import TrialSummary
@@ -134,7 +135,7 @@ class Executor:
             if trial.state != "FAIL":
                 failures = 0
                 failed.clear()
-                patience.see(trial.value)
+                patience.see(trial.final)
                 return False
             if not (trial.given_up and trial.slot in failed):  # the same configuration
                 failures += 1
@@ -223,15 +224,16 @@ def _backend(
 class Patience:
     """Counts the slots finished since the best trial; a pruned or given-up one is not better."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, objective: Metric = DEFAULT_OBJECTIVE) -> None:
         self.limit = limit
+        self._sign = objective.sign
         self._best = float("-inf")
         self._since = 0
 
     def see(self, value: float | None) -> None:
         """Take note of a finished slot: its value, or None where it was pruned or given up."""
-        if value is not None and value > self._best:
-            self._best, self._since = value, 0
+        if value is not None and self._sign * value > self._best:
+            self._best, self._since = self._sign * value, 0
         else:
             self._since += 1
 

@@ -1,5 +1,6 @@
 import pytest
 
+from search.config.data_settings import OBJECTIVES
 from search.data.task import KINDS, METRICS, Metric, Task
 from search.errors import InputError
 
@@ -35,3 +36,7 @@ def test_class_names() -> None:
     assert Task("classification", 2, ("no", "yes")).name_of(1) == "yes"
     assert Task("classification", 2).name_of(1) == "1"
     assert Task("regression").classes == 0 and Task("classification", 2).classes == 2
+
+
+def test_every_metric_is_a_choice_of_the_option() -> None:
+    assert set(OBJECTIVES) == set(METRICS)

@@ -28,17 +28,17 @@ def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
     states = [trial.state for trial in finished["trials"]]
     assert shown["complete"] == states.count(TrialState.COMPLETE)
     assert shown["pruned"] == states.count(TrialState.PRUNED)
-    assert (shown["schema"], shown["study"], shown["failures"]) == (1, "mnist-dnn", [])
+    assert (shown["schema"], shown["study"], shown["failures"]) == (2, "mnist-dnn", [])
     assert (shown["running"], shown["unfinished"]) == (None, 0)
     assert shown["parent_run_id"] == finished["parent"].info.run_id
 
     best = finished["study"].best_trial
     assert shown["best"]["number"] == shown["top"][0]["number"] == best.number
-    assert shown["best"]["val_accuracy"] == best.value
+    assert shown["best"]["value"] == best.value
     assert shown["best"]["hyperparameters"] == best.params
     assert shown["best"]["run_id"] == finished["runs"][best.number].info.run_id
     complete = [t.value for t in finished["trials"] if t.state is TrialState.COMPLETE]
-    assert [row["val_accuracy"] for row in shown["top"]] == sorted(complete, reverse=True)[:10]
+    assert [row["value"] for row in shown["top"]] == sorted(complete, reverse=True)[:10]
     assert shown["reference"]["number"] == 0
     saved = sum(3 - len(trial.intermediate_values) for trial in finished["trials"])
     assert shown["saved"]["epochs"] == saved
@@ -51,8 +51,12 @@ def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
         "run_id": winner.info.run_id,
         "study": "mnist-dnn",
         "trial": best.number,
-        "test_accuracy": winner.data.metrics["test_accuracy"],
+        "metrics": {k: v for k, v in winner.data.metrics.items() if k.startswith("test_")},
     }
+    assert (shown["objective"], shown["direction"]) == ("val_accuracy", "maximize")
+    history = finished["trials"][best.number].user_attrs["history"]
+    assert shown["best"]["metrics"].items() <= history[-1].items()
+    assert {"train_loss", "val_loss", "val_f1", "val_auc"} < shown["best"]["metrics"].keys()
 
 
 @pytest.mark.slow

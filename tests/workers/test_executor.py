@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from search import pipeline
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
+from search.data.task import METRICS
 from search.errors import RunError
 from search.study.trials import TrialSummary
 from search.workers import executor as engine
@@ -47,6 +48,15 @@ def test_patience_ends_after_so_many_trials_without_a_better_one() -> None:
 def test_an_equal_or_a_pruned_trial_is_not_better() -> None:
     assert exhausted_after(3, [0.5, 0.5, None, 0.5, 0.6]) == 4
     assert exhausted_after(3, [None, None, None]) == 3
+
+
+def test_patience_with_a_loss_waits_for_a_lower_one() -> None:
+    patience = Patience(2, METRICS["val_loss"])
+    waited = []
+    for value in (0.5, 0.6, 0.4, 0.4, 0.7, 0.1):
+        patience.see(value)
+        waited.append(patience.exhausted)
+    assert waited == [False, False, False, False, True, False]
 
 
 def test_without_a_limit_patience_never_ends() -> None:

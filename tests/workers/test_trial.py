@@ -15,9 +15,10 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine import Engine
 
 from search import StudyConfig, run
+from search.data.task import KINDS
 from search.errors import Interrupted, RunError
 from search.report.progress import Progress
-from search.study.trials import HISTORY_BLOCK, METRICS, TrialSummary, history_of
+from search.study.trials import HISTORY_BLOCK, TrialSummary, history_of
 from search.workers.tasks import load_trial
 
 
@@ -109,7 +110,7 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
         for epoch in range(epochs if longest else 2):
             model.stop_training = not longest
             traffic.rows = traffic.characters = 0
-            logs = dict.fromkeys(METRICS, 0.5)
+            logs = dict.fromkeys(["loss", "accuracy", *KINDS["classification"].metrics], 0.5)
             for callback in callbacks:
                 callback.on_epoch_end(epoch, logs)
             if longest:

@@ -45,7 +45,7 @@ def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> 
     run(config(clouds), outcomes)
     for outcome, trial in zip(outcomes.seen, invariants.check(in_folder, 3)["trials"], strict=True):
         assert (outcome.number, outcome.slot) == (trial.number, trial.user_attrs["place"])
-        assert outcome.value == outcome.val_accuracy == trial.value
+        assert outcome.value == outcome.final == trial.value
         assert outcome.hyperparameters
         assert outcome.hyperparameters == trial.params
         assert (outcome.epochs, outcome.failure) == (2, None)
