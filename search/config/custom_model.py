@@ -31,7 +31,7 @@ _TAKEN = {  # names with another meaning in Optuna, in MLflow or as an option
     *(name for name, known in HYPERPARAMETERS.items() if not known.network),
     *("epochs", "seed", "validation_split", "dataset", "train_samples", "validation_samples"),
     *("test_samples", "num_classes", "trainable_parameters", "loss", "model", "grid"),
-    *("experiment", "output_activation", "split", "normalize"),
+    *("experiment", "output_activation", "split", "normalize", "image_size", "test_split"),
 }
 
 

@@ -16,8 +16,26 @@ class DataSettings:
 
     dataset: str = _data(
         "mnist",
-        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), or the path of an .npz file.",
-        metavar="NAME|FILE.npz",
+        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), the path of an .npz file, or a "
+        "folder with a folder of images for each class.",
+        metavar="NAME|FILE.npz|FOLDER",
+    )
+    image_size: int | None = _data(
+        None,
+        "Height and width that the images of a folder are resized to; auto: theirs if they are of "
+        "one size, else 64.",
+        int,
+        low=2,
+        high=4096,
+        none="auto",
+        example="64",
+    )
+    test_split: float = _data(
+        0.2,
+        "Fraction of the examples used as the test set where none is given.",
+        metavar="FRACTION",
+        low=0,
+        below=1,
     )
     validation_split: float = _data(
         0.1,

@@ -205,12 +205,18 @@ class StudyConfig(DataSettings):
             raise InputError(str(error)) from None
 
     def settings(
-        self, dataset_digest: str, *, split: str = "last", normalized: bool = False
+        self,
+        dataset_digest: str,
+        *,
+        split: str = "last",
+        normalized: bool = False,
+        source: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The settings that must not change during a study, stored with it.
 
         Sampler and pruner may change, except to or from a grid. split, normalized: how the dataset
         was prepared; stored only if it differs from what older studies, without the choice, used.
+        source: settings of the dataset's source that its arrays depend on.
         """
         model = {}
         if self.model is not None:
@@ -235,6 +241,7 @@ class StudyConfig(DataSettings):
             "seed": self.seed,
             **({} if split == "last" else {"split": split}),
             **({"normalize": "auto"} if normalized else {}),
+            **(source or {}),
         }
 
 

@@ -3,15 +3,16 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.config.settings import StudyConfig
+from search.data import images, sources
 from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
-from search.data.sources import ARRAYS, Images, flat, is_own, read
+from search.data.sources import ARRAYS, Images, Source, flat, is_own
 from search.errors import InputError
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
@@ -31,6 +32,8 @@ class Dataset:
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
     test examples that also occur in the training data. `digest`: SHA-256 of the source arrays.
+    `pixels`: whether the registered model takes images, not flat, with raw pixels. `source`: the
+    settings that the source arrays depend on. `class_names`: empty, or the name of each class.
     """
 
     name: str
@@ -45,6 +48,9 @@ class Dataset:
     split: str = "last"
     normalization: Normalization | None = None
     repeated: int = 0
+    pixels: bool = False
+    source: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
     @property
     def features(self) -> int:
@@ -70,6 +76,11 @@ class Dataset:
             f"{self.features} features{normalized}, {self.classes} classes; "
             f"test examples in the training data: {self.repeated:,}"
         )
+
+    @property
+    def raw_test(self) -> Images:
+        """The test examples as the registered model takes them: `x_test`, or its images."""
+        return self.x_test.reshape(-1, *self.sample_shape) if self.pixels else self.x_test
 
     @property
     def problem(self) -> str | None:
@@ -101,8 +112,11 @@ class Dataset:
 
 
 def scaled(x: Images) -> NDArray[np.float32]:
-    """`x` as the network takes it: float32, with uint8 scaled to [0, 1]."""
-    if x.dtype == np.uint8:
+    """`x` as a model takes it: float32, with uint8 scaled to [0, 1] unless it is not flat.
+
+    A model of images scales them itself.
+    """
+    if x.dtype == np.uint8 and x.ndim == 2:
         return x.astype(np.float32) * UINT8_SCALE
     return x.astype(np.float32, copy=False)
 
@@ -114,15 +128,20 @@ def load_dataset(
     split: str = "last",
     seed: int = 0,
     normalize: bool = False,
+    image_size: int | None = None,
+    test_split: float = 0.2,
 ) -> Dataset:
-    """The dataset `name`: mnist, one of Keras', or the path of an .npz file.
+    """The dataset `name`: mnist, one of Keras', the path of an .npz file or a folder of images.
 
     validation_split: fraction of the training data used for validation: with `split` "last" its
     end, as in Keras; with "stratified" a random sample, by `seed`, with the same class proportions.
     normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
-    training part. Raises InputError, in one line, if it cannot be used.
+    training part. image_size, test_split: of a folder, see `images.read`. Raises InputError, in one
+    line, if it cannot be used.
     """
-    arrays = read(name)
+    source = _read(name, image_size, test_split, seed)
+    arrays = source.arrays
+    sources.check(name, arrays)
     digest = hashlib.sha256()
     for key in ARRAYS:
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
@@ -160,7 +179,21 @@ def load_dataset(
         split=split,
         normalization=normalization,
         repeated=repeated,
+        pixels=source.pixels,
+        source=source.settings,
+        class_names=source.class_names,
     )
+
+
+def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:
+    """The arrays of the dataset `name`, from wherever they come."""
+    if images.is_folder(name):
+        return images.read(name, image_size, test_split, seed)
+    if image_size is not None:
+        raise InputError(
+            "--image-size needs a folder of images", f"--dataset is {name}", "leave it out"
+        )
+    return sources.read(name)
 
 
 def _count_repeated(x_test: Images, x_train: Images) -> int:
@@ -186,6 +219,8 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
         split=config.split or split,
         seed=config.seed,
         normalize=normalize and config.normalize == "auto",
+        image_size=config.image_size or (stored or {}).get("image_size"),
+        test_split=config.test_split,
     )
 
 

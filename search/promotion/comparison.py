@@ -79,12 +79,14 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
 
                 model: Any = mlflow.keras.load_model(uri, dst_path=folder)
             shapes = model.input_shape, model.output_shape
-            if shapes != ((None, dataset.features), (None, dataset.classes)):
+            takes = dataset.raw_test.shape[1:]
+            if shapes != ((None, *takes), (None, dataset.classes)):
+                data = f"images of {takes}" if dataset.pixels else f"{dataset.features} features"
                 return (
                     f"it takes {shapes[0]} and returns {shapes[1]}, but this study's data have "
-                    f"{dataset.features} features and {dataset.classes} classes"
+                    f"{data} and {dataset.classes} classes"
                 )
-            predicted, _ = predict(model, scaled(dataset.x_test))
+            predicted, _ = predict(model, scaled(dataset.raw_test))
         except MemoryError:
             raise
         except Exception as error:  # with a damaged file, Keras, zipfile and json raise anything

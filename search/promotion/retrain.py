@@ -83,8 +83,9 @@ def retrain(
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, origin)
     tracking.log_start(run_id, trial, metadata)
     network, history = _train(config, dataset, trial, complete(trial.params, metadata["params"]))
-    model = network_to_register(network, dataset.normalization)
-    test = evaluate(model, (dataset.x_test, dataset.y_test))
+    image = dataset.sample_shape if dataset.pixels else None
+    model = network_to_register(network, dataset.normalization, image)
+    test = evaluate(model, (dataset.raw_test, dataset.y_test))
     tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
     loading.join()
     with tracking.active(run_id), _silence():
@@ -131,12 +132,13 @@ def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -
     """Log `model` to the active run; returns its URI."""
     from mlflow.models import Model, infer_signature
 
-    example = scaled(dataset.x_test[:2])
+    example = scaled(dataset.raw_test[:2])
+    names = {"class_names": list(dataset.class_names)} if dataset.class_names else {}
     info = Model.log(
         artifact_path=None,
         name="model",
         flavor=_KerasFlavor,
-        metadata=origin,
+        metadata={**origin, **names},
         validate_serving_input=False,  # by loading the model once more, which takes a second
         model=model,
         signature=infer_signature(example, np.asarray(model(example))),

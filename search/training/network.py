@@ -10,6 +10,7 @@ import numpy as np
 
 from search.config.custom_model import CustomModel
 from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION
+from search.data.dataset import UINT8_SCALE
 from search.data.preprocessing import Normalization
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
@@ -48,16 +49,23 @@ def build_network(
 
 
 def network_to_register(
-    network: keras.Sequential, normalization: Normalization | None
+    network: keras.Sequential,
+    normalization: Normalization | None,
+    image: tuple[int, ...] | None = None,
 ) -> keras.Model:
     """The trained `network` as it is registered: it takes raw values and returns NaN for NaN.
+
+    image: the shape of its examples if it takes images of pixels from 0 to 255, not flat.
 
     The result of a kernel for NaN depends on the processor: ReLU may return 0. So the input times
     zero is added to the probabilities: 0 for finite numbers, NaN for NaN and infinity.
     The layers and the optimizer are shared with `network`.
     """
-    example = keras.Input(network.input_shape[1:], name="example")
-    outputs = example
+    example = keras.Input(image or network.input_shape[1:], name="example")
+    outputs = flat = example
+    if image is not None:
+        scale = keras.layers.Rescaling(float(UINT8_SCALE), name="scale")
+        outputs = flat = keras.layers.Flatten(name="flat_example")(scale(example))
     if normalization is not None:
         layer = keras.layers.Normalization(name="normalization")
         layer.build((None, *network.input_shape[1:]))
@@ -70,7 +78,7 @@ def network_to_register(
     zero = keras.layers.Dense(
         1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
     )
-    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(example)])
+    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(flat)])
     model = keras.Model(example, checked, name=network.name)
     model.compile(network.optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
     return model

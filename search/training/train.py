@@ -115,8 +115,10 @@ def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Ca
 
 
 def evaluate(model: keras.Model, examples: Examples) -> dict[str, float]:
-    """The loss and the metrics of `model` on `examples`."""
-    batches = _batched(*examples).map(lambda x, y: (scaled(x), y))
+    """The loss and the metrics of `model` on `examples`: flat ones, or images that it scales."""
+    batches = _batched(*examples)
+    if examples[0].ndim == 2:
+        batches = batches.map(lambda x, y: (scaled(x), y))
     logs = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}
 

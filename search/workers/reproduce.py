@@ -54,6 +54,7 @@ def reproduce(
         split=None,
         normalize="auto",
         **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
+        **{key: settings[key] for key in ("image_size", "test_split") if key in settings},
     )
     dataset = load_for_study(config, settings)
     if dataset.digest[:12] not in settings["dataset"]:
