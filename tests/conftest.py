@@ -88,7 +88,7 @@ def pytest_runtest_setup() -> None:
     """No test inherits an address, or what a test before it told MLflow or TensorFlow."""
     for name in ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         os.environ.pop(name, None)
-    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "TF_FORCE_GPU_ALLOW_GROWTH"):
         os.environ.pop(name, None)
 
 

@@ -810,8 +810,8 @@ def test_a_misspelt_key_in_a_file_with_a_strange_name_is_one_line(
 # ---- datasets --------------------------------------------------------------------------------
 
 KNOWN = (
-    "--dataset must be mnist, fashion_mnist, cifar10, cifar100, the path of an .npz file or a "
-    "folder of images"
+    "--dataset must be mnist, fashion_mnist, cifar10, cifar100, the path of an .npz file, a "
+    "folder of images or MODULE:FUNCTION"
 )
 PATH = "check the path"
 SAVEZ = "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"

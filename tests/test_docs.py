@@ -22,6 +22,7 @@ from search.config.hyperparameters import HYPERPARAMETERS
 from search.config.options import flag
 from search.config.settings import options
 from search.data.dataset import load_dataset
+from search.data.sources import MNIST
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -179,10 +180,28 @@ def test_the_settings_file_is_read(tmp_path: Path) -> None:
 def test_the_arrays_of_a_table_are_a_dataset(in_folder: Path) -> None:
     rows = np.c_[arrays()["x_train"], arrays()["y_train"]]
     np.savetxt("flowers.csv", rows, delimiter=",", header="a,b,c,d,class")
-    (text,) = blocks(DOCS / "your-data.md", "python")
+    text, _ = blocks(DOCS / "your-data.md", "python")
     exec(text, {})
     dataset = load_dataset("./mine.npz", 0.25, split="stratified", normalize=True)
     assert (dataset.features, dataset.classes, len(dataset.x_test)) == (4, 2, 8)
+
+
+@pytest.mark.slow
+def test_the_function_on_the_page_of_data_is_a_dataset(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keras
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with np.load(MNIST) as mnist:
+        train, test = ((mnist[f"x_{part}"], mnist[f"y_{part}"]) for part in ("train", "test"))
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda path: (train, test))
+    _, text = blocks(DOCS / "your-data.md", "python")
+    Path("mine.py").write_text(text)
+    dataset = load_dataset("mine:load", 0.1, split="stratified")
+    assert (dataset.classes, dataset.class_names) == (3, ("zero", "one", "two"))
+    assert len(dataset.x_all) == (train[1][:2000] < 3).sum()
+    assert dataset.note.startswith("tf.data read into memory once")
 
 
 @each_page()
@@ -230,4 +249,5 @@ def test_every_block_of_python_is_run_but_those_for_clusters() -> None:
     """Here, and in test_custom_model."""
     found = {page.stem: len(blocks(page, "python")) for page in PAGES}
     run = dict.fromkeys(("README", "your-data", "your-model", "results", "trust"), 1)
-    assert {name: number for name, number in found.items() if number} == {**run, "cluster": 2}
+    more = {"your-data": 2, "cluster": 2}
+    assert {name: number for name, number in found.items() if number} == {**run, **more}

@@ -16,9 +16,10 @@ class DataSettings:
 
     dataset: str = _data(
         "mnist",
-        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), the path of an .npz file, or a "
-        "folder with a folder of images for each class.",
-        metavar="NAME|FILE.npz|FOLDER",
+        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), the path of an .npz file, a "
+        "folder with a folder of images for each class, or FUNCTION of the Python module MODULE, "
+        "which returns arrays or tf.data.Datasets.",
+        metavar="NAME|FILE.npz|FOLDER|MODULE:FUNCTION",
     )
     image_size: int | None = _data(
         None,

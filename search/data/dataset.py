@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.settings import StudyConfig
-from search.data import images, sources
+from search.data import function, images, sources
 from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
-from search.data.sources import ARRAYS, Images, Source, flat, is_own
+from search.data.sources import Arrays, Images, Source, flat, is_own
 from search.errors import InputError
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
+OWN_SPLIT = "own"  # the validation part came with the data
 _CHANNELS = (1, 3)
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
 Labels = NDArray[np.int32]
@@ -33,7 +34,8 @@ class Dataset:
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
     test examples that also occur in the training data. `digest`: SHA-256 of the source arrays.
     `pixels`: whether the registered model takes images, not flat, with raw pixels. `source`: the
-    settings that the source arrays depend on. `class_names`: empty, or the name of each class.
+    settings that the source arrays depend on; `note`: how they were read. `class_names`:
+    empty, or the name of each class.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Dataset:
     repeated: int = 0
     pixels: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
     class_names: tuple[str, ...] = ()
 
     @property
@@ -75,6 +78,7 @@ class Dataset:
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
             f"{self.features} features{normalized}, {self.classes} classes; "
             f"test examples in the training data: {self.repeated:,}"
+            f"{self.note and '; '}{self.note}"
         )
 
     @property
@@ -101,6 +105,8 @@ class Dataset:
                 remedy = (
                     "--split stratified"
                     if self.split == "last"
+                    else "more examples"
+                    if self.split == OWN_SPLIT
                     else "a larger --validation-split or more examples"
                 )
                 return (
@@ -143,19 +149,21 @@ def load_dataset(
     arrays = source.arrays
     sources.check(name, arrays)
     digest = hashlib.sha256()
-    for key in ARRAYS:
+    for key in arrays:
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
         digest.update(np.ascontiguousarray(arrays[key]).data)
-    x_train = arrays["x_train"]
-    train_size = int(len(x_train) * (1 - validation_split))  # Keras' own rounding
-    if not 0 < train_size < len(x_train):
+    x_train, given = arrays["x_train"], "x_validation" in arrays
+    split = OWN_SPLIT if given else split
+    train_size = len(x_train) if given else _train_size(len(x_train), validation_split)
+    x_all, x_test = (_flat(name, arrays, part) for part in ("train", "test"))
+    y_all, y_test = (_labels(arrays, part) for part in ("train", "test"))
+    classes = int(arrays["y_train"].max()) + 1
+    if source.class_names and len(source.class_names) != classes:
         raise InputError(
-            f"--validation-split must leave examples to train and to validate, but "
-            f"{validation_split} of {len(x_train)} leaves {train_size} and "
-            f"{len(x_train) - train_size}; give a fraction nearer to 0.5 or more data"
+            f"--dataset {name}: class_names must have a name for each of {classes} classes",
+            f"has {len(source.class_names)}",
+            "give each class a name, in the order of the labels",
         )
-    x_all, x_test = (flat(name, key, arrays[key]) for key in ("x_train", "x_test"))
-    y_all, y_test = (arrays[key].ravel().astype(np.int32) for key in ("y_train", "y_test"))
     repeated = _count_repeated(x_test, x_all)
     if split == "stratified":
         validates = stratified(y_all, len(x_all) - train_size, seed)
@@ -174,15 +182,42 @@ def load_dataset(
         x_test=x_test,
         y_test=y_test,
         train_size=train_size,
-        classes=int(y_all.max()) + 1,
+        classes=classes,
         sample_shape=x_train.shape[1:],
         split=split,
         normalization=normalization,
         repeated=repeated,
         pixels=source.pixels,
         source=source.settings,
+        note=source.note,
         class_names=source.class_names,
     )
+
+
+def _train_size(examples: int, validation_split: float) -> int:
+    """How many of the examples train. Raises InputError if none are left for one of the parts."""
+    train_size = int(examples * (1 - validation_split))  # Keras' own rounding
+    if not 0 < train_size < examples:
+        raise InputError(
+            f"--validation-split must leave examples to train and to validate, but "
+            f"{validation_split} of {examples} leaves {train_size} and "
+            f"{examples - train_size}; give a fraction nearer to 0.5 or more data"
+        )
+    return train_size
+
+
+def _flat(name: str, arrays: Arrays, part: str) -> Images:
+    """The flat examples of a part, those for training with those for validation after them."""
+    x = flat(name, f"x_{part}", arrays[f"x_{part}"])
+    if part == "test" or "x_validation" not in arrays:
+        return x
+    return np.concatenate([x, flat(name, "x_validation", arrays["x_validation"])])
+
+
+def _labels(arrays: Arrays, part: str) -> Labels:
+    """The labels of the same examples."""
+    keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
+    return np.concatenate([arrays[key].ravel().astype(np.int32) for key in keys])
 
 
 def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:
@@ -193,6 +228,8 @@ def _read(name: str, image_size: int | None, test_split: float, seed: int) -> So
         raise InputError(
             "--image-size needs a folder of images", f"--dataset is {name}", "leave it out"
         )
+    if function.is_function(name):
+        return function.read(name)
     return sources.read(name)
 
 
@@ -211,9 +248,9 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
     own = is_own(config.dataset)
     split, normalize = ("stratified" if own else "last"), own
     if stored is not None:
-        split = "stratified" if stored.get("split") == "stratified" else "last"
+        split = "last" if stored.get("split", "last") == "last" else "stratified"
         normalize = "normalize" in stored
-    return load_dataset(
+    dataset = load_dataset(
         config.dataset,
         config.validation_split,
         split=config.split or split,
@@ -222,6 +259,13 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
         image_size=config.image_size or (stored or {}).get("image_size"),
         test_split=config.test_split,
     )
+    if config.split is not None and dataset.split == OWN_SPLIT:
+        raise InputError(
+            f"--split {config.split} needs data without a validation part",
+            f"{config.dataset} has one",
+            "leave it out",
+        )
+    return dataset
 
 
 def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None) -> int:

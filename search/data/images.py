@@ -1,6 +1,5 @@
 """Folders of images: FOLDER/CLASS/*.png, or FOLDER/train/CLASS and FOLDER/test/CLASS."""
 
-import contextlib
 import os
 import re
 import warnings
@@ -16,7 +15,7 @@ from search.config.data_settings import KERAS_DATASETS
 from search.data.preprocessing import stratified
 from search.data.sources import Arrays, Source
 from search.errors import InputError, one_line, printable
-from search.imports import silent_stderr
+from search.imports import prepare_tensorflow, silent_stderr
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # what Keras reads
 DEFAULT_SIZE = 64  # where the images are of several sizes
@@ -253,7 +252,10 @@ def _decoded(name: str, part: _Part, shape: tuple[int, ...]) -> Iterator[NDArray
 
     Those of the right size keep their pixels; the others are resized bilinearly.
     """
-    keras, tf = _tensorflow_on_one_thread()
+    prepare_tensorflow()
+    import keras
+    import tensorflow as tf
+
     batches = keras.utils.image_dataset_from_directory(
         part.folder,
         color_mode="rgb",  # also of grey files: TensorFlow reads a BMP or GIF in no other mode
@@ -274,20 +276,6 @@ def _decoded(name: str, part: _Part, shape: tuple[int, ...]) -> Iterator[NDArray
             except tf.errors.OpError as error:
                 raise _damaged(name, file, _first_sentence(error)) from None
         raise
-
-
-def _tensorflow_on_one_thread() -> tuple[Any, Any]:
-    """Keras and TensorFlow, set up as a worker needs them, which this process may be as well."""
-    for variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
-        os.environ.setdefault(variable, "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import keras
-    import tensorflow as tf
-
-    for device in tf.config.list_physical_devices("GPU"):  # which workers use as well
-        with contextlib.suppress(RuntimeError):
-            tf.config.experimental.set_memory_growth(device, True)
-    return keras, tf
 
 
 def _first_sentence(error: Any) -> str:

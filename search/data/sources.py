@@ -31,15 +31,17 @@ _REMEDIES = {
 class Source:
     """What a dataset is made of, as it was read.
 
-    arrays: `ARRAYS`. class_names: of the labels 0, 1, ..., if they have any. pixels: whether the
-    examples are images whose raw pixels the registered model takes. settings: those that the arrays
-    depend on, as stored with the study.
+    arrays: `ARRAYS`, and x_validation and y_validation where the split is given. class_names: of
+    the labels 0, 1, ..., if they have any. pixels: whether the examples are images whose raw pixels
+    the registered model takes. settings: those that the arrays depend on, as stored with the study.
+    note: how they were read, if that is worth a line.
     """
 
     arrays: Arrays
     class_names: tuple[str, ...] = ()
     pixels: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def is_own(name: str) -> bool:
@@ -62,8 +64,8 @@ def read(name: str) -> Source:
     if name.endswith(".npz") or "/" in name:
         return Source(_read_file(Path(name), name))
     raise InputError(
-        f"--dataset must be mnist, {', '.join(KERAS_DATASETS)}, the path of an .npz file or a "
-        f"folder of images, but got {name!r}; check the spelling"
+        f"--dataset must be mnist, {', '.join(KERAS_DATASETS)}, the path of an .npz file, a folder "
+        f"of images or MODULE:FUNCTION, but got {name!r}; check the spelling"
     )
 
 
@@ -138,25 +140,32 @@ def check(name: str, arrays: Arrays) -> None:
     x is numeric, of shape (n, ...); y integer, of shape (n,) or (n, 1), from 0 to classes - 1.
     """
     refuse = functools.partial(_refusal, name)
-    for part in ("train", "test"):
+    parts = [key.removeprefix("x_") for key in arrays if key.startswith("x_")]
+    for part in parts:
         _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
-    x_train, y_train, x_test, y_test = (arrays[key] for key in ARRAYS)
-    same_type = (x_train.dtype == np.uint8) == (x_test.dtype == np.uint8)
-    if x_train.shape[1:] != x_test.shape[1:] or not same_type:
-        raise refuse(
-            "x_train and x_test must hold examples of one shape and type",
-            f"{x_train.dtype}{x_train.shape[1:]} and {x_test.dtype}{x_test.shape[1:]}",
-            "rows",
-        )
+    x_train, y_train = arrays["x_train"], arrays["y_train"]
     present = np.unique(y_train)
     if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
         shown = ", ".join(map(str, present[:12])) + (", ..." if len(present) > 12 else "")
         raise refuse("y_train must hold labels 0 to C-1, C >= 2", f"labels {shown}", "labels")
-    if y_test.min() < 0 or y_test.max() >= len(present):
+    for part in parts[1:]:
+        _check_alike(part, x_train, arrays[f"x_{part}"], refuse)
+        y = arrays[f"y_{part}"]
+        if y.min() < 0 or y.max() >= len(present):
+            raise refuse(
+                f"y_{part} must hold labels 0 to {len(present) - 1}, as y_train does",
+                f"labels from {y.min()} to {y.max()}",
+                "labels",
+            )
+
+
+def _check_alike(part: str, x_train: NDArray[Any], x: NDArray[Any], refuse: _Refuse) -> None:
+    same_type = (x_train.dtype == np.uint8) == (x.dtype == np.uint8)
+    if x_train.shape[1:] != x.shape[1:] or not same_type:
         raise refuse(
-            f"y_test must hold labels 0 to {len(present) - 1}, as y_train does",
-            f"labels from {y_test.min()} to {y_test.max()}",
-            "labels",
+            f"x_train and x_{part} must hold examples of one shape and type",
+            f"{x_train.dtype}{x_train.shape[1:]} and {x.dtype}{x.shape[1:]}",
+            "rows",
         )
 
 
