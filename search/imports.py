@@ -12,7 +12,19 @@ _VARIABLES = (  # not those that importing TensorFlow sets by itself
     *("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
     *("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"),
     *("TF_CPP_MIN_LOG_LEVEL", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"),
+    "TF_FORCE_GPU_ALLOW_GROWTH",
 )
+
+
+def prepare_tensorflow() -> None:
+    """Let TensorFlow start silently, on one thread, and take a GPU's memory only as needed.
+
+    As a worker needs it, which the process that reads the data may be as well.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(threads, "1")
 
 
 @contextlib.contextmanager

@@ -80,9 +80,11 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
     check_images(dataset, needs_images(config.space))
     if dataset.problem is not None and stored is None:
         raise InputError(dataset.problem)
-    name = f"{dataset.name.rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
+    name = f"{dataset.name.rstrip('/').rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
     normalized = dataset.normalization is not None
-    settings = config.settings(name, split=dataset.split, normalized=normalized)
+    settings = config.settings(
+        name, split=dataset.split, normalized=normalized, source=dataset.source
+    )
     check_tracking(config.tracking_uri)
     check_experiment(config)
     if config.scheduler is not None:

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 
 from search import StudyConfig
 from search.config.hyperparameters import complete
-from search.data.dataset import Dataset, load_dataset
+from search.data.dataset import Dataset
+from search.data.load import load_dataset
+from search.data.task import Task
 from search.workers import processes
 
 if TYPE_CHECKING:
@@ -72,6 +74,14 @@ def labelled(*counts: int) -> dict[str, NDArray[Any]]:
     return {"x_train": np.arange(len(y), dtype=np.float32)[:, None] * [[1, 1, 1, 1]], "y_train": y}
 
 
+def small_dataset(**changed: Any) -> Dataset:
+    """A dataset of no examples, of 5 features and 3 classes, but for what is `changed`."""
+    x, y = np.zeros((0, 5), np.float32), np.zeros(0, np.int32)
+    parts = {"x_all": x, "y_all": y, "x_test": x, "y_test": y, "train_size": 0}
+    rest = {"name": "small", "digest": "", "classes": 3, "sample_shape": (5,)}
+    return Dataset(**{**parts, **rest, "task": Task("classification", 3), **changed})
+
+
 def default_network(
     hidden_units: int = 512, dropout_rate: float = 0.2, learning_rate: float = 0.001, **others: Any
 ) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def pytest_runtest_setup() -> None:
     """No test inherits an address, or what a test before it told MLflow or TensorFlow."""
     for name in ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         os.environ.pop(name, None)
-    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "TF_FORCE_GPU_ALLOW_GROWTH"):
         os.environ.pop(name, None)
 
 

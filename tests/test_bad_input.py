@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from search import cli, pipeline
 from search.config import files
 from search.config.settings import StudyConfig, options
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.errors import InputError
 from search.study import storage
 from search.workers import scheduler
@@ -809,7 +809,10 @@ def test_a_misspelt_key_in_a_file_with_a_strange_name_is_one_line(
 
 # ---- datasets --------------------------------------------------------------------------------
 
-KNOWN = "--dataset must be mnist, fashion_mnist, cifar10, cifar100 or the path of an .npz file"
+KNOWN = (
+    "--dataset must be mnist, fashion_mnist, cifar10, cifar100, the path of an .npz file, a "
+    "folder of images or MODULE:FUNCTION"
+)
 PATH = "check the path"
 SAVEZ = "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
 NUMERIC = "convert it with .astype('float32') and .astype('int64') before saving"
@@ -831,7 +834,6 @@ def test_an_unknown_dataset_is_refused(refused: Refused, name: str) -> None:
         "missing.npz",
         "missing/tiny.npz",
         "./missing",
-        "/",
         "here.npz",
         "tiny.npz/a.npz",
         f"{'a' * 300}.npz",
@@ -847,6 +849,27 @@ def test_a_dataset_that_cannot_be_read_is_refused(
     refused(
         command(dataset=path), f"error: --dataset {path}: must be a readable .npz file, but", PATH
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("missing/", "must be a readable folder, but found no such file"),
+        ("empty", "must hold one folder of images for each class, but found no folder in empty"),
+        ("one/", "must have two classes or more, but found only one/cat"),
+        ("loop", "must be a readable folder, but found too many levels of symbolic links: loop"),
+        ("text", "every image must be readable, but found a damaged one, text/cat/a.png (cannot"),
+    ],
+)
+def test_a_folder_that_holds_no_images_of_classes_is_refused(
+    folder: Path, refused: Refused, path: str, rule: str
+) -> None:
+    for name in ("empty", "one/cat", "text/cat", "text/dog"):
+        (folder / name).mkdir(parents=True)
+        for image in ("a.png", "b.png") if "/" in name else ():
+            (folder / name / image).write_text("no image")
+    (folder / "loop").symlink_to("loop")
+    refused(command(dataset=path), f"error: --dataset {path}: {rule}")
 
 
 def test_a_missing_dataset_with_a_line_break_in_its_name_is_one_line(refused: Refused) -> None:

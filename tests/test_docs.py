@@ -21,7 +21,8 @@ from search.config import files
 from search.config.hyperparameters import HYPERPARAMETERS
 from search.config.options import flag
 from search.config.settings import options
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
+from search.data.sources import MNIST
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -198,6 +199,23 @@ def test_the_table_is_searched_and_its_model_answers_rows(in_folder: Path) -> No
     assert len(re.findall(r"^probability_cultivar \d +0\.\d+", answers, re.MULTILINE)) == 2 * 3
 
 
+def test_the_function_on_the_page_of_data_is_a_dataset(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keras
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with np.load(MNIST) as mnist:
+        train, test = ((mnist[f"x_{part}"], mnist[f"y_{part}"]) for part in ("train", "test"))
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda path: (train, test))
+    (text,) = [t for t in blocks(DOCS / "your-data.md", "python") if "class_names" in t]
+    Path("mine.py").write_text(text)
+    dataset = load_dataset("mine:load", 0.1, split="stratified")
+    assert (dataset.classes, dataset.task.class_names) == (3, ("zero", "one", "two"))
+    assert len(dataset.x_all) == (train[1][:2000] < 3).sum()
+    assert dataset.note.startswith("tf.data read into memory once")
+
+
 @each_page()
 def test_every_block_of_python_compiles(page: Path) -> None:
     for text in blocks(page, "python"):
@@ -243,5 +261,5 @@ def test_every_block_of_python_is_run_but_those_for_clusters() -> None:
     """Here, and in test_custom_model."""
     found = {page.stem: len(blocks(page, "python")) for page in PAGES}
     run = dict.fromkeys(("README", "your-model", "results", "trust"), 1)
-    others = {"your-data": 3, "cluster": 2}
-    assert {name: number for name, number in found.items() if number} == {**run, **others}
+    more = {"your-data": 4, "cluster": 2}
+    assert {name: number for name, number in found.items() if number} == {**run, **more}

@@ -19,7 +19,8 @@ import optuna
 import pytest
 from conftest import command
 
-from search.data.dataset import load_dataset, scaled
+from search.data.dataset import scaled
+from search.data.load import load_dataset
 from search.training import environment
 
 ARCHIVES = sorted((Path(__file__).parent / "studies").glob("*.zip"))

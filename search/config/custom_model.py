@@ -24,19 +24,34 @@ from typing import Any
 from search.config.hyperparameters import HYPERPARAMETERS
 from search.config.parameter import SWITCH, Domain, Parameter, Value, parse, text_of
 from search.errors import InputError, printable
-from search.imports import silent_stderr
+from search.imports import prepare_tensorflow, silent_stderr
 
 NAME = r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 _TAKEN = {  # names with another meaning in Optuna, in MLflow or as an option
     *(name for name, known in HYPERPARAMETERS.items() if not known.network),
     *("epochs", "seed", "validation_split", "dataset", "train_samples", "validation_samples"),
     *("test_samples", "num_classes", "trainable_parameters", "loss", "model", "grid"),
-    *("experiment", "output_activation", "split", "normalize"),
+    *("experiment", "output_activation", "split", "normalize", "image_size", "test_split"),
 }
 
 
 class ModelError(InputError):
     """The custom model can't be used in this process."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of the user's, its module, and the module source's SHA-256 digest."""
+
+    name: str
+    call: Callable[..., Any]
+    module: ModuleType
+    digest: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Its name and the start of its digest: different for every version of the source."""
+        return _fingerprint(self.name, self.digest)
 
 
 @dataclass(frozen=True)
@@ -50,40 +65,61 @@ class CustomModel:
 
     @property
     def fingerprint(self) -> str:
-        """Its name and the start of its digest: different for every version of the source."""
-        return f"{self.name} ({self.digest[:12]})"
+        """As of a function."""
+        return _fingerprint(self.name, self.digest)
 
 
+_functions: dict[tuple[str, str], Function] = {}  # by name and digest
 _loaded: dict[tuple[str, str], CustomModel] = {}  # by name and digest
+
+
+def _fingerprint(name: str, digest: str) -> str:
+    return f"{name} ({digest[:12]})"
 
 
 def load(name: str) -> CustomModel:
     """The custom model `name`, from its present source. Raises ModelError, in one line."""
+    found = load_function(name)
+    key = name, found.digest
+    if key not in _loaded:
+        _loaded[key] = _checked(found)
+    return _loaded[key]
+
+
+def load_function(name: str, option: str = "--model") -> Function:
+    """The function `name`, MODULE:FUNCTION, which `option` names, from its present source.
+
+    Raises InputError, in one line; ModelError for a model.
+    """
     module_name, function_name = name.split(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file there hides a package
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
-        os.environ.setdefault(threads, "1")  # its code may start TensorFlow first
+    prepare_tensorflow()  # which its code may start first
     before = sys.modules.get(module_name)
     try:
         with silent_stderr():
             spec = _find(module_name)
             source = Path(str(spec.origin)).read_bytes()
             key = name, hashlib.sha256(source).hexdigest()
-            if key not in _loaded:
-                _loaded[key] = _checked(name, function_name, _run(spec, source), key[1])
+            if key not in _functions:
+                module = _run(spec, source)
+                call = getattr(module, function_name, None)
+                if not callable(call):
+                    rule = f"a function, but {module_name} has no function {function_name}"
+                    raise _refusal(name, rule, "define it", option)
+                _functions[key] = Function(name, call, module, key[1])
     except (Exception, SystemExit) as error:  # anything that its code raises
         _restore(module_name, before)
-        if isinstance(error, ModelError):
+        if isinstance(error, InputError):
             raise
         why = printable(" ".join(str(error).split()))
         raise _refusal(
             name,
             f"a module that can be imported ({type(error).__name__}: {why})",
             "fix it, or run the command in its folder",
+            option,
         ) from None
-    return _loaded[key]
+    return _functions[key]
 
 
 def find(name: str, fingerprint: str) -> CustomModel:
@@ -136,21 +172,16 @@ def _restore(name: str, module: ModuleType | None) -> None:
         sys.modules[name] = module
 
 
-def _checked(name: str, function_name: str, module: ModuleType, digest: str) -> CustomModel:
-    build = getattr(module, function_name, None)
-    if not callable(build):
-        raise _refusal(
-            name, f"a function, but {module.__name__} has no function {function_name}", "define it"
-        )
-    declared = getattr(module, "SPACE", None)
+def _checked(found: Function) -> CustomModel:
+    declared = getattr(found.module, "SPACE", None)
     if not isinstance(declared, dict):
         raise _refusal(
-            name,
-            f"a function beside its search space, but {module.__name__} has no SPACE",
+            found.name,
+            f"a function beside its search space, but {found.module.__name__} has no SPACE",
             'declare it, for example SPACE = {"units": "32,64,128"}',
         )
-    space = {key: _parameter(name, key, value) for key, value in declared.items()}
-    return CustomModel(name, build, space, digest)
+    space = {key: _parameter(found.name, key, value) for key, value in declared.items()}
+    return CustomModel(found.name, found.call, space, found.digest)
 
 
 def check(name: str, fingerprint: str) -> CustomModel:
@@ -210,5 +241,6 @@ def _domain(text: str) -> Domain:
     return Domain(None, "words or numbers, not both", "max,average", words=named)
 
 
-def _refusal(name: str, rule: str, remedy: str) -> ModelError:
-    return ModelError(f"--model must name {rule}", f"got {name!r}", remedy)
+def _refusal(name: str, rule: str, remedy: str, option: str = "--model") -> InputError:
+    kind = ModelError if option == "--model" else InputError
+    return kind(f"{option} must name {rule}", f"got {name!r}", remedy)

@@ -27,9 +27,20 @@ class DataSettings:
 
     dataset: str = _data(
         "mnist",
-        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), or the path of a table (CSV or "
-        "Parquet) or of an .npz file.",
-        metavar="NAME|FILE",
+        f"mnist, a Keras dataset ({', '.join(KERAS_DATASETS)}), the path of a table (CSV or "
+        "Parquet), of an .npz file, or of a folder with a folder of images for each class, or "
+        "FUNCTION of the Python module MODULE, which returns arrays or tf.data.Datasets.",
+        metavar="NAME|FILE|FOLDER|MODULE:FUNCTION",
+    )
+    image_size: int | None = _data(
+        None,
+        "Height and width that the images of a folder are resized to; auto: theirs if they are of "
+        "one size, else 64.",
+        int,
+        low=2,
+        high=4096,
+        none="auto",
+        example="64",
     )
     target: str | None = _data(
         None, "Column of the table to predict.", metavar="COLUMN", example="species"

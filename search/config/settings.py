@@ -212,12 +212,18 @@ class StudyConfig(DataSettings):
             raise InputError(str(error)) from None
 
     def settings(
-        self, dataset_digest: str, *, split: str = "last", normalized: bool = False
+        self,
+        dataset_digest: str,
+        *,
+        split: str = "last",
+        normalized: bool = False,
+        source: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The settings that must not change during a study, stored with it.
 
         Sampler and pruner may change, except to or from a grid. split, normalized: how the dataset
         was prepared; stored only if it differs from what older studies, without the choice, used.
+        source: settings of the dataset's source that its arrays depend on.
         """
         model = {}
         if self.model is not None:
@@ -243,7 +249,7 @@ class StudyConfig(DataSettings):
             **({} if self.objective in ("auto", "val_accuracy") else {"objective": self.objective}),
             **({} if split == "last" else {"split": split}),
             **({"normalize": "auto"} if normalized else {}),
-            **self.table,
+            **(source or {}),
         }
 
 

@@ -1,14 +1,13 @@
-"""The dataset: load it, split it, scale it."""
+"""The dataset: its examples, their split and their normalization."""
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.preprocessing import ENOUGH, Normalization, fit, held_out
-from search.data.sources import ARRAYS, Images, flat, read
+from search.data.sources import Images
 from search.data.task import Task
 from search.errors import InputError
 
@@ -16,9 +15,28 @@ if TYPE_CHECKING:
     from search.data.columns import Columns, Rows
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
+OWN_SPLIT = "own"  # the validation part came with the data
 _CHANNELS = (1, 3)
 _ALL = slice(None)
+ENOUGH = 20  # a class with this many examples must also be in the validation part
+_DEVIATIONS = 1e-7, 1e19  # Keras divides by at least 1e-7; a variance must fit into float32
 Labels = NDArray[np.int32]
+Seed = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and variance of every feature of the training part, float32 of shape (features,).
+
+    A constant feature has variance 1 here, so that other values in later data stay small.
+    """
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+
+    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`x` of shape (n, features), normalized as `keras.layers.Normalization` does."""
+        return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
 
 
 @dataclass(frozen=True)
@@ -32,9 +50,10 @@ class Dataset:
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
     test examples that also occur in the training data. `digest`: SHA-256 of the source arrays, or
-    of a table's files. `task`: what is predicted, and the names of the classes. `columns`: those of
-    a table, whose encoded rows are the examples; `test_rows`: its test rows as they are;
-    `example`: two of its rows, a DataFrame.
+    of a table's files. `task`: what is predicted, and the names of the classes. `pixels`: whether
+    the registered model takes images, not flat, with raw pixels. `source`: the settings that the
+    source depends on; `note`: how it was read. `columns`: those of a table, whose encoded rows are
+    the examples; `test_rows`: its test rows as they are; `example`: two of its rows, a DataFrame.
     """
 
     name: str
@@ -50,6 +69,9 @@ class Dataset:
     normalization: Normalization | None = None
     repeated: int = 0
     task: Task = field(default_factory=Task)
+    pixels: bool = False
+    source: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
     columns: "Columns | None" = None
     test_rows: "Rows | None" = None
     example: Any = None
@@ -61,17 +83,19 @@ class Dataset:
 
     def test_inputs(self, chosen: slice = _ALL) -> Any:
         """The test examples, or the `chosen` ones, as the registered model takes them."""
-        if self.test_rows is None:
-            return scaled(self.x_test[chosen])
-        return self.test_rows[chosen].inputs
+        if self.test_rows is not None:
+            return self.test_rows[chosen].inputs
+        if self.pixels:
+            return self.x_test[chosen].reshape(-1, *self.sample_shape).astype(np.float32)
+        return scaled(self.x_test[chosen])
 
     @property
     def input_shapes(self) -> list[tuple[int | None, ...]]:
         """Of the registered model's inputs; None stands for the number of examples."""
-        if self.columns is None:
-            return [(None, self.features)]
-        widths = len(self.columns.numbers), len(self.columns.words)
-        return [(None, width) for width in widths if width]
+        if self.columns is not None:
+            widths = len(self.columns.numbers), len(self.columns.words)
+            return [(None, width) for width in widths if width]
+        return [(None, *self.sample_shape) if self.pixels else (None, self.features)]
 
     @property
     def embeddings(self) -> tuple[int, ...]:
@@ -98,6 +122,7 @@ class Dataset:
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
             f"{features}, {self.classes} classes; "
             f"test examples in the training data: {self.repeated:,}"
+            f"{self.note and '; '}{self.note}"
         )
 
     @property
@@ -120,6 +145,8 @@ class Dataset:
                 remedy = (
                     "--split stratified"
                     if self.split == "last"
+                    else "more examples"
+                    if self.split == OWN_SPLIT
                     else "a larger --validation-split or more examples"
                 )
                 return (
@@ -135,58 +162,6 @@ def scaled(x: Images) -> NDArray[np.float32]:
     if x.dtype == np.uint8:
         return x.astype(np.float32) * UINT8_SCALE
     return x.astype(np.float32, copy=False)
-
-
-def load_dataset(
-    name: str,
-    validation_split: float,
-    *,
-    split: str = "last",
-    seed: int = 0,
-    normalize: bool = False,
-) -> Dataset:
-    """The dataset `name`: mnist, one of Keras', or the path of an .npz file.
-
-    validation_split: fraction of the training data used for validation: with `split` "last" its
-    end, as in Keras; with "stratified" a random sample, by `seed`, with the same class proportions.
-    normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
-    training part. Raises InputError, in one line, if it cannot be used.
-    """
-    arrays = read(name)
-    digest = hashlib.sha256()
-    for key in ARRAYS:
-        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
-        digest.update(np.ascontiguousarray(arrays[key]).data)
-    x_train = arrays["x_train"]
-    train_size = kept("--validation-split", validation_split, len(x_train), "validate")
-    x_all, x_test = (flat(name, key, arrays[key]) for key in ("x_train", "x_test"))
-    y_all, y_test = (arrays[key].ravel().astype(np.int32) for key in ("y_train", "y_test"))
-    repeated = count_repeated(x_test, x_all)
-    if split != "last":
-        validates = held_out(split, y_all, len(x_all) - train_size, seed)
-        order = np.argsort(validates, kind="stable")
-        x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
-    normalization = None
-    if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
-        numbers = x_all.astype(np.float32, copy=False)
-        normalization = fit(name, numbers[:train_size])
-        x_all = normalization.apply(numbers)
-    classes = int(y_all.max()) + 1
-    return Dataset(
-        name=name,
-        digest=digest.hexdigest(),
-        x_all=x_all,
-        y_all=y_all,
-        x_test=x_test,
-        y_test=y_test,
-        train_size=train_size,
-        classes=classes,
-        sample_shape=x_train.shape[1:],
-        split=split,
-        normalization=normalization,
-        repeated=repeated,
-        task=Task("classification", classes),
-    )
 
 
 def kept(option: str, fraction: float, examples: int, use: str) -> int:
@@ -223,3 +198,71 @@ def check_images(dataset: Dataset, for_images: list[str]) -> None:
 def is_image(shape: tuple[int, ...]) -> bool:
     """Whether an example of this shape is a grey or a colour image."""
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in _CHANNELS)
+
+
+# ---- splits and normalization ------------------------------------------------------------------
+
+
+def held_out(
+    kind: str, y: NDArray[Any], size: int, seed: Seed, column: NDArray[Any] | None = None
+) -> NDArray[np.bool_]:
+    """A mask of about `size` examples to hold out of the training data, by `--split`.
+
+    kind: last; random; stratified, with the class proportions of `y`; group, whole groups; or time,
+    the latest. column: of shape (n,), the groups as anything hashable, or the times, sortable.
+    """
+    if kind == "stratified":
+        return stratified(y, size, seed)
+    held = np.zeros(len(y), bool)
+    if kind == "group":
+        _, groups = np.unique(np.asarray(column, str), return_inverse=True)
+        order = np.random.default_rng(seed).permutation(groups.max() + 1)
+        ends = np.cumsum(np.bincount(groups)[order])
+        taken = int(np.abs(ends - size).argmin()) + 1  # the nearest, and at least one
+        return np.asarray(np.isin(groups, order[:taken]), bool)
+    order = np.arange(len(y))
+    if kind == "random":
+        order = np.random.default_rng(seed).permutation(len(y))
+    elif kind == "time":
+        order = np.argsort(np.asarray(column), kind="stable")
+    held[order[len(y) - size :]] = True
+    return held
+
+
+def stratified(y: NDArray[np.int32], size: int, seed: Seed) -> NDArray[np.bool_]:
+    """A mask of about `size` validation examples, a random sample with the class proportions of y.
+
+    Every class keeps at least one training example; as far as `size` allows, every class with
+    ENOUGH examples has a validation example.
+    """
+    counts = np.bincount(y)
+    share = counts * (size / len(y))
+    most = np.maximum(counts - 1, 0)
+    least = np.minimum(counts >= ENOUGH, most)
+    take = np.clip(np.floor(share).astype(int), least, most)
+    size = min(size, int(most.sum()))
+    while (missing := size - int(take.sum())) != 0:  # where the rounding error is largest
+        step = 1 if missing > 0 else -1
+        open_to_it = np.flatnonzero(take < most if step > 0 else take > 0)
+        gain = (share - take)[open_to_it] * step
+        take[open_to_it[np.argsort(-gain, kind="stable")[: abs(missing)]]] += step
+    order = np.lexsort((np.random.default_rng(seed).random(len(y)), y))  # by class, then at random
+    rank = np.empty(len(y), int)
+    rank[order] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(rank < take[y], bool)
+
+
+def fit(name: str, x: NDArray[np.float32]) -> Normalization:
+    """The normalization for the training part `x`. Raises InputError if float32 can't hold it."""
+    mean, deviation = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
+    constant = deviation <= 2 * np.finfo(np.float32).eps * np.abs(x).max(axis=0)
+    deviation[constant] = 1
+    wrong = np.flatnonzero((deviation < _DEVIATIONS[0]) | (deviation > _DEVIATIONS[1]))
+    if len(wrong):
+        low, high = _DEVIATIONS
+        raise InputError(
+            f"--dataset {name}: every feature must have a standard deviation from {low:g} to "
+            f"{high:g} to be normalized, but feature {wrong[0]} has {deviation[wrong[0]]:.3g}; "
+            "give it another unit, or --normalize none"
+        )
+    return Normalization(mean.astype(np.float32), (deviation**2).astype(np.float32))

@@ -1,5 +1,6 @@
 """Load the data of a study: which source, split and preparation its settings ask for."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,18 @@ import numpy as np
 from search.config.data_settings import is_table, names_in
 from search.config.options import flag
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, count_repeated, load_dataset
-from search.data.sources import is_own
+from search.data import function, images, sources
+from search.data.dataset import (
+    OWN_SPLIT,
+    Dataset,
+    Labels,
+    count_repeated,
+    fit,
+    held_out,
+    is_image,
+    kept,
+)
+from search.data.sources import Arrays, Images, Source, flat, is_own
 from search.data.task import Metric, Task, objective_of
 from search.errors import InputError, one_line
 
@@ -30,13 +41,22 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
     if is_table(config.dataset):
         return _load_table(config, split)
     _refuse_table_settings(config, split)
-    return load_dataset(
+    dataset = load_dataset(
         config.dataset,
         config.validation_split,
         split=split,
         seed=config.seed,
         normalize=normalize and config.normalize == "auto",
+        image_size=config.image_size or (stored or {}).get("image_size"),
+        test_split=config.test_split,
     )
+    if config.split is not None and dataset.split == OWN_SPLIT:
+        raise InputError(
+            f"--split {config.split} needs data without a validation part",
+            f"{config.dataset} has one",
+            "leave it out",
+        )
+    return dataset
 
 
 def _refuse_table_settings(config: StudyConfig, split: str) -> None:
@@ -86,6 +106,7 @@ def _load_table(config: StudyConfig, split: str) -> Dataset:
         sample_shape=(adapted.features,),
         split=split,
         repeated=count_repeated(x_test, x_all),
+        source=config.table,
         task=Task("classification", len(part.names), part.names),
         columns=adapted,
         test_rows=test,
@@ -119,3 +140,104 @@ def choose_objective(
     return dataset.task.objective(
         known or "auto" if config.objective == "auto" else config.objective
     )
+
+
+# ---- arrays -----------------------------------------------------------------------------------
+
+
+def load_dataset(
+    name: str,
+    validation_split: float,
+    *,
+    split: str = "last",
+    seed: int = 0,
+    normalize: bool = False,
+    image_size: int | None = None,
+    test_split: float = 0.2,
+) -> Dataset:
+    """The dataset `name`: mnist, one of Keras', the path of an .npz file or a folder of images.
+
+    validation_split: fraction of the training data used for validation: with `split` "last" its
+    end, as in Keras; with "stratified" a random sample, by `seed`, with the same class proportions.
+    normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
+    training part. image_size, test_split: of a folder, see `images.read`. Raises InputError, in one
+    line, if it cannot be used.
+    """
+    source = _read(name, image_size, test_split, seed)
+    arrays = source.arrays
+    sources.check(name, arrays)
+    digest = hashlib.sha256()
+    for key in arrays:
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).data)
+    x_train, given = arrays["x_train"], "x_validation" in arrays
+    split = OWN_SPLIT if given else split
+    train_size = (
+        len(x_train)
+        if given
+        else kept("--validation-split", validation_split, len(x_train), "validate")
+    )
+    x_all, x_test = (_flat(name, arrays, part) for part in ("train", "test"))
+    y_all, y_test = (_labels(arrays, part) for part in ("train", "test"))
+    classes = int(arrays["y_train"].max()) + 1
+    if source.class_names and len(source.class_names) != classes:
+        raise InputError(
+            f"--dataset {name}: class_names must have a name for each of {classes} classes",
+            f"has {len(source.class_names)}",
+            "give each class a name, in the order of the labels",
+        )
+    repeated = count_repeated(x_test, x_all)
+    if split not in ("last", OWN_SPLIT):
+        validates = held_out(split, y_all, len(x_all) - train_size, seed)
+        order = np.argsort(validates, kind="stable")
+        x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
+    normalization = None
+    if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
+        numbers = x_all.astype(np.float32, copy=False)
+        normalization = fit(name, numbers[:train_size])
+        x_all = normalization.apply(numbers)
+    return Dataset(
+        name=name,
+        digest=digest.hexdigest(),
+        x_all=x_all,
+        y_all=y_all,
+        x_test=x_test,
+        y_test=y_test,
+        train_size=train_size,
+        classes=classes,
+        sample_shape=x_train.shape[1:],
+        split=split,
+        normalization=normalization,
+        repeated=repeated,
+        pixels=source.pixels,
+        source=source.settings,
+        note=source.note,
+        task=Task("classification", classes, source.class_names),
+    )
+
+
+def _flat(name: str, arrays: Arrays, part: str) -> Images:
+    """The flat examples of a part, those for training with those for validation after them."""
+    x = flat(name, f"x_{part}", arrays[f"x_{part}"])
+    if part == "test" or "x_validation" not in arrays:
+        return x
+    return np.concatenate([x, flat(name, "x_validation", arrays["x_validation"])])
+
+
+def _labels(arrays: Arrays, part: str) -> Labels:
+    """The labels of the same examples."""
+    keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
+    return np.concatenate([arrays[key].ravel().astype(np.int32) for key in keys])
+
+
+def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:
+    """The arrays of the dataset `name`, from wherever they come."""
+    if images.is_folder(name):
+        return images.read(name, image_size, test_split, seed)
+    if image_size is not None:
+        raise InputError(
+            "--image-size needs a folder of images", f"--dataset is {name}", "leave it out"
+        )
+    if function.is_function(name):
+        return function.read(name)
+    return sources.read(name)

@@ -2,7 +2,8 @@
 
 import functools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from search.errors import InputError, one_line
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 Images = NDArray[np.uint8] | NDArray[np.float32]
+Arrays = dict[str, NDArray[Any]]
 _Refuse = Callable[[str, str, str], InputError]
 _REMEDIES = {
     "np.savez": "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)",
@@ -25,6 +27,23 @@ _REMEDIES = {
 }
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a dataset is made of, as it was read.
+
+    arrays: `ARRAYS`, and x_validation and y_validation where the split is given. class_names: of
+    the labels 0, 1, ..., if they have any. pixels: whether the examples are images whose raw pixels
+    the registered model takes. settings: those that the arrays depend on, as stored with the study.
+    note: how they were read, if that is worth a line.
+    """
+
+    arrays: Arrays
+    class_names: tuple[str, ...] = ()
+    pixels: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
 def is_own(name: str) -> bool:
     """Whether the dataset is the user's own file, with examples in any order and unit.
 
@@ -33,25 +52,21 @@ def is_own(name: str) -> bool:
     return name != "mnist" and name not in KERAS_DATASETS
 
 
-def read(name: str) -> dict[str, NDArray[Any]]:
-    """The arrays x_train, y_train, x_test and y_test of the dataset `name`, as they are stored.
+def read(name: str) -> Source:
+    """The arrays of mnist, one of Keras' datasets or an .npz file, as they are stored.
 
-    x is numeric, of shape (n, ...); y integer, of shape (n,) or (n, 1), from 0 to classes - 1.
-    Raises InputError, in one line.
+    Raises InputError, in one line, if it is none or can't be read.
     """
     if name == "mnist":
-        arrays = _read_file(MNIST, name)
-    elif name in KERAS_DATASETS:
-        arrays = _read_keras(name)
-    elif name.endswith(".npz") or "/" in name:
-        arrays = _read_file(Path(name), name)
-    else:
-        raise InputError(
-            f"--dataset must be mnist, {', '.join(KERAS_DATASETS)} or the path of an .npz file, "
-            f"but got {name!r}; check the spelling"
-        )
-    _check(arrays, functools.partial(_refusal, name))
-    return arrays
+        return Source(_read_file(MNIST, name))
+    if name in KERAS_DATASETS:
+        return Source(_read_keras(name))
+    if name.endswith(".npz") or "/" in name:
+        return Source(_read_file(Path(name), name))
+    raise InputError(
+        f"--dataset must be mnist, {', '.join(KERAS_DATASETS)}, the path of an .npz file, a folder "
+        f"of images or MODULE:FUNCTION, but got {name!r}; check the spelling"
+    )
 
 
 def flat(name: str, key: str, x: NDArray[Any]) -> Images:
@@ -74,7 +89,7 @@ def _refusal(name: str, rule: str, found: str, remedy: str) -> InputError:
     return InputError(f"--dataset {name}: {rule}", f"has {found}", _REMEDIES[remedy])
 
 
-def _read_file(path: Path, name: str) -> dict[str, NDArray[Any]]:
+def _read_file(path: Path, name: str) -> Arrays:
     """The four arrays in an .npz file; objects are never unpickled."""
     refuse = functools.partial(_refusal, name)
     try:
@@ -105,7 +120,7 @@ def _read_file(path: Path, name: str) -> dict[str, NDArray[Any]]:
         raise refuse("must be a whole .npz file", one_line(error), "np.savez") from None
 
 
-def _read_keras(name: str) -> dict[str, NDArray[Any]]:
+def _read_keras(name: str) -> Arrays:
     """The four arrays of a Keras dataset, which Keras downloads."""
     import keras
 
@@ -119,27 +134,38 @@ def _read_keras(name: str) -> dict[str, NDArray[Any]]:
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
-def _check(arrays: dict[str, NDArray[Any]], refuse: _Refuse) -> None:
-    """Raise InputError unless the arrays are a classification dataset."""
-    for part in ("train", "test"):
+def check(name: str, arrays: Arrays) -> None:
+    """Raise InputError unless the arrays are a classification dataset.
+
+    x is numeric, of shape (n, ...); y integer, of shape (n,) or (n, 1), from 0 to classes - 1.
+    """
+    refuse = functools.partial(_refusal, name)
+    parts = [key.removeprefix("x_") for key in arrays if key.startswith("x_")]
+    for part in parts:
         _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
-    x_train, y_train, x_test, y_test = (arrays[key] for key in ARRAYS)
-    same_type = (x_train.dtype == np.uint8) == (x_test.dtype == np.uint8)
-    if x_train.shape[1:] != x_test.shape[1:] or not same_type:
-        raise refuse(
-            "x_train and x_test must hold examples of one shape and type",
-            f"{x_train.dtype}{x_train.shape[1:]} and {x_test.dtype}{x_test.shape[1:]}",
-            "rows",
-        )
+    x_train, y_train = arrays["x_train"], arrays["y_train"]
     present = np.unique(y_train)
     if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
         shown = ", ".join(map(str, present[:12])) + (", ..." if len(present) > 12 else "")
         raise refuse("y_train must hold labels 0 to C-1, C >= 2", f"labels {shown}", "labels")
-    if y_test.min() < 0 or y_test.max() >= len(present):
+    for part in parts[1:]:
+        _check_alike(part, x_train, arrays[f"x_{part}"], refuse)
+        y = arrays[f"y_{part}"]
+        if y.min() < 0 or y.max() >= len(present):
+            raise refuse(
+                f"y_{part} must hold labels 0 to {len(present) - 1}, as y_train does",
+                f"labels from {y.min()} to {y.max()}",
+                "labels",
+            )
+
+
+def _check_alike(part: str, x_train: NDArray[Any], x: NDArray[Any], refuse: _Refuse) -> None:
+    same_type = (x_train.dtype == np.uint8) == (x.dtype == np.uint8)
+    if x_train.shape[1:] != x.shape[1:] or not same_type:
         raise refuse(
-            f"y_test must hold labels 0 to {len(present) - 1}, as y_train does",
-            f"labels from {y_test.min()} to {y_test.max()}",
-            "labels",
+            f"x_train and x_{part} must hold examples of one shape and type",
+            f"{x_train.dtype}{x_train.shape[1:]} and {x.dtype}{x.shape[1:]}",
+            "rows",
         )
 
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from search.config.data_settings import names_in
 from search.config.settings import StudyConfig
-from search.data.dataset import kept
-from search.data.preprocessing import held_out
+from search.data.dataset import held_out, kept
 from search.data.table_rows import as_words, dates_of
 from search.errors import InputError, nearest, one_line
 

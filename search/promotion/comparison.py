@@ -81,9 +81,14 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
             takes = [tuple(taken.shape) for taken in model.inputs]
             if (takes, model.output_shape) != (dataset.input_shapes, (None, dataset.classes)):
                 shown = ", ".join(map(str, takes))
+                shape = (
+                    f"images of {dataset.sample_shape}"
+                    if dataset.pixels
+                    else f"{dataset.features} features"
+                )
                 return (
                     f"it takes {shown} and returns {model.output_shape}, but this study's data "
-                    f"have {dataset.features} features and {dataset.classes} classes"
+                    f"have {shape} and {dataset.classes} classes"
                 )
             predicted, _ = predict(model, dataset)
         except MemoryError:

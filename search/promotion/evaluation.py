@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,6 @@ class Confusion:
     predicted: int
     count: int
 
-    def __str__(self) -> str:
-        return f"{self.label} called {self.predicted}"
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -50,6 +47,7 @@ class Evaluation:
 
     confusion: counts of test examples by true class (row) and predicted class (column), None above
     `MOST` classes. confusions: the most frequent ones first. mistakes: the most confident first.
+    class_names: empty, or the name of each class.
     """
 
     right: int
@@ -57,12 +55,22 @@ class Evaluation:
     confusion: list[list[int]] | None
     confusions: list[Confusion]
     mistakes: list[Mistake]
+    class_names: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """The content of DATA: the matrix, from which the counts follow, or the counts."""
         kept = asdict(self)
         counts = ("right", "total", "confusions") if self.confusion is None else ("confusion",)
-        return json.dumps({name: kept[name] for name in (*counts, "mistakes")})
+        names = ("class_names",) if self.class_names else ()
+        return json.dumps({name: kept[name] for name in (*counts, "mistakes", *names)})
+
+    def name(self, label: int) -> str:
+        """The class `label`, by its name if it has one."""
+        return self.class_names[label] if self.class_names else str(label)
+
+    def called(self, case: Mistake | Confusion) -> str:
+        """Which class was called which."""
+        return f"{self.name(case.label)} called {self.name(case.predicted)}"
 
 
 def predict(model: Any, dataset: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -126,6 +134,7 @@ def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
     path = folder / DATA
     try:
         found = evaluate_predictions(*predict(model, dataset), dataset.y_test, dataset.classes)
+        found = replace(found, class_names=dataset.task.class_names)
         path.write_text(found.as_json())
         for name, draw in _pictures(found, dataset):
             path = folder / name
@@ -138,23 +147,27 @@ def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
 
 def _pictures(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, Any]]:
     if evaluation.confusion is not None:
-        yield MATRIX, partial(_draw_matrix, evaluation.confusion)
+        yield MATRIX, partial(_draw_matrix, evaluation, evaluation.confusion)
     elif evaluation.confusions:
-        yield CONFUSIONS, partial(_draw_confusions, evaluation.confusions)
+        yield CONFUSIONS, partial(_draw_confusions, evaluation)
     if evaluation.mistakes and is_image(dataset.sample_shape):
-        yield MISTAKES, partial(_draw_mistakes, evaluation.mistakes, dataset)
+        yield MISTAKES, partial(_draw_mistakes, evaluation, dataset)
 
 
 def load_evaluation(text: str) -> Evaluation:
     """Read what this or an earlier version's `save_evaluation` wrote into DATA."""
     read = json.loads(text)
     mistakes = [Mistake(**mistake) for mistake in read.pop("mistakes")]
+    names = tuple(read.pop("class_names", ()))
     if "confusion" not in read:
         confusions = [Confusion(**confusion) for confusion in read.pop("confusions")]
-        return Evaluation(**read, confusion=None, confusions=confusions, mistakes=mistakes)
+        return Evaluation(
+            **read, confusion=None, confusions=confusions, mistakes=mistakes, class_names=names
+        )
     matrix = np.array(read["confusion"])
     rows, columns = np.nonzero(matrix)
-    return _of_cells(rows, columns, matrix[rows, columns], len(matrix), mistakes)
+    found = _of_cells(rows, columns, matrix[rows, columns], len(matrix), mistakes)
+    return replace(found, class_names=names)
 
 
 def _figure(path: Path, draw: Any) -> None:
@@ -165,7 +178,7 @@ def _figure(path: Path, draw: Any) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _draw_matrix(confusion: list[list[int]], figure: Any) -> None:
+def _draw_matrix(evaluation: Evaluation, confusion: list[list[int]], figure: Any) -> None:
     counts = np.array(confusion)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes = figure.add_subplot()
@@ -173,32 +186,40 @@ def _draw_matrix(confusion: list[list[int]], figure: Any) -> None:
     figure.colorbar(picture, label="share of the true class")
     axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test images")
     if len(counts) < MANY:
-        axes.set_xticks(range(len(counts)))
-        axes.set_yticks(range(len(counts)))
+        names = [_short(evaluation.name(label)) for label in range(len(counts))]
+        axes.set_xticks(range(len(counts)), names, rotation=90 * (max(map(len, names)) > 3))
+        axes.set_yticks(range(len(counts)), names)
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
 
 
-def _draw_confusions(confusions: list[Confusion], figure: Any) -> None:
-    axes = figure.add_subplot()
-    axes.barh([str(confusion) for confusion in confusions], [c.count for c in confusions])
+def _short(name: str) -> str:
+    """A class name as it fits into a picture, where a $ would begin a formula."""
+    return (name if len(name) <= 20 else name[:19] + "…").replace("$", r"\$")
+
+
+def _draw_confusions(evaluation: Evaluation, figure: Any) -> None:
+    axes, confusions = figure.add_subplot(), evaluation.confusions
+    labels = [_short(evaluation.called(confusion)) for confusion in confusions]
+    axes.barh(range(len(labels)), [confusion.count for confusion in confusions])
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set(
         xlabel="test examples", title="Most frequent confusions: true class called predicted class"
     )
 
 
-def _draw_mistakes(mistakes: list[Mistake], dataset: Dataset, figure: Any) -> None:
+def _draw_mistakes(evaluation: Evaluation, dataset: Dataset, figure: Any) -> None:
     figure.suptitle("Most confident mistakes on the test images")
     grid = figure.subplots(3, _SHOWN // 3).ravel()
     for axes in grid:
         axes.axis("off")
-    for axes, mistake in zip(grid, mistakes, strict=False):
+    for axes, mistake in zip(grid, evaluation.mistakes, strict=False):
         image = dataset.x_test[mistake.index].reshape(dataset.sample_shape)
         if image.dtype != np.uint8:  # any range: scaled from its minimum to its maximum
             image = (image - image.min()) / max(float(np.ptp(image)), 1e-9)
         axes.imshow(image, cmap="gray")
-        axes.set_title(
-            f"{mistake.label} called {mistake.predicted}\n{mistake.probability:.0%}", fontsize=9
-        )
+        label, predicted = (_short(evaluation.name(i)) for i in (mistake.label, mistake.predicted))
+        between = "\ncalled " if len(label + predicted) > 10 else " called "
+        axes.set_title(f"{label}{between}{predicted}\n{mistake.probability:.0%}", fontsize=9)

@@ -198,7 +198,7 @@ def _other_data(tracking: Tracking, run: Run, champion: ModelVersion) -> str | N
     if not digest or digest == run.data.tags.get(DATASET, digest):
         return None
     path = origin.data.params.get("dataset", "") if origin else ""
-    name = path.rsplit("/", 1)[-1]
+    name = path.rstrip("/").rsplit("/", 1)[-1]
     return f"it was trained on other data ({name}{name and ', '}{digest[:12]})"
 
 

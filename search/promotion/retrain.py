@@ -20,7 +20,7 @@ from mlflow.entities import Run
 
 from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, scaled
+from search.data.dataset import Dataset
 from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
 from search.promotion.table_model import log_table_model
 from search.study.storage import METADATA, SEED, SETTINGS, UID, objective
@@ -84,7 +84,7 @@ def retrain(
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, origin)
     tracking.log_start(run_id, trial, metadata)
     network, history = _train(config, dataset, trial, complete(trial.params, metadata["params"]))
-    model = network_to_register(network, dataset.normalization, dataset.columns)
+    model = network_to_register(network, dataset)
     test = evaluate(model, (dataset.test_inputs(), dataset.y_test))
     tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
     loading.join()
@@ -134,12 +134,13 @@ def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -
 
     if dataset.columns is not None:
         return log_table_model(model, dataset, origin, _requirements())
-    example = scaled(dataset.x_test[:2])
+    example = dataset.test_inputs(slice(2))
+    names = {"class_names": list(dataset.task.class_names)} if dataset.task.class_names else {}
     info = Model.log(
         artifact_path=None,
         name="model",
         flavor=_KerasFlavor,
-        metadata=origin,
+        metadata={**origin, **names},
         validate_serving_input=False,  # by loading the model once more, which takes a second
         model=model,
         signature=infer_signature(example, np.asarray(model(example))),

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
 from search.config.hyperparameters import short
-from search.promotion.evaluation import MANY, Confusion, Evaluation
+from search.promotion.evaluation import MANY, Evaluation
 from search.report import overview
 from search.report.overview import Overview
 from search.report.text import in_production, sentences
@@ -242,9 +242,9 @@ def _confusion(trial: int, evaluation: Evaluation) -> Chart:
         return Chart(
             "Most frequent confusions of the winner",
             caption + "Each bar: true class, predicted class and number of examples.",
-            _most_frequent(evaluation.confusions),
+            _most_frequent(evaluation),
         )
-    names = [str(index) for index in range(len(counts))]
+    names = [evaluation.name(label) for label in range(len(counts))]
     figure = go.Figure(
         go.Heatmap(
             z=[[count / max(sum(row), 1) for count in row] for row in counts],
@@ -269,13 +269,14 @@ def _confusion(trial: int, evaluation: Evaluation) -> Chart:
     )
 
 
-def _most_frequent(confusions: list[Confusion]) -> go.Figure:
+def _most_frequent(evaluation: Evaluation) -> go.Figure:
     """In place of a matrix, for too many classes."""
+    confusions = evaluation.confusions
     figure = go.Figure(
         go.Bar(
             orientation="h",
             x=[confusion.count for confusion in confusions],
-            y=[str(confusion) for confusion in confusions],
+            y=[evaluation.called(confusion) for confusion in confusions],
             hovertemplate="%{y}: %{x}<extra></extra>",
         )
     )
@@ -287,8 +288,9 @@ def _most_frequent(confusions: list[Confusion]) -> go.Figure:
 def _mistakes(tested: Tested | None) -> dict[str, str] | None:
     if tested is None or tested.evaluation is None or tested.mistakes is None:
         return None
+    evaluation = tested.evaluation
     listed = "; ".join(
-        f"test image {m.index} of class {m.label} called {m.predicted} ({m.probability:.0%})"
-        for m in tested.evaluation.mistakes
+        f"test image {m.index} of class {evaluation.called(m)} ({m.probability:.0%})"
+        for m in evaluation.mistakes
     )
     return {"png": base64.b64encode(tested.mistakes).decode(), "alt": listed}

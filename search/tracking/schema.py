@@ -105,6 +105,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "validation_samples": len(dataset.x_all) - dataset.train_size,
             "test_samples": len(dataset.x_test),
             "num_classes": dataset.classes,
+            **dataset.source,
         },
         "dataset": described.to_dict(),
         "space": {name: str(p) for name, p in config.space.searched().items()},

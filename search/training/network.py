@@ -3,20 +3,16 @@
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 
 from search.config.custom_model import CustomModel
-from search.data.dataset import Dataset
-from search.data.preprocessing import Normalization
+from search.data.dataset import UINT8_SCALE, Dataset
 from search.data.task import Task
 from search.training.metrics import compiled_metrics
 from search.training.table_layers import embeddings, encoding
-
-if TYPE_CHECKING:
-    from search.data.columns import Columns
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
 _EMBEDDINGS = 200  # added to the seed, as each layer has its own
@@ -69,33 +65,35 @@ def network_for(
     return build_network(hp, dataset.sample_shape, dataset.task, seed, custom, dataset.embeddings)
 
 
-def network_to_register(
-    network: keras.Sequential, normalization: Normalization | None, columns: "Columns | None" = None
-) -> keras.Model:
-    """The trained `network` as it is registered: it takes raw values and returns NaN for NaN.
+def network_to_register(network: keras.Sequential, dataset: Dataset) -> keras.Model:
+    """The network, trained on `dataset`, as it is registered: it takes raw values.
 
-    The result of a kernel for NaN depends on the processor: ReLU may return 0. So the input times
-    zero is added to the probabilities: 0 for finite numbers, NaN for NaN and infinity. Of a table,
-    `columns`, it takes rows, whose values may be missing.
-    The layers and the optimizer are shared with `network`.
+    Those are flat examples; images of pixels from 0 to 255; or rows of a table, whose values may be
+    missing. But for those of a table it returns NaN for NaN: the result of a kernel for NaN depends
+    on the processor, as ReLU may return 0, so the input times zero is added to the probabilities: 0
+    for finite numbers, NaN for NaN and infinity. The layers and the optimizer are shared.
     """
-    if columns is not None:
-        inputs, outputs = encoding(columns)
+    if dataset.columns is not None:
+        inputs, outputs = encoding(dataset.columns)
         return _registered(network, inputs, _applied(network, outputs))
-    example = keras.Input(network.input_shape[1:], name="example")
-    outputs = example
-    if normalization is not None:
+    shape = dataset.sample_shape if dataset.pixels else network.input_shape[1:]
+    example = keras.Input(shape, name="example")
+    outputs = flat = example
+    if dataset.pixels:
+        scale = keras.layers.Rescaling(float(UINT8_SCALE), name="scale")
+        outputs = flat = keras.layers.Flatten(name="flat_example")(scale(example))
+    if dataset.normalization is not None:
         layer = keras.layers.Normalization(name="normalization")
         layer.build((None, *network.input_shape[1:]))
-        layer.adapt_mean.assign(normalization.mean)
-        layer.adapt_variance.assign(normalization.variance)
+        layer.adapt_mean.assign(dataset.normalization.mean)
+        layer.adapt_variance.assign(dataset.normalization.variance)
         layer.finalize_state()
         outputs = layer(outputs)
     outputs = _applied(network, outputs)
     zero = keras.layers.Dense(
         1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
     )
-    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(example)])
+    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(flat)])
     return _registered(network, example, checked)
 
 

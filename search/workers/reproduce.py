@@ -59,7 +59,7 @@ def reproduce(
         test=metadata["params"].get("test"),
         objective=storage.objective(study).name,
         **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
-        **{key: settings[key] for key in TABLE_SETTINGS if key in settings},
+        **{key: settings[key] for key in (*TABLE_SETTINGS, "image_size") if key in settings},
     )
     dataset = load_for_study(config, settings)
     if dataset.digest[:12] not in settings["dataset"]:

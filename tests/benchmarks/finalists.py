@@ -52,7 +52,7 @@ class Clock(Progress):
 
 def judge(params: dict[str, Any], seed: int) -> float:
     """The test accuracy of a configuration, trained on all training data."""
-    from search.data.dataset import load_dataset
+    from search.data.load import load_dataset
     from search.training.network import build_network
     from search.training.train import evaluate, train, use_one_thread_each
 

@@ -37,7 +37,7 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
     import keras
 
     from search.config.hyperparameters import REFERENCE, complete
-    from search.data.dataset import load_dataset
+    from search.data.load import load_dataset
     from search.training.network import build_network
     from search.training.train import train, use_one_thread_each
 

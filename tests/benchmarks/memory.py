@@ -25,7 +25,7 @@ def main() -> None:
 
     import search.workers.trial  # noqa: F401  all that a worker imports
     from search.config.hyperparameters import complete
-    from search.data.dataset import load_dataset
+    from search.data.load import load_dataset
     from search.training.network import build_network
     from search.training.train import train, use_one_thread_each
 

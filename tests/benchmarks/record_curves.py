@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from search.config.hyperparameters import REFERENCE, complete
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, load_dataset
+from search.data.dataset import Dataset
+from search.data.load import load_dataset
 from search.training.network import build_network
 from search.training.train import train, use_one_thread_each
 

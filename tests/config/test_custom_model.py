@@ -18,7 +18,7 @@ from conftest import ROOT, command, mlflow_at
 
 from search import StudyConfig, run
 from search.config import custom_model
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.errors import InputError, RunError
 from search.tracking.schema import study_metadata
 
@@ -231,7 +231,7 @@ def build(hyperparameters, shape, classes):
 TRAIN = """
 import sys
 from search import StudyConfig
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.training.train import use_one_thread_each
 from search.workers.trial import train_again
 from types import SimpleNamespace

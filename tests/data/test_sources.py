@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import arrays, load
 
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.data.sources import ARRAYS, MNIST
 from search.errors import InputError
 

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import pytest
 
-from search.data.dataset import Dataset, load_dataset
+from search.data.dataset import Dataset
+from search.data.load import load_dataset
 from search.promotion import evaluation
 from search.promotion.evaluation import (
     MOST,

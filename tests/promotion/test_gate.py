@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from registry import BAD, GOOD, NAME, config, in_production, verdict, versions
 
 from search import pipeline
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.promotion.comparison import Comparison
 from search.promotion.gate import Decision, decide
 from search.promotion.retrain import find_commit

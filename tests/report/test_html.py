@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from search.config.settings import StudyConfig
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.report import overview
 from search.report.html import draw_charts, write_html
 from search.report.text import markdown, show

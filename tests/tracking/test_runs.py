@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from search import InputError, StudyConfig
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.data.task import Task
 from search.study import storage
 from search.tracking.runs import Tracking

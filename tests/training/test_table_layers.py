@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import default_network
+from conftest import default_network, small_dataset
 
 from search.data.columns import Columns, adapt
 from search.data.task import Task
@@ -60,7 +60,7 @@ def test_the_registered_model_of_rows_answers_as_the_network_on_encoded_ones(
     network = build_network(hp, (columns.features,), task, 0, None, columns.embeddings)
     train(network, (x, y), hp, epochs=2, seed=0)
     path = tmp_path_factory.mktemp("model") / "model.keras"
-    network_to_register(network, None, columns).save(path)
+    network_to_register(network, small_dataset(columns=columns)).save(path)
     loaded = keras.saving.load_model(path)
     np.testing.assert_allclose(
         loaded.predict(rows.inputs, verbose=0), network.predict(x, verbose=0), rtol=0, atol=1e-5

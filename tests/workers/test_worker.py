@@ -7,7 +7,7 @@ import pytest
 from test_trial import Outcomes, config
 
 from search import StudyConfig, run
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.errors import InputError
 from search.workers.worker import Worker
 

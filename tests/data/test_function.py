@@ -1,0 +1,243 @@
+"""A dataset from the user's own function: what it may return, and what is refused in one line."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import command
+
+from search.config.settings import StudyConfig
+from search.data import function
+from search.data.dataset import Dataset
+from search.data.load import load_dataset, load_for_study
+from search.errors import InputError
+
+ARRAYS = """
+import numpy as np
+
+x = np.arange(160, dtype="float32").reshape(40, 4)
+y = np.arange(40) % 2
+arrays = {"x_train": x[:30], "y_train": y[:30], "x_test": x[30:], "y_test": y[30:]}
+"""
+PIPELINES = (
+    ARRAYS
+    + """
+import tensorflow as tf
+
+
+def pipeline(first, last):
+    return tf.data.Dataset.from_tensor_slices((x[first:last], y[first:last]))
+"""
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `run` restores it: no module of an earlier test's folder is found."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def load(returned: str, source: str = ARRAYS, **settings: Any) -> Dataset:
+    """The dataset of a function that returns this."""
+    Path("mine.py").write_text(f"{source}\n\ndef load():\n    {returned}\n")
+    return load_dataset("mine:load", 0.2, **{"split": "stratified", **settings})
+
+
+def test_arrays_are_those_of_a_file_with_them(in_folder: Path) -> None:
+    found = load("return arrays")
+    space: dict[str, Any] = {}
+    exec(ARRAYS, space)
+    np.savez("mine.npz", **space["arrays"])
+    of_file = load_dataset("mine.npz", 0.2, split="stratified")
+    assert found.digest == of_file.digest
+    np.testing.assert_array_equal(found.x_all, of_file.x_all)
+    assert (found.split, found.task.class_names) == ("stratified", ())
+
+
+def test_the_source_is_read_again(in_folder: Path) -> None:
+    assert (
+        load("return arrays").digest
+        != load("return {**arrays, 'x_test': x[:3] + 1, 'y_test': y[:3]}").digest
+    )
+
+
+def test_a_validation_part_is_the_split(in_folder: Path) -> None:
+    own = "return {**arrays, 'x_validation': x[5:9], 'y_validation': y[5:9], 'class_names': 'ab'}"
+    own = own.replace("'ab'", "['no', 'yes']")
+    found = load(own)
+    assert (found.split, found.train_size, found.task.class_names) == ("own", 30, ("no", "yes"))
+    np.testing.assert_array_equal(found.validation[0], found.x_all[5:9])
+    assert "30 / 4 / 10 examples to train, validate, test (own split)" in str(found)
+    assert found.digest != load("return arrays").digest
+    with pytest.raises(InputError, match="--split last needs data without a validation part"):
+        load(own)
+        load_for_study(StudyConfig(dataset="mine:load", split="last"), None)
+    again = load_for_study(StudyConfig(dataset="mine:load"), {"split": "own"})
+    assert again.split == "own"
+
+
+@pytest.mark.parametrize("batch", ["", ".batch(7)", ".batch(8).prefetch(2)", ".shuffle(9, seed=1)"])
+def test_pipelines_are_read_into_arrays_in_their_order(in_folder: Path, batch: str) -> None:
+    found = load(
+        f"return {{'train': pipeline(0, 30), 'test': pipeline(30, 40){batch}}}", source=PIPELINES
+    )
+    assert found.note.startswith("tf.data read into memory once, 0.0 MB")
+    assert str(found).endswith(found.note)
+    assert (len(found.x_all), found.features, found.split) == (30, 4, "stratified")
+    rows = found.x_test[:, 0]
+    assert sorted(rows) == [120.0 + 4 * i for i in range(10)]
+    assert (list(rows) == sorted(rows)) == ("shuffle" not in batch)
+    np.testing.assert_array_equal(found.y_test, (rows / 4) % 2)
+
+
+def test_pipelines_are_as_their_arrays(in_folder: Path) -> None:
+    parts = "'train': pipeline(0, 30), 'test': pipeline(30, 40)"
+    arrays = load("return {**arrays, 'x_validation': x[3:8], 'y_validation': y[3:8]}")
+    found = load(f"return {{{parts}, 'validation': pipeline(3, 8)}}", source=PIPELINES)
+    assert found.digest == arrays.digest
+    assert found.split == "own"
+
+
+def test_a_pipeline_of_unknown_size_is_read_to_its_end(in_folder: Path) -> None:
+    source = PIPELINES.replace("y[first:last]))", "y[first:last])).filter(lambda x, y: x[0] >= 8)")
+    found = load("return {'train': pipeline(0, 30), 'test': pipeline(30, 40)}", source=source)
+    assert len(found.x_all) == 28
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+PARTS = "{'train': pipeline(0, 30), 'test': pipeline(30, 40)}"
+
+
+@pytest.mark.parametrize(
+    ("returned", "rule", "found", "remedy"),
+    [
+        (
+            "raise OSError('no\\nnet')",
+            "must return its data",
+            "it raised OSError: no net",
+            "fix it",
+        ),
+        ("raise SystemExit(3)", "must return its data", "it raised SystemExit: 3", "fix it"),
+        ("return None", "must return a dict", "a value of type NoneType", "return a dict of"),
+        ("return x", "must return a dict", "a value of type ndarray", "return a dict of"),
+        ("return {}", "must return x_train, y_train", "has no x_train", "return a dict of"),
+        ("return {**arrays, 'x_val': x}", "must return x_train", "has 'x_val', too", "return a"),
+        ("return {**arrays, 'x_validation': x}", "must return both", "one of them", "add it"),
+        ("return {**arrays, 'class_names': 'ab'}", "a name for each of 2 classes", "has 1", "give"),
+        ("return {**arrays, 'class_names': [1, 2]}", "list of texts", "got [1, 2]", "give each"),
+        ("return {**arrays, 'class_names': ['a', 'a']}", "that differ", "['a', 'a']", "give each"),
+        ("return {**arrays, 'x_test': [[1], [2, 3]]}", "must return arrays", "ValueError", "check"),
+        ("return {**arrays, 'x_test': None}", "x_test must hold numbers", "object()", "convert"),
+        ("return {**arrays, 'y_train': x[:30, 0]}", "whole numbers", "float32(30,)", "convert"),
+        ("return {**arrays, 'x_test': x[30:, :2]}", "of one shape", "float32(2,)", "check how"),
+    ],
+)
+def test_what_a_function_returns_is_checked(
+    in_folder: Path, returned: str, rule: str, found: str, remedy: str
+) -> None:
+    refused_as(returned, ARRAYS, rule, found, remedy)
+
+
+@pytest.mark.parametrize(
+    ("returned", "rule", "found", "remedy"),
+    [
+        (f"return {{**{PARTS}, 'test': x}}", "test must be a tf.data.Dataset", "ndarray", "return"),
+        ("return {'train': pipeline(0, 9)}", "must return train, test", "has no test", "return a"),
+        (
+            f"return {{**{PARTS}, 'train': pipeline(0, 9).repeat()}}",
+            "train must have an end",
+            "it is infinite",
+            "leave out .repeat()",
+        ),
+        (
+            f"return {{**{PARTS}, 'train': pipeline(0, 9).repeat().filter(lambda x, y: True)}}",
+            "train must have an end",
+            "more than 1,000 examples and no end yet",
+            "leave out .repeat()",
+        ),
+        (
+            f"return {{**{PARTS}, 'test': pipeline(0, 9).map(lambda x, y: x)}}",
+            "test must be a tf.data.Dataset of (examples, labels)",
+            "its elements are others",
+            "map each",
+        ),
+        (f"return {{**{PARTS}, 'test': pipeline(9, 9)}}", "must have examples", "empty", "check"),
+        (
+            f"return {{**{PARTS}, 'test': pipeline(0, 9).map(lambda x, y: "
+            "(tf.debugging.check_numerics(x / 0, 'zero'), y))}",
+            "test must be a dataset that can be read",
+            "it raised InvalidArgumentError: ",
+            "fix it",
+        ),
+        (
+            f"return {{**{PARTS}, 'test': pipeline(0, 9).map(lambda x, y: "
+            "(tf.zeros([10**7, 10**6]), y))}",
+            "test must fit into half of the free memory, ",
+            "it needs 360000.0 GB",
+            "take fewer or smaller examples",
+        ),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_pipelines_are_checked(
+    in_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    returned: str,
+    rule: str,
+    found: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(function, "MOST_EXAMPLES", 1000)
+    refused_as(returned, PIPELINES, rule, found, remedy)
+
+
+def refused_as(returned: str, source: str, rule: str, found: str, remedy: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        load(returned, source)
+    said = str(refusal.value)
+    assert said.startswith("--dataset mine:load: ")
+    assert "\n" not in said
+    assert all(part in said for part in (rule, found, remedy)), said
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("nowhere:load", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("broken:load", "SyntaxError"),
+        ("mine:other", "mine has no function other"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused(in_folder: Path, name: str, found: str) -> None:
+    Path("broken.py").write_text("def load(:")
+    Path("mine.py").write_text("load = None")
+    with pytest.raises(InputError, match=r"--dataset must name a ") as refusal:
+        load_dataset(name, 0.1)
+    assert found in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_a_function_is_searched_by_two_workers_and_called_once(in_folder: Path) -> None:
+    source = ARRAYS + "print('read', file=open('calls.txt', 'a'))\n"
+    Path("mine.py").write_text(
+        f"{source}\n\ndef load():\n    return {{**arrays, 'class_names': ['even', 'odd']}}\n"
+    )
+    options = [
+        "--n-trials",
+        "3",
+        "--epochs",
+        "1",
+        "--hidden-units",
+        "4,8",
+        "--workers",
+        "2",
+        "--report",
+        "none",
+    ]
+    code, out, err = command(in_folder, "--dataset", "mine:load", *options)
+    assert (code, err) == (0, "")
+    assert "mine:load: 27 / 3 / 10 examples to train, validate, test (stratified split)" in out
+    assert Path("calls.txt").read_text() == "read\n"
