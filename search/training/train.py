@@ -20,7 +20,7 @@ import tensorflow as tf
 from search.data.dataset import Labels
 from search.data.sources import Images
 from search.data.task import DEFAULT_OBJECTIVE, Metric
-from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of
+from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of, scaled
 from search.training.network import is_of_layers
 
 _VALIDATION_BATCH = 2_000
@@ -123,8 +123,10 @@ def _monitors(
 
 
 def evaluate(model: keras.Model, examples: tuple[Any, Labels]) -> dict[str, float]:
-    """The loss and the metrics of `model` on `examples`, scaled and as it takes them."""
+    """The loss and the metrics of `model` on `examples`, as it takes them; uint8 is scaled."""
     batches = _batched(*examples)
+    if getattr(examples[0], "dtype", None) == np.uint8:
+        batches = batches.map(lambda x, y: (scaled(x), y))
     logs = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}
 
