@@ -21,11 +21,21 @@ from mlflow.entities import Run
 from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, scaled
+from search.promotion.comparison import compare_with_baseline
 from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
-from search.study.storage import METADATA, SEED, SETTINGS, UID
+from search.study.storage import BASELINES_CORRECT, METADATA, SEED, SETTINGS, UID
 from search.study.trials import METRICS, best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
-from search.tracking.schema import COMMIT, DATASET, MODEL_URI, NOT_MADE, NUMBER, STUDY, STUDY_UID
+from search.tracking.schema import (
+    BASELINE,
+    COMMIT,
+    DATASET,
+    MODEL_URI,
+    NOT_MADE,
+    NUMBER,
+    STUDY,
+    STUDY_UID,
+)
 from search.training import environment
 
 if TYPE_CHECKING:
@@ -86,6 +96,10 @@ def retrain(
     model = network_to_register(network, dataset.normalization)
     test = evaluate(model, (dataset.x_test, dataset.y_test))
     tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
+    correct = study.user_attrs.get(BASELINES_CORRECT, {})
+    against = compare_with_baseline(model, dataset, correct)
+    if against is not None:
+        tracking.client.set_tag(run_id, BASELINE, json.dumps(against))
     loading.join()
     with tracking.active(run_id), _silence():
         model_uri = _log_model(model, dataset, origin)

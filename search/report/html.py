@@ -23,7 +23,7 @@ from search.config.hyperparameters import short
 from search.promotion.evaluation import MANY, Confusion, Evaluation
 from search.report import overview
 from search.report.overview import Overview
-from search.report.text import in_production, sentences
+from search.report.text import in_production, listed, sentences
 from search.study.storage import UID
 from search.study.trials import FINISHED, summarize
 
@@ -122,11 +122,12 @@ def build_html(
 
 def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     if found.best is not None:
+        more = f" Baselines: {listed(found.baselines)}." if found.baselines else ""
         yield Chart(
             "History of the search",
             f"val_accuracy of the {found.complete} complete trials in order, and the best so far, "
-            f"at the end {found.best.val_accuracy:.4f}.",
-            visualization.plot_optimization_history(study, target_name=_ACCURACY),
+            f"at the end {found.best.val_accuracy:.4f}.{more}",
+            _history(study, found),
         )
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     if finished:
@@ -140,6 +141,16 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     trials = study.get_trials(deepcopy=False)
     if trials:
         yield _timeline(trials)
+
+
+def _history(study: optuna.Study, found: Overview) -> go.Figure:
+    """Optuna's history, with a line at the best baseline."""
+    figure = visualization.plot_optimization_history(study, target_name=_ACCURACY)
+    if found.baselines:
+        best = max(found.baselines, key=lambda baseline: baseline.metrics[_ACCURACY])
+        x, y = [0, len(study.trials) - 1], [best.metrics[_ACCURACY]] * 2
+        figure.add_scatter(x=x, y=y, mode="lines", line_dash="dot", name=best.name)
+    return figure
 
 
 def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:

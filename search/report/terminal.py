@@ -9,6 +9,7 @@ from rich.console import Console
 from search.config.hyperparameters import describe
 from search.errors import Interrupted
 from search.report.progress import Progress
+from search.report.text import listed
 
 if TYPE_CHECKING:
     import optuna
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from search.data.dataset import Dataset
     from search.study.trials import TrialSummary
+    from search.training.baselines import Baseline
 
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 
@@ -53,6 +55,11 @@ class Lines(Progress):
             epochs = study.user_attrs["settings"]["epochs"]
             to_do = f"{missing} {more}trials of {epochs} epochs to run"
         self._print(f"study {study.study_name}: {to_do}")
+
+    def baselines(self, baselines: "list[Baseline]") -> None:
+        """Their names and validation accuracies, in one line."""
+        if baselines:
+            self._print(f"baselines: {listed(baselines)} (validation accuracy)")
 
     def trial(self, outcome: "TrialSummary", best: float | None) -> None:
         """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # only types: a run loads this before it prints its first lin
     from search.report.overview import Overview
     from search.report.progress import Result
     from search.study.trials import TrialSummary
+    from search.training.baselines import Baseline
 
 _BAR = 24  # characters
 
@@ -54,11 +55,36 @@ def sentences(found: "Overview") -> list[str]:
                 f"{found.reference.val_accuracy:.4f}."
             )
         lines[-1] += " " + gain(found.best, found.reference, found.complete)
+    if found.baselines:
+        lines.append(f"Baselines, by val_accuracy: {listed(found.baselines)}.")
+    if found.against_baseline is not None:
+        lines[-1] += f" {against_baseline(found.against_baseline)}"
     if found.finalists:
         seeds = len(found.finalists[0].val_accuracies)
         ranking = "; ".join(map(str, found.finalists))
         lines.append(f"Finalists, trained again on {seeds} fresh seeds, winner first: {ranking}.")
     return lines
+
+
+def listed(baselines: "list[Baseline]") -> str:
+    """The name and val_accuracy of each baseline."""
+    return ", ".join(
+        f"{baseline.name} {baseline.metrics['val_accuracy']:.4f}"
+        + ("" if baseline.converged else " (not converged)")
+        for baseline in baselines
+    )
+
+
+def against_baseline(found: Mapping[str, Any]) -> str:
+    """Whether the winner is better than the best baseline, in a sentence."""
+    mine, theirs = found["test_accuracy"], found["baseline_test_accuracy"]
+    compared = "significantly worse" if mine < theirs else "significantly better"
+    if not found["significant"]:
+        compared = "not significantly better"
+    return (
+        f"The network is {compared} than {found['baseline']} on the test examples: accuracy "
+        f"{mine:.4f} against {theirs:.4f}, exact McNemar p = {found['p_value']:.2g}."
+    )
 
 
 def in_production(found: "Overview") -> str:
@@ -116,7 +142,14 @@ def summary(result: "Result") -> str:
         lines += ["", _row("best", best)]
         if result.reference is not None:
             reference = summarize(result.reference)
-            lines += [_row("reference", reference), gain(best, reference, result.complete)]
+            lines += [_row("reference", reference)]
+        lines += [
+            f"{baseline.name:22s} val_accuracy {baseline.metrics['val_accuracy']:.4f}"
+            + ("" if baseline.converged else "  not converged")
+            for baseline in result.baselines
+        ]
+        if result.reference is not None:
+            lines.append(gain(best, reference, result.complete))
     if result.finalists:
         repeats = len(result.finalists[0].val_accuracies)
         lines += ["", f"finalists, mean of {repeats} fresh seeds, winner first:"]
@@ -134,6 +167,7 @@ def summary(result: "Result") -> str:
         "Retrained on training and validation data: "
         f"test accuracy {winner.test_accuracy:.4f}, test loss {winner.test_loss:.4f} "
         "(the test examples are used only here and by the gate).",
+        *([] if result.against_baseline is None else [against_baseline(result.against_baseline)]),
         f"{verb} {config.model_name} version {winner.version}: {where}.",
         f"Gate: {winner.verdict}.",
         "",
