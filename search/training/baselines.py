@@ -18,8 +18,8 @@ from search.errors import one_line
 LIMIT = 60  # seconds that all of them may take
 _ROWS = 200_000  # examples above which a model is fitted to a sample of them
 _NUMBERS = 50_000_000  # the most features of all examples in a sample: 400 MB
-_WORK = 2_000_000_000  # the most features of all examples times outputs: about 2 s an iteration
-_BLOCK = 10, 200  # the least and the most iterations between two looks at the clock
+_WORK = 1_000_000_000  # the most features of all examples times outputs: about 1 s an iteration
+_FIRST, _GROWTH = 10, 5  # iterations before the first look at the clock; factor from look to look
 Part = tuple[NDArray[Any], NDArray[Any]]  # x of shape (n, features), y of shape (n,)
 Predict = Callable[[NDArray[np.float64]], NDArray[Any]]
 
@@ -90,15 +90,17 @@ def _fit_logistic(x: NDArray[np.float64], y: NDArray[Any], limit: Limit) -> tupl
 
     # Each block but the last ends without convergence. Not `catch_warnings`: this is a thread.
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
-    work = x.size * (int(y.max()) + 1)
-    block = int(np.clip(_WORK // work, *_BLOCK))
-    model = LogisticRegression(max_iter=block, warm_start=True)
+    model = LogisticRegression(max_iter=_FIRST, warm_start=True)
     while True:
+        started = time.monotonic()
         model.fit(x, y)
-        if model.n_iter_.max() < block:
+        if model.n_iter_.max() < model.max_iter:
             return model.predict, True
         if limit.is_over():
             return model.predict, False
+        now = time.monotonic()
+        rest = (limit.deadline - now) / (now - started) * model.max_iter
+        model.max_iter = max(1, min(int(rest), _GROWTH * model.max_iter))
 
 
 def _fit_mean(_: NDArray[np.float64], y: NDArray[Any], limit: Limit) -> tuple[Predict, bool]:

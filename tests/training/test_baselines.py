@@ -87,7 +87,7 @@ def test_too_much_data_is_sampled_by_the_seed(
 
 
 def test_the_time_limit_ends_a_fit_that_has_not_converged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "_BLOCK", (2, 2))
+    monkeypatch.setattr(baselines, "_FIRST", 2)
     over = Limit(time.monotonic() - 1, threading.Event())
     majority, logistic = compute("classification", *wine(), 0, over).baselines
     assert (majority.converged, logistic.converged) == (True, False)
@@ -96,7 +96,7 @@ def test_the_time_limit_ends_a_fit_that_has_not_converged(monkeypatch: pytest.Mo
 
 def test_blocks_of_iterations_converge_as_one_fit_does(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compute("classification", *wine(), 0, in_a_minute())
-    monkeypatch.setattr(baselines, "_BLOCK", (3, 3))
+    monkeypatch.setattr(baselines, "_FIRST", 3)
     assert compute("classification", *wine(), 0, in_a_minute()).baselines == whole.baselines
 
 
@@ -113,7 +113,7 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_stop_ends_a_fit_between_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "_BLOCK", (1, 1))
+    monkeypatch.setattr(baselines, "_FIRST", 1)
     limit = in_a_minute()
     limit.stop.set()
     with pytest.raises(Stopped):
