@@ -79,6 +79,10 @@ class Session:
         self.baselines.start()
         found = self.baselines.wait(within, self.progress.stopping)
         if found is None:
+            if within > LIMIT and not self.progress.stopping():
+                self.baselines.cancel()
+                self.baselines = None
+                self.progress.warning(f"the baselines took longer than {within:g} s: left out")
             return
         self.baselines = None
         for line in found.failures:
