@@ -85,6 +85,11 @@ def check(
     if finished is not None:
         assert slots == list(range(finished))
 
+    for baseline in study.user_attrs.get("baselines", []):
+        for metric, value in baseline["metrics"].items():
+            name = f"baseline_{baseline['name'].replace(' ', '_')}_{metric}"
+            assert parent.data.metrics[name] == value
+
     winner = None
     if registered:
         winner = check_registered(client, study, children, model_name)

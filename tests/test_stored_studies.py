@@ -77,6 +77,7 @@ def test_a_stored_study_is_shown(stored: Path) -> None:
     assert (found["complete"], found["pruned"], found["unfinished"]) == (7, 3, 1)
     assert found["best"]["number"] == 0
     assert found["registered"] == "Flowers/1"
+    assert (found["baselines"], found["against_baseline"]) == ([], None)
     assert found["finalists"][0]["mean"] == pytest.approx(0.5278, abs=1e-4)
     assert found["production"]["metrics"]["test_accuracy"] == pytest.approx(0.45)
     assert contents(stored) == before

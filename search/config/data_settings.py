@@ -86,6 +86,13 @@ class DataSettings:
         "adapted to the training part and saved with the model. auto: unless examples are images.",
         choices=("auto", "none"),
     )
+    baselines: str = _data(
+        "auto",
+        "Simple models that the network is compared with: the majority class and scikit-learn's "
+        "logistic regression, on the same data. auto: for your own file; none for MNIST and "
+        "Keras' datasets.",
+        choices=("auto", "none"),
+    )
 
     @property
     def table(self) -> dict[str, Any]:

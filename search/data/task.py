@@ -1,6 +1,6 @@
 """The tasks, and the metrics that each is measured by: each is decided here and nowhere else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ KINDS = {
         objective="val_rmse",
     ),
 }
+_SIMPLE = ("val_accuracy", "val_rmse")  # metrics that every model of a task has
 DEFAULT_OBJECTIVE = METRICS["val_accuracy"]  # of studies that did not store another one
 
 
@@ -160,3 +161,8 @@ class Task:
                 name, self.decides.metrics, f"for example --objective {self.decides.objective}"
             ),
         )
+
+
+def metric_among(names: Collection[str], objective: Metric) -> Metric:
+    """The objective if it is among `names`, or else accuracy or RMSE, whichever is."""
+    return METRICS[next(name for name in (objective.name, *_SIMPLE) if name in names)]

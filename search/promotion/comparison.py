@@ -1,6 +1,7 @@
 """Compare two versions of the registered model on the same test examples, in a worker."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from search.errors import RunError, one_line
 from search.promotion.evaluation import predict
 from search.tracking.address import global_uri
 from search.tracking.runs import Tracking
+from search.training.baselines import unpack
 
 SIGNIFICANT = 0.05
 SMALLEST_P = 1e-300  # stored and shown instead of smaller ones, which floats round to 0
@@ -62,6 +64,38 @@ def compare_versions(
         )
     if isinstance(theirs, str):
         return theirs
+    return _compare(mine, theirs)
+
+
+def compare_with_baseline(
+    model: Any, dataset: Dataset, correct: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Compare a Keras model with the best baseline on the test examples; None if there is none.
+
+    correct: by the name of a baseline, which test examples it classifies correctly (`pack`).
+    Returns what a study stores of it: the name, both accuracies, how many examples only one of them
+    classifies correctly, the p-value of the exact McNemar test, and whether it is significant.
+    """
+    masks = {name: unpack(text, len(dataset.y_test)) for name, text in correct.items()}
+    if not masks:
+        return None
+    name = max(reversed(masks), key=lambda name: int(masks[name].sum()))
+    theirs = masks[name]
+    mine = predict(model, dataset)[0] == dataset.y_test
+    found = _compare(mine, theirs)
+    return {
+        "baseline": name,
+        "test_accuracy": found.challenger,
+        "baseline_test_accuracy": found.champion,
+        "only_winner": found.only_challenger,
+        "only_baseline": found.only_champion,
+        "p_value": found.p_value,
+        "significant": found.p_value < SIGNIFICANT,
+    }
+
+
+def _compare(mine: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Comparison:
+    """The comparison of a challenger and a champion, by which examples they classify correctly."""
     return Comparison(
         challenger=float(mine.mean()),
         champion=float(theirs.mean()),

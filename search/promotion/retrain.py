@@ -21,12 +21,22 @@ from mlflow.entities import Run
 from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
+from search.promotion.comparison import compare_with_baseline
 from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
 from search.promotion.table_model import log_table_model
-from search.study.storage import METADATA, SEED, SETTINGS, UID, objective
+from search.study.storage import BASELINES_CORRECT, METADATA, SEED, SETTINGS, UID, objective
 from search.study.trials import best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
-from search.tracking.schema import COMMIT, DATASET, MODEL_URI, NOT_MADE, NUMBER, STUDY, STUDY_UID
+from search.tracking.schema import (
+    BASELINE,
+    COMMIT,
+    DATASET,
+    MODEL_URI,
+    NOT_MADE,
+    NUMBER,
+    STUDY,
+    STUDY_UID,
+)
 from search.training import environment
 
 if TYPE_CHECKING:
@@ -87,6 +97,10 @@ def retrain(
     model = network_to_register(network, dataset)
     test = evaluate(model, (dataset.test_inputs(), dataset.y_test))
     tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
+    correct = study.user_attrs.get(BASELINES_CORRECT, {})
+    against = compare_with_baseline(model, dataset, correct)
+    if against is not None:
+        tracking.client.set_tag(run_id, BASELINE, json.dumps(against))
     loading.join()
     with tracking.active(run_id), _silence():
         model_uri = _log_model(model, dataset, origin)

@@ -23,7 +23,7 @@ from search.config.hyperparameters import short
 from search.promotion.evaluation import MANY, Evaluation
 from search.report import overview
 from search.report.overview import Overview
-from search.report.text import in_production, sentences
+from search.report.text import in_production, listed, sentences
 from search.report.text import tested as tested_text
 from search.study.storage import UID
 from search.study.trials import FINISHED, summarize
@@ -123,11 +123,12 @@ def build_html(
 
 def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     if found.best is not None:
+        more = f" Baselines: {listed(found.baselines, found.metric)}." if found.baselines else ""
         yield Chart(
             "History of the search",
             f"{found.objective} of the {found.complete} complete trials in order, and the best so "
-            f"far, at the end {found.metric.text(found.best.value or 0)}.",
-            visualization.plot_optimization_history(study, target_name=found.objective),
+            f"far, at the end {found.metric.text(found.best.value or 0)}.{more}",
+            _history(study, found),
         )
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     if finished:
@@ -141,6 +142,17 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     trials = study.get_trials(deepcopy=False)
     if trials:
         yield _timeline(trials)
+
+
+def _history(study: optuna.Study, found: Overview) -> go.Figure:
+    """Optuna's history, with a line at the best baseline."""
+    figure = visualization.plot_optimization_history(study, target_name=found.objective)
+    shown = [b for b in found.baselines if found.objective in b.metrics]
+    if shown:
+        best = max(shown, key=lambda b: found.metric.sign * b.metrics[found.objective])
+        x, y = [0, len(study.trials) - 1], [best.metrics[found.objective]] * 2
+        figure.add_scatter(x=x, y=y, mode="lines", line_dash="dot", name=best.name)
+    return figure
 
 
 def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:

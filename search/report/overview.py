@@ -19,6 +19,7 @@ from search.study.ranking import Finalist
 from search.study.trials import FINISHED, TrialSummary, summarize
 from search.tracking.address import check_uri
 from search.tracking.registered_model import Production, find_production
+from search.training.baselines import Baseline
 
 SCHEMA = 2
 _TOP = 10
@@ -55,10 +56,12 @@ class Overview:
     space: the values or range of each hyperparameter that is searched. fixed: what all trials have
     in common that differs from the default network. objective: the metric that the study goes by;
     direction: maximize or minimize. best: the COMPLETE trial with the best value. reference: the
-    trial of the reference configuration. top: the best COMPLETE trials, best first. finalists: the
-    trials that were trained again, the best mean first, which is the winner. registered: the
-    winner's model and version. failures: the FAIL trials. production: the version of the model that
-    is in production, of this study or another.
+    trial of the reference configuration. baselines: simple models on the same data.
+    against_baseline: how the retrained winner compares with the best of them, None if it was not
+    compared. top: the best COMPLETE trials, best first. finalists: the trials that were trained
+    again, the best mean first, which is the winner. registered: the winner's model and version.
+    failures: the FAIL trials. production: the version of the model that is in production, of this
+    study or another.
     """
 
     study: str
@@ -76,6 +79,8 @@ class Overview:
     direction: str
     best: TrialSummary | None
     reference: TrialSummary | None
+    baselines: list[Baseline]
+    against_baseline: dict[str, Any] | None
     top: list[TrialSummary]
     finalists: list[Finalist]
     registered: str | None
@@ -141,6 +146,8 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         direction=objective.direction,
         best=summarize(complete[0]) if complete else None,
         reference=None if first is None else summarize(first),
+        baselines=baselines_of(study),
+        against_baseline=against_baseline_of(study),
         top=[summarize(trial) for trial in complete[:_TOP]],
         finalists=ranking.standing(study),
         registered=None if won is None else won.user_attrs.get(storage.VERSION),
@@ -149,6 +156,18 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         failures=[summarize(trial) for trial in trials if trial.state is TrialState.FAIL],
         production=find_production(config),
     )
+
+
+def baselines_of(study: optuna.Study) -> list[Baseline]:
+    """The study's baselines; empty if none are stored."""
+    return [Baseline(**kept) for kept in study.user_attrs.get(storage.BASELINES, [])]
+
+
+def against_baseline_of(study: optuna.Study) -> dict[str, Any] | None:
+    """How the retrained winner compares with the best baseline; None if it was not compared."""
+    won = ranking.winner(study)
+    found: dict[str, Any] | None = None if won is None else won.user_attrs.get(storage.AGAINST)
+    return found
 
 
 def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:

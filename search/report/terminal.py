@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from search.config.hyperparameters import describe
-from search.data.task import DEFAULT_OBJECTIVE
+from search.data.task import DEFAULT_OBJECTIVE, metric_among
 from search.errors import Interrupted
 from search.report.progress import Progress
+from search.report.text import listed
 
 if TYPE_CHECKING:
     import optuna
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from search.data.dataset import Dataset
     from search.study.trials import TrialSummary
+    from search.training.baselines import Baseline
 
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 
@@ -58,6 +60,12 @@ class Lines(Progress):
             epochs = study.user_attrs["settings"]["epochs"]
             to_do = f"{missing} {more}trials of {epochs} epochs to run"
         self._print(f"study {study.study_name}: {to_do}")
+
+    def baselines(self, baselines: "list[Baseline]") -> None:
+        """Their names and validation accuracies, in one line."""
+        if baselines:
+            label = metric_among(baselines[0].metrics, self._objective).label
+            self._print(f"baselines: {listed(baselines, self._objective)} (validation {label})")
 
     def trial(self, outcome: "TrialSummary", best: float | None) -> None:
         """One line: number, state, objective, hyperparameters, seconds, best so far."""

@@ -3,13 +3,13 @@
 import shlex
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from search.config.hyperparameters import describe, short
 from search.config.parameter import Value
-from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric
+from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric, metric_among
 from search.errors import redact
 
 if TYPE_CHECKING:  # only types: a run loads this before it prints its first line
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # only types: a run loads this before it prints its first lin
     from search.report.overview import Overview
     from search.report.progress import Result
     from search.study.trials import TrialSummary
+    from search.training.baselines import Baseline
 
 _BAR = 24  # characters
 LOSS = METRICS["val_loss"]
@@ -59,11 +60,50 @@ def sentences(found: "Overview") -> list[str]:
                 f"{found.metric.text(found.reference.value or 0)}."
             )
         lines[-1] += " " + gain(found.best, found.reference, found.complete, found.metric)
+    if found.baselines:
+        metric = metric_among(found.baselines[0].metrics, found.metric)
+        lines.append(f"Baselines, by {metric.name}: {listed(found.baselines, found.metric)}.")
+    if found.against_baseline is not None:
+        lines[-1] += f" {against_baseline(found.against_baseline)}"
     if found.finalists:
         seeds = len(found.finalists[0].values)
         ranking = "; ".join(finalist.text(found.metric) for finalist in found.finalists)
         lines.append(f"Finalists, trained again on {seeds} fresh seeds, winner first: {ranking}.")
     return lines
+
+
+def listed(baselines: "list[Baseline]", objective: Metric) -> str:
+    """The name of each baseline and how good it is."""
+    metric = metric_among(baselines[0].metrics, objective)
+    return ", ".join(
+        f"{baseline.name} {metric.text(baseline.metrics[metric.name])}"
+        + ("" if baseline.converged else " (not converged)")
+        for baseline in baselines
+    )
+
+
+def _baselines(baselines: "list[Baseline]", objective: Metric) -> list[str]:
+    """A line for each, as one for the reference."""
+    if not baselines:
+        return []
+    metric = metric_among(baselines[0].metrics, objective)
+    return [
+        f"{baseline.name:22s} {shown(metric, baseline.metrics[metric.name])}"
+        + ("" if baseline.converged else "  not converged")
+        for baseline in baselines
+    ]
+
+
+def against_baseline(found: Mapping[str, Any]) -> str:
+    """Whether the winner is better than the best baseline, in a sentence."""
+    mine, theirs = found["test_accuracy"], found["baseline_test_accuracy"]
+    compared = "significantly worse" if mine < theirs else "significantly better"
+    if not found["significant"]:
+        compared = "not significantly better"
+    return (
+        f"The network is {compared} than {found['baseline']} on the test examples: accuracy "
+        f"{mine:.4f} against {theirs:.4f}, exact McNemar p = {found['p_value']:.2g}."
+    )
 
 
 def in_production(found: "Overview") -> str:
@@ -140,10 +180,10 @@ def summary(result: "Result") -> str:
         lines += ["", _row("best", best, objective)]
         if result.reference is not None:
             reference = summarize(result.reference)
-            lines += [
-                _row("reference", reference, objective),
-                gain(best, reference, result.complete, objective),
-            ]
+            lines += [_row("reference", reference, objective)]
+        lines += _baselines(result.baselines, objective)
+        if result.reference is not None:
+            lines.append(gain(best, reference, result.complete, objective))
     if result.finalists:
         repeats = len(result.finalists[0].values)
         lines += ["", f"finalists, mean of {repeats} fresh seeds, winner first:"]
@@ -160,6 +200,7 @@ def summary(result: "Result") -> str:
         _chosen(result, winner, objective),
         f"Retrained on training and validation data: {tested(winner.metrics, objective)} "
         "(the test examples are used only here and by the gate).",
+        *([] if result.against_baseline is None else [against_baseline(result.against_baseline)]),
         f"{verb} {config.model_name} version {winner.version}: {where}.",
         f"Gate: {winner.verdict}.",
         "",

@@ -155,6 +155,11 @@ class Tracking:
         own = tags.get(schema.NOTE, "") in ("", tags.get(schema.SUMMARY))
         self._log(run_id, tags={**({schema.NOTE: text} if own else {}), schema.SUMMARY: text})
 
+    def log_values(self, run_id: str, values: Mapping[str, float]) -> None:
+        """Log metrics that have no epoch."""
+        now = int(time.time() * 1000)
+        self._log(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
+
     # ---- runs of trials ----------------------------------------------------------------------
 
     def create_run(

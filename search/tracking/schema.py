@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config.hyperparameters import shared
@@ -12,7 +13,7 @@ from search.data.dataset import Dataset
 from search.data.task import METRICS
 from search.errors import printable
 from search.study.ranking import repeats_of
-from search.study.storage import REASON, SEED, VERSION
+from search.study.storage import BASELINES, REASON, SEED, VERSION
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
@@ -20,6 +21,7 @@ ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_vers
 BEST_EPOCH = "optuna.best_epoch"  # from 0; of a trial with early stopping
 MODEL_URI = "model_uri"  # of a retraining's run that is complete
 NOT_MADE = "evaluation.failure"  # of a retraining's run: what could not be evaluated, and why
+BASELINE = "evaluation.baseline"  # of a retraining's run: its comparison with the best baseline
 COMMIT = "mlflow.source.git.commit"
 DATASET = "lineage.dataset"  # the digest of the data
 LINEAGE = (  # a model's origin: tags of its run and version, and the model's metadata
@@ -77,6 +79,15 @@ def params_of(trial: FrozenTrial, metadata: Metadata) -> dict[str, Any]:
 def test_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Those of the run of a retraining that are of the test examples, as `test_loss`."""
     return {name: value for name, value in metrics.items() if name.startswith("test_")}
+
+
+def baseline_metrics(study: optuna.Study) -> dict[str, float]:
+    """The metrics of the study's baselines, which its parent run must have."""
+    return {
+        f"baseline_{baseline['name'].replace(' ', '_')}_{name}": value
+        for baseline in study.user_attrs.get(BASELINES, [])
+        for name, value in baseline["metrics"].items()
+    }
 
 
 def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:

@@ -95,6 +95,7 @@ class Stores:
             *self._lost(trials, None),
             *self._strays(pairs, runs, at_rest),
             *self._mismatches(pairs, runs, at_rest),
+            *self._baselines(),
             *self._stages(),
         ]
 
@@ -175,6 +176,15 @@ class Stores:
                 what = f"{label}: its run differs: {'; '.join(wrong)}"
                 yield Disagreement(what, partial(self._repair, trial, run))
 
+    def _baselines(self) -> Iterator[Disagreement]:
+        """The metrics of the baselines, where the parent run lacks them."""
+        expected = schema.baseline_metrics(self.study)
+        if expected:
+            found = self.tracking.client.get_run(self.parent).data.metrics
+            if expected != {name: found.get(name) for name in expected}:
+                what = "the parent run: its metrics of the baselines differ"
+                yield Disagreement(what, self.write_baselines)
+
     def _stages(self) -> Iterator[Disagreement]:
         """Versions of the model whose stage does not follow the alias."""
         repair = partial(follow_alias, self.tracking, self.config)
@@ -219,6 +229,10 @@ class Stores:
         )
         self._link(trial, run_id)
         self.tracking.repair(run_id, trial, self._metadata)
+
+    def write_baselines(self) -> None:
+        """Write the metrics of the baselines into the parent run."""
+        self.tracking.log_values(self.parent, schema.baseline_metrics(self.study))
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
         if "repeat" not in trial.user_attrs:

@@ -108,6 +108,7 @@ class Executor:
         timeout: float | None,
         patience: "Patience",
         max_failures: int,
+        meanwhile: Callable[[], object] = list,
     ) -> str | None:
         """Run a trial for every slot; returns why it stopped early, if it did.
 
@@ -116,6 +117,7 @@ class Executor:
         on_trial: gets every trial's summary, in the order in which they end.
         on_death: is called when a worker has died; returns the slots that are missing now, because
         a trial may have ended whose summary did not arrive.
+        meanwhile: is called in this process after trials were started, before they are waited for.
         Raises RunError after `max_failures` configurations in a row have failed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -154,7 +156,8 @@ class Executor:
 
         first = [(slot,) for slot in slots]
         task = partial(tasks.call, "run_trial")
-        return self._run(task, first, on_result, missing, lambda: self._why_stop() or why_stop())
+        stop = lambda: self._why_stop() or why_stop()  # noqa: E731
+        return self._run(task, first, on_result, missing, stop, meanwhile)
 
     def _why_stop(self) -> str | None:
         return INTERRUPTED if self._stopping() else None
