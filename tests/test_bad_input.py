@@ -350,7 +350,7 @@ def test_what_needs_images_is_refused_for_other_examples(
     ],
 )
 def test_an_unknown_preset_is_refused(refused: Refused, name: str, said: str) -> None:
-    rule = "error: --preset must be one of cnn, default, grid, wide"
+    rule = "error: --preset must be one of cnn, default, grid, table, wide"
     refused(command(preset=name), rule, f"but got {name!r}", said)
 
 

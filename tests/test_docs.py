@@ -204,7 +204,7 @@ def test_the_function_on_the_page_of_data_is_a_dataset(
 ) -> None:
     import keras
 
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(in_folder)  # before the folders of other tests
     with np.load(MNIST) as mnist:
         train, test = ((mnist[f"x_{part}"], mnist[f"y_{part}"]) for part in ("train", "test"))
     monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda path: (train, test))

@@ -107,8 +107,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise error
         return build(what, *arguments)
 
-    for module in ("workers.trial", "training.network"):  # the retraining asks the latter
-        monkeypatch.setattr(f"search.{module}.build_network", fails)
+    monkeypatch.setattr("search.training.network.build_network", fails)
     return tried
 
 
@@ -238,7 +237,7 @@ def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
     sorted_clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # as it was then
-        patch.setattr("search.data.dataset.is_own", lambda _: False)
+        patch.setattr("search.data.load.is_own", lambda _: False)
         patch.setattr(Dataset, "problem", None)
         run(config(sorted_clouds, epochs=2, n_trials=2))
     out = io.StringIO()

@@ -84,7 +84,8 @@ def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
             return None
         settings: dict[str, Any] | None = study.user_attrs.get(SETTINGS)
         wanted = METRICS.get(config.objective)  # None: auto, which depends on the data
-        _refuse_foreign(study, config, wanted if settings is None else objective_of(settings))
+        stored = objective_of(settings) if isinstance(settings, Mapping) else wanted
+        _refuse_foreign(study, config, stored)
         return settings
 
 

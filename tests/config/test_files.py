@@ -58,7 +58,8 @@ def test_every_preset_is_valid_and_has_a_line(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = files.build_config({"preset": name})
-    assert config.study_name == ("mnist-dnn" if name == "default" else f"mnist-{name}")
+    names = {"default": "mnist-dnn", "table": "table"}
+    assert config.study_name == names.get(name, f"mnist-{name}")
     assert cli.main(["presets"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == name]
     assert len(line.split()) > 5

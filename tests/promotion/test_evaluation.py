@@ -110,7 +110,9 @@ def test_predictions_of_many_classes_are_made_a_few_examples_at_a_time(
         return original(rows, **named)
 
     monkeypatch.setattr(network, "predict", predict)
-    predicted, confidence = evaluation.predict(network, x)
+    predicted, confidence = evaluation.predict(
+        network, small_dataset(x_test=x, y_test=np.zeros(25, np.int32))
+    )
     assert asked == [(10, 10), (10, 10), (5, 10)]
     assert predicted.tolist() == whole.argmax(axis=1).tolist()
     assert confidence == pytest.approx(whole.max(axis=1), abs=1e-6)
