@@ -87,7 +87,9 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
         raise InputError(dataset.problem)
     name = f"{dataset.name.rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
     normalized = dataset.normalization is not None
-    settings = config.settings(name, split=dataset.split, normalized=normalized)
+    settings = config.settings(
+        name, split=dataset.split, normalized=normalized, task=dataset.task.kind
+    )
     check_tracking(config.tracking_uri)
     check_experiment(config)
     if config.scheduler is not None:

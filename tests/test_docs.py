@@ -179,10 +179,18 @@ def test_the_settings_file_is_read(tmp_path: Path) -> None:
 def test_the_arrays_of_a_table_are_a_dataset(in_folder: Path) -> None:
     rows = np.c_[arrays()["x_train"], arrays()["y_train"]]
     np.savetxt("flowers.csv", rows, delimiter=",", header="a,b,c,d,class")
-    (text,) = blocks(DOCS / "your-data.md", "python")
+    text, _ = blocks(DOCS / "your-data.md", "python")
     exec(text, {})
     dataset = load_dataset("./mine.npz", 0.25, split="stratified", normalize=True)
     assert (dataset.features, dataset.classes, len(dataset.x_test)) == (4, 2, 8)
+
+
+def test_the_arrays_of_a_regression_are_a_dataset(in_folder: Path) -> None:
+    pytest.importorskip("sklearn")
+    _, text = blocks(DOCS / "your-data.md", "python")
+    exec(text, {})
+    task = load_dataset("diabetes.npz", 0.1, split="random", task="regression").task
+    assert (task.kind, task.outputs, 140 < task.mean < 160) == ("regression", 1, True)
 
 
 @each_page()
@@ -229,5 +237,5 @@ def test_the_registered_model_and_its_origin_are_loaded(
 def test_every_block_of_python_is_run_but_those_for_clusters() -> None:
     """Here, and in test_custom_model."""
     found = {page.stem: len(blocks(page, "python")) for page in PAGES}
-    run = dict.fromkeys(("README", "your-data", "your-model", "results", "trust"), 1)
+    run = {"README": 1, "your-data": 2, "your-model": 1, "results": 1, "trust": 1}
     assert {name: number for name, number in found.items() if number} == {**run, "cluster": 2}

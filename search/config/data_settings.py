@@ -33,10 +33,17 @@ class DataSettings:
     )
     split: str | None = _data(
         None,
-        "Which training examples are used for validation: the last ones, or a stratified random "
-        "sample, seeded by --seed. auto: stratified for your own file, last for the others.",
-        choices=("last", "stratified"),
+        "Which training examples are used for validation: the last ones, or a random sample, "
+        "seeded by --seed, stratified by class or not. auto: for your own file stratified, random "
+        "for a regression; last for the others.",
+        choices=("last", "random", "stratified"),
         none="auto",
+    )
+    task: str = _data(
+        "auto",
+        "What is predicted: a class or a number. auto: a number if the targets of your own file "
+        "are not whole numbers.",
+        choices=("auto", "classification", "regression"),
     )
     normalize: str = _data(
         "auto",

@@ -212,12 +212,18 @@ class StudyConfig(DataSettings):
             raise InputError(str(error)) from None
 
     def settings(
-        self, dataset_digest: str, *, split: str = "last", normalized: bool = False
+        self,
+        dataset_digest: str,
+        *,
+        split: str = "last",
+        normalized: bool = False,
+        task: str = "classification",
     ) -> dict[str, Any]:
         """The settings that must not change during a study, stored with it.
 
-        Sampler and pruner may change, except to or from a grid. split, normalized: how the dataset
-        was prepared; stored only if it differs from what older studies, without the choice, used.
+        Sampler and pruner may change, except to or from a grid. split, normalized, task: how the
+        dataset was prepared and what is predicted; stored only if it differs from what older
+        studies, without the choice, used.
         """
         model = {}
         if self.model is not None:
@@ -241,6 +247,7 @@ class StudyConfig(DataSettings):
             "batch_size": self.space.fixed().get("batch_size", size),
             "seed": self.seed,
             **({} if self.objective in ("auto", "val_accuracy") else {"objective": self.objective}),
+            **({} if task == "classification" else {"task": task}),
             **({} if split == "last" else {"split": split}),
             **({"normalize": "auto"} if normalized else {}),
         }

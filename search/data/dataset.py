@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.settings import StudyConfig
-from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
-from search.data.sources import ARRAYS, Images, flat, is_own, read
-from search.data.task import Metric, Task, objective_of
+from search.data.preprocessing import ENOUGH, Normalization, fit, random_part, stratified
+from search.data.sources import ARRAYS, Images, flat, is_own, kind_of, read
+from search.data.task import KINDS, Metric, Task, objective_of
 from search.errors import InputError
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
 _CHANNELS = (1, 3)
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
-Labels = NDArray[np.int32]
+Labels = NDArray[np.int32] | NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Dataset:
 
     x: shape (n, features). uint8 stays uint8, for a quarter of the memory, and is scaled to [0, 1]
     where it is used (`scaled`, and in the graph); all else is float32.
-    y: int32 of shape (n,), from 0 to `classes` - 1.
+    y: int32 of shape (n,), from 0 to `classes` - 1. In a regression float32, and `classes` is 0:
+    `y_all` is standardized by the task's mean and deviation, `y_test` is in the target's own unit.
     `x_all`, `y_all`: the training part, the first `train_size` examples, then the validation part.
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
@@ -68,9 +69,12 @@ class Dataset:
         sizes = self.train_size, len(self.x_all) - self.train_size, len(self.x_test)
         counts = " / ".join(f"{size:,}" for size in sizes)
         normalized = "" if self.normalization is None else ", normalized"
+        what = f"{self.classes} classes"
+        if not self.task.classes:
+            what = f"a number to predict ({self.task.mean:.5g} ± {self.task.deviation:.5g})"
         return (
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
-            f"{self.features} features{normalized}, {self.classes} classes; "
+            f"{self.features} features{normalized}, {what}; "
             f"test examples in the training data: {self.repeated:,}"
         )
 
@@ -81,6 +85,8 @@ class Dataset:
         The training part needs examples of every class, the validation part of every class that
         has at least ENOUGH.
         """
+        if not self.task.classes:
+            return None
         counts = np.bincount(self.y_all, minlength=self.classes)
         for part, (_, labels), needed in (
             ("training", self.train, 1),
@@ -117,15 +123,18 @@ def load_dataset(
     split: str = "last",
     seed: int = 0,
     normalize: bool = False,
+    task: str = "auto",
 ) -> Dataset:
     """The dataset `name`: mnist, one of Keras', or the path of an .npz file.
 
     validation_split: fraction of the training data used for validation: with `split` "last" its
-    end, as in Keras; with "stratified" a random sample, by `seed`, with the same class proportions.
+    end, as in Keras; with "random" a random sample, by `seed`; with "stratified" one with the same
+    class proportions, or in a regression any. task: its kind, or auto.
     normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
     training part. Raises InputError, in one line, if it cannot be used.
     """
-    arrays = read(name)
+    arrays = read(name, task)
+    kind = kind_of(arrays["y_train"], task)
     digest = hashlib.sha256()
     for key in ARRAYS:
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
@@ -139,10 +148,12 @@ def load_dataset(
             f"{len(x_train) - train_size}; give a fraction nearer to 0.5 or more data"
         )
     x_all, x_test = (flat(name, key, arrays[key]) for key in ("x_train", "x_test"))
-    y_all, y_test = (arrays[key].ravel().astype(np.int32) for key in ("y_train", "y_test"))
+    y_type: Any = np.int32 if KINDS[kind].has_classes else np.float32
+    y_all, y_test = (arrays[key].ravel().astype(y_type) for key in ("y_train", "y_test"))
     repeated = _count_repeated(x_test, x_all)
-    if split == "stratified":
-        validates = stratified(y_all, len(x_all) - train_size, seed)
+    if split != "last":
+        split = split if KINDS[kind].has_classes else "random"
+        validates = _random_split(split, y_all, len(x_all) - train_size, seed)
         order = np.argsort(validates, kind="stable")
         x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
     normalization = None
@@ -150,7 +161,7 @@ def load_dataset(
         numbers = x_all.astype(np.float32, copy=False)
         normalization = fit(name, numbers[:train_size])
         x_all = normalization.apply(numbers)
-    classes = int(y_all.max()) + 1
+    described, y_all = _described(kind, y_all, train_size)
     return Dataset(
         name=name,
         digest=digest.hexdigest(),
@@ -159,13 +170,32 @@ def load_dataset(
         x_test=x_test,
         y_test=y_test,
         train_size=train_size,
-        classes=classes,
+        classes=described.classes,
         sample_shape=x_train.shape[1:],
         split=split,
         normalization=normalization,
         repeated=repeated,
-        task=Task("classification", classes),
+        task=described,
     )
+
+
+def _random_split(split: str, y: NDArray[Any], size: int, seed: int) -> NDArray[np.bool_]:
+    """A mask of about `size` validation examples, chosen as `split` says: random or stratified."""
+    if split == "random":
+        return random_part(len(y), size, seed)
+    return stratified(y, size, seed)
+
+
+def _described(kind: str, y: NDArray[Any], train_size: int) -> tuple[Task, NDArray[Any]]:
+    """The task with the targets `y`, and `y`, standardized by the training part if it is numbers.
+
+    Where all numbers of the training part are equal, they are divided by 1.
+    """
+    if KINDS[kind].has_classes:
+        return Task(kind, int(y.max()) + 1), y
+    mean, deviation = (float(f(y[:train_size], dtype=float)) for f in (np.mean, np.std))
+    task = Task(kind, 1, mean=mean, deviation=deviation or 1.0)
+    return task, ((y.astype(float) - task.mean) / task.deviation).astype(np.float32)
 
 
 def _count_repeated(x_test: Images, x_train: Images) -> int:
@@ -182,16 +212,33 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
     """
     own = is_own(config.dataset)
     split, normalize = ("stratified" if own else "last"), own
+    task = config.task
     if stored is not None:
-        split = "stratified" if stored.get("split") == "stratified" else "last"
+        split = stored.get("split", "last")
         normalize = "normalize" in stored
-    return load_dataset(
+        task = stored.get("task", "classification") if task == "auto" else task
+    dataset = load_dataset(
         config.dataset,
         config.validation_split,
         split=config.split or split,
         seed=config.seed,
         normalize=normalize and config.normalize == "auto",
+        task=task,
     )
+    _check_task(config, dataset)
+    return dataset
+
+
+def _check_task(config: StudyConfig, dataset: Dataset) -> None:
+    """Raise InputError for options that make no sense in the task of `dataset`."""
+    smooths = str(config.space.parameters["label_smoothing"]) != "0"
+    for option, used, remedy in (
+        ("--split stratified", config.split == "stratified", "give --split random or last"),
+        ("--label-smoothing", smooths, "leave it out"),
+    ):
+        if used and not dataset.task.classes:
+            found = f"the task of {dataset.name} is {dataset.task.kind}"
+            raise InputError(f"{option} needs classes", found, remedy)
 
 
 def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None) -> int:

@@ -1,4 +1,4 @@
-"""Preprocessing of the training data: the stratified split and normalization."""
+"""Preprocessing of the training data: the random splits and normalization."""
 
 from dataclasses import dataclass
 
@@ -47,6 +47,11 @@ def stratified(y: NDArray[np.int32], size: int, seed: int) -> NDArray[np.bool_]:
     rank = np.empty(len(y), int)
     rank[order] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.asarray(rank < take[y], bool)
+
+
+def random_part(examples: int, size: int, seed: int) -> NDArray[np.bool_]:
+    """A mask of `size` of so many examples: a random sample for validation."""
+    return np.asarray(np.random.default_rng(seed).permutation(examples) < size, bool)
 
 
 def fit(name: str, x: NDArray[np.float32]) -> Normalization:

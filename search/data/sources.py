@@ -33,11 +33,19 @@ def is_own(name: str) -> bool:
     return name != "mnist" and name not in KERAS_DATASETS
 
 
-def read(name: str) -> dict[str, NDArray[Any]]:
+def kind_of(y: NDArray[Any], task: str) -> str:
+    """The kind of the task with the training targets `y`: `task`, unless that is auto."""
+    if task != "auto":
+        return task
+    fractions = y.dtype.kind == "f" and bool(np.any(y != np.floor(y)))
+    return "regression" if fractions else "classification"
+
+
+def read(name: str, task: str = "auto") -> dict[str, NDArray[Any]]:
     """The arrays x_train, y_train, x_test and y_test of the dataset `name`, as they are stored.
 
-    x is numeric, of shape (n, ...); y integer, of shape (n,) or (n, 1), from 0 to classes - 1.
-    Raises InputError, in one line.
+    x is numeric, of shape (n, ...); y of shape (n,) or (n, 1): integer from 0 to classes - 1, or in
+    a regression numbers. Raises InputError, in one line.
     """
     if name == "mnist":
         arrays = _read_file(MNIST, name)
@@ -50,7 +58,7 @@ def read(name: str) -> dict[str, NDArray[Any]]:
             f"--dataset must be mnist, {', '.join(KERAS_DATASETS)} or the path of an .npz file, "
             f"but got {name!r}; check the spelling"
         )
-    _check(arrays, functools.partial(_refusal, name))
+    _check(arrays, kind_of(arrays["y_train"], task), functools.partial(_refusal, name))
     return arrays
 
 
@@ -119,10 +127,10 @@ def _read_keras(name: str) -> dict[str, NDArray[Any]]:
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
-def _check(arrays: dict[str, NDArray[Any]], refuse: _Refuse) -> None:
-    """Raise InputError unless the arrays are a classification dataset."""
+def _check(arrays: dict[str, NDArray[Any]], kind: str, refuse: _Refuse) -> None:
+    """Raise InputError unless the arrays are a dataset for a task of this kind."""
     for part in ("train", "test"):
-        _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
+        _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], kind, refuse)
     x_train, y_train, x_test, y_test = (arrays[key] for key in ARRAYS)
     same_type = (x_train.dtype == np.uint8) == (x_test.dtype == np.uint8)
     if x_train.shape[1:] != x_test.shape[1:] or not same_type:
@@ -131,6 +139,9 @@ def _check(arrays: dict[str, NDArray[Any]], refuse: _Refuse) -> None:
             f"{x_train.dtype}{x_train.shape[1:]} and {x_test.dtype}{x_test.shape[1:]}",
             "rows",
         )
+    if kind == "regression":
+        _check_numbers(y_train, y_test, refuse)
+        return
     present = np.unique(y_train)
     if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
         shown = ", ".join(map(str, present[:12])) + (", ..." if len(present) > 12 else "")
@@ -143,12 +154,25 @@ def _check(arrays: dict[str, NDArray[Any]], refuse: _Refuse) -> None:
         )
 
 
-def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], refuse: _Refuse) -> None:
+def _check_numbers(y_train: NDArray[Any], y_test: NDArray[Any], refuse: _Refuse) -> None:
+    """Raise InputError unless a network can learn these targets in float32."""
+    for key, y in (("y_train", y_train), ("y_test", y_test)):
+        with np.errstate(over="ignore"):
+            if not np.isfinite(y.astype(np.float32)).all():
+                rule = f"{key} must hold finite numbers (float32)"
+                raise refuse(rule, "NaN or infinity", "rows")
+    if float(y_train.std(dtype=float)) <= 1e-6 * float(np.abs(y_train).max()):
+        found = f"only {float(y_train.flat[0]):g}, or numbers too close to it for float32"
+        raise refuse("y_train must hold numbers that differ", found, "rows")
+
+
+def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], kind: str, refuse: _Refuse) -> None:
     if x.dtype.kind not in "buif" or x.ndim < 2:
         rule = f"x_{part} must hold numbers in shape (n, ...)"
         raise refuse(rule, f"{x.dtype}{x.shape}", "numeric")
-    if y.dtype.kind not in "ui" or (y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1)):
-        rule = f"y_{part} must hold whole numbers in shape (n,)"
+    numbers, what = ("uif", "numbers") if kind == "regression" else ("ui", "whole numbers")
+    if y.dtype.kind not in numbers or (y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1)):
+        rule = f"y_{part} must hold {what} in shape (n,)"
         raise refuse(rule, f"{y.dtype}{y.shape}", "numeric")
     if len(x) != len(y):
         rule = f"x_{part} and y_{part} must be of one length"

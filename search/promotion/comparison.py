@@ -11,8 +11,11 @@ from requests import RequestException
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, scaled
+from search.data.task import DEFAULT_OBJECTIVE
 from search.errors import RunError, one_line
-from search.promotion.evaluation import predict
+from search.promotion import bootstrap
+from search.promotion.bootstrap import PairedBootstrap
+from search.promotion.evaluation import outputs_of, predict
 from search.tracking.address import global_uri
 from search.tracking.runs import Tracking
 
@@ -49,10 +52,16 @@ class Comparison:
 
 def compare_versions(
     config: StudyConfig, dataset: Dataset, tracking: Tracking, challenger: int, champion: int
-) -> Comparison | str:
-    """Compare two versions on the test examples; or return why the champion can't be compared."""
+) -> Comparison | PairedBootstrap | str:
+    """Compare two versions on the test examples; or return why the champion can't be compared.
+
+    By the exact McNemar test where the objective is the accuracy, else by a paired bootstrap of the
+    objective, seeded by the study's seed.
+    """
+    objective = dataset.task.objective(config.objective)
+    by_accuracy = objective == DEFAULT_OBJECTIVE
     mine, theirs = (
-        _correct(f"models:/{config.model_name}/{version}", dataset, tracking)
+        _answers(f"models:/{config.model_name}/{version}", dataset, tracking, by_accuracy)
         for version in (challenger, champion)
     )
     if isinstance(mine, str):
@@ -62,6 +71,9 @@ def compare_versions(
         )
     if isinstance(theirs, str):
         return theirs
+    if not by_accuracy:
+        y = dataset.y_test
+        return bootstrap.compare(dataset.task, objective, y, mine, theirs, config.seed)
     return Comparison(
         challenger=float(mine.mean()),
         champion=float(theirs.mean()),
@@ -70,8 +82,13 @@ def compare_versions(
     )
 
 
-def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] | str:
-    """Which test examples a model classifies correctly, or why it can't be evaluated."""
+def _answers(
+    uri: str, dataset: Dataset, tracking: Tracking, by_accuracy: bool
+) -> NDArray[Any] | str:
+    """Which test examples a model classifies correctly, or why it can't be evaluated.
+
+    by_accuracy: if false, its outputs for them instead.
+    """
     with tempfile.TemporaryDirectory() as folder:  # else MLflow writes into the model's folder
         try:
             with global_uri(tracking.uri):
@@ -79,12 +96,19 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
 
                 model: Any = mlflow.keras.load_model(uri, dst_path=folder)
             shapes = model.input_shape, model.output_shape
-            if shapes != ((None, dataset.features), (None, dataset.classes)):
+            if shapes != ((None, dataset.features), (None, dataset.task.outputs)):
+                classes = (
+                    f"{dataset.classes} classes" if dataset.classes else "one number to predict"
+                )
                 return (
                     f"it takes {shapes[0]} and returns {shapes[1]}, but this study's data have "
-                    f"{dataset.features} features and {dataset.classes} classes"
+                    f"{dataset.features} features and {classes}"
                 )
-            predicted, _ = predict(model, scaled(dataset.x_test))
+            if by_accuracy:
+                predicted, _ = predict(model, scaled(dataset.x_test))
+                return np.asarray(predicted == dataset.y_test)
+            outputs = outputs_of(model, dataset)
+            return "its outputs do not fit into memory" if outputs is None else outputs
         except MemoryError:
             raise
         except Exception as error:  # with a damaged file, Keras, zipfile and json raise anything
@@ -94,8 +118,6 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
                 return "it is not a Keras model"
             why = one_line(error).replace(f"{folder}/", "")
             return f"it can't be loaded ({type(error).__name__}: {why})"
-    correct: NDArray[np.bool_] = predicted == dataset.y_test
-    return correct
 
 
 def _is_server_error(error: Exception, tracking: Tracking) -> bool:

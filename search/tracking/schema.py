@@ -102,7 +102,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "train_samples": dataset.train_size,
             "validation_samples": len(dataset.x_all) - dataset.train_size,
             "test_samples": len(dataset.x_test),
-            "num_classes": dataset.classes,
+            **({"num_classes": dataset.classes} if dataset.classes else {}),
         },
         "dataset": described.to_dict(),
         "space": {name: str(p) for name, p in config.space.searched().items()},

@@ -11,7 +11,6 @@ import numpy as np
 from search.config.custom_model import CustomModel
 from search.data.preprocessing import Normalization
 from search.data.task import Task
-from search.training.metrics import compiled_metrics
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
 _seeding = threading.Lock()
@@ -27,8 +26,9 @@ def build_network(
     """The compiled network with the hyperparameters `hp`: all that matter, by name.
 
     shape: of one example; the network takes flat examples, float32 of shape (n, features), and
-    returns probabilities of shape (n, classes). task: decides output and loss. custom: the custom
-    model (`--model`), if any. The initial weights depend on `seed` alone.
+    returns probabilities of shape (n, classes), or in a regression standardized numbers of shape
+    (n, 1). custom: the custom model (`--model`), if any. The initial weights depend on `seed`
+    alone.
     """
     if custom is None:
         layers = list(_layers(hp, shape, task, seed))
@@ -43,20 +43,21 @@ def build_network(
     model.compile(
         optimizer=_optimizer(hp),
         loss=task.decides.loss,
-        metrics=compiled_metrics(task),
+        metrics=[task.metrics[1].stem],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
     return model
 
 
 def network_to_register(
-    network: keras.Sequential, normalization: Normalization | None
+    network: keras.Sequential, normalization: Normalization | None, task: Task
 ) -> keras.Model:
     """The trained `network` as it is registered: it takes raw values and returns NaN for NaN.
 
     The result of a kernel for NaN depends on the processor: ReLU may return 0. So the input times
-    zero is added to the probabilities: 0 for finite numbers, NaN for NaN and infinity.
-    The layers and the optimizer are shared with `network`.
+    zero is added to the outputs: 0 for finite numbers, NaN for NaN and infinity. In a regression
+    the last layer gives the target's own unit. The layers and the optimizer are shared with
+    `network`.
     """
     example = keras.Input(network.input_shape[1:], name="example")
     outputs = example
@@ -72,9 +73,14 @@ def network_to_register(
     zero = keras.layers.Dense(
         1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
     )
-    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(example)])
+    what = "probabilities" if task.classes else "standardized"
+    checked = keras.layers.Add(name=f"{what}_or_nan")([outputs, zero(example)])
+    if not task.classes:
+        rescaling = keras.layers.Rescaling(task.deviation, task.mean, name="prediction")
+        checked = rescaling(checked)
     model = keras.Model(example, checked, name=network.name)
-    model.compile(network.optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
+    metrics = [task.metrics[1].stem]
+    model.compile(network.optimizer, network.loss, metrics=metrics, jit_compile=False)
     return model
 
 
@@ -87,7 +93,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def _layers(
     hp: Mapping[str, Any], shape: tuple[int, ...], task: Task, seed: int
 ) -> Iterator[keras.layers.Layer]:
-    """Convolutional blocks for a cnn, hidden layers with dropout, and the probabilities.
+    """Convolutional blocks for a cnn, hidden layers with dropout, and the output.
 
     Every layer has its own seed. The weights are initialized as in Glorot and Bengio 2010, Keras'
     default.
@@ -120,7 +126,7 @@ def _layers(
         task.outputs,
         activation=task.decides.output_activation,
         kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
-        name="probabilities",
+        name="probabilities" if task.classes else "standardized",
     )
 
 
@@ -179,14 +185,33 @@ def _custom_network(
             f"{type(error).__name__}: {error}"
         ) from error
     if gives != (None, classes):
+        what = f"a probability for each of {classes} classes" if task.classes else "a number"
         raise ValueError(
-            f"{name} must return a model that gives a probability for each of {classes} classes, "
-            f"shape (None, {classes}), but it gives {gives}"
+            f"{name} must return a model that gives {what}, shape (None, {classes}), but it gives "
+            f"{gives}"
         )
     return network
 
 
-def check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
+def check_output(custom: CustomModel, network: keras.Sequential) -> None:
+    """Raise ValueError if the output of a custom model's network does not fit its task."""
+    if network.task.classes:
+        _check_probabilities(custom, network)
+        return
+    last = network.layers[-1]
+    while is_of_layers(last):
+        last = last.layers[-1]
+    activation = getattr(getattr(last, "activation", None), "__name__", "linear")
+    if isinstance(last, keras.layers.Softmax | keras.layers.ReLU):
+        activation = type(last).__name__
+    if activation != "linear":
+        raise ValueError(
+            f"{custom.name} must return a model whose output is not bounded, since the task is "
+            f"regression, but it ends with {activation}; end it with keras.layers.Dense(1)"
+        )
+
+
+def _check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
     """Raise ValueError if the network of a custom model does not return probabilities.
 
     Tested with a few random examples; this changes neither its variables nor the state of any

@@ -54,6 +54,7 @@ def reproduce(
         config,
         dataset=name,
         split=None,
+        task="auto",
         normalize="auto",
         objective=storage.objective(study).name,
         **{key: settings[key] for key in ("validation_split", "seed", "epochs")},

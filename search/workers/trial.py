@@ -31,7 +31,7 @@ from search.study.trials import (
 )
 from search.tracking.runs import Tracking
 from search.tracking.schema import STATE, Metadata
-from search.training.network import build_network, check_probabilities, trainable_parameters
+from search.training.network import build_network, check_output, trainable_parameters
 from search.training.train import train
 
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
@@ -184,7 +184,7 @@ class Attempt:
         own = config.custom_model
         network = build_network(tried, dataset.sample_shape, dataset.task, seed, own)
         if own is not None:
-            check_probabilities(own, network)
+            check_output(own, network)
         trial.set_user_attr("trainable_parameters", trainable_parameters(network))
         self._mirror(self._open_run, trial)
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -13,10 +14,11 @@ from test_train import BATCH, CLASSES, FEATURES, RAGGED, TASK, WHOLE, examples, 
 
 from search.config import custom_model
 from search.config.parameter import Choice
+from search.data.task import Task
 from search.training import fused
 from search.training import train as training
 from search.training.epoch import _leaves, epoch_order
-from search.training.network import build_network, check_probabilities
+from search.training.network import build_network, check_output, network_to_register
 from search.training.train import _of_thread, evaluate
 
 RATE = 0.01
@@ -396,7 +398,7 @@ def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_cha
     net = build_network(tried(), (FEATURES,), TASK, 3, custom=found)
     before = state(net)
     with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
-        check_probabilities(found, net)
+        check_output(found, net)
     assert state(net) == before
 
 
@@ -426,3 +428,36 @@ def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
     found = custom_model.CustomModel("here:made", made, {}, "0")
     with pytest.raises(ValueError, match=said):
         build_network(tried(), (FEATURES,), TASK, 3, custom=found)
+
+
+def test_a_network_of_a_regression_learns_as_keras_and_counts_its_metrics(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, FEATURES)).astype(np.float32)
+    y = (x[:, 0] + x[:, 1] / 2).astype(np.float32)
+    task = Task("regression", 1, mean=100, deviation=20)
+    net = build_network(tried(), (FEATURES,), task, 3)
+    history = training.train(
+        net, (x[:150], y[:150]), tried(), epochs=4, seed=1, validation=(x[150:], y[150:])
+    )
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["mae"][-1] < 20
+    given = net.predict(x[150:], verbose=0)[:, 0]
+    error = (given - y[150:]) * 20
+    assert history["val_loss"][-1] == pytest.approx(np.mean(error**2) / 400, rel=1e-4)
+    assert history["val_mae"][-1] == pytest.approx(np.abs(error).mean(), rel=1e-4)
+    assert history["val_rmse"][-1] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-4)
+    spread = np.var(y[150:]) * 400
+    assert history["val_r2"][-1] == pytest.approx(1 - np.mean(error**2) / spread, rel=1e-3)
+    registered = network_to_register(net, None, task)
+    assert registered.predict(x, verbose=0) == pytest.approx(
+        net.predict(x, verbose=0) * 20 + 100, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("ending", ["softmax", "sigmoid", "relu"])
+def test_a_custom_model_whose_numbers_are_bounded_is_refused(ending: str) -> None:
+    network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, ending)])
+    network.task = Task("regression", 1)
+    custom = SimpleNamespace(name="mine:build")
+    with pytest.raises(ValueError, match=f"mine:build .* regression, but it ends with {ending}"):
+        check_output(custom, network)  # type: ignore[arg-type]

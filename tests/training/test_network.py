@@ -92,7 +92,9 @@ def test_the_registered_model_takes_raw_values_and_gives_nan_for_what_is_no_numb
         seed=0,
     )
     scale = Normalization(np.arange(5, dtype=np.float32), np.full(5, 4, np.float32))
-    network_to_register(network, scale).save(tmp_path / f"model.{ending}")
+    network_to_register(network, scale, Task("classification", 3)).save(
+        tmp_path / f"model.{ending}"
+    )
     loaded = keras.saving.load_model(tmp_path / f"model.{ending}")
     x = np.random.default_rng(0).normal(3, 2, size=(8, 5)).astype(np.float32)
     expected = network.predict(scale.apply(x), verbose=0)
@@ -105,7 +107,7 @@ def test_the_registered_model_takes_raw_values_and_gives_nan_for_what_is_no_numb
 
 def test_without_normalization_the_registered_model_gives_the_same_to_the_last_digit() -> None:
     network = build_network(default_network(24), shape=(5,), task=Task("classification", 3), seed=0)
-    registered = network_to_register(network, None)
+    registered = network_to_register(network, None, Task("classification", 3))
     x = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
     np.testing.assert_array_equal(registered.predict(x, verbose=0), network.predict(x, verbose=0))
     assert trainable_parameters(registered) == trainable_parameters(network)
