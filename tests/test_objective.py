@@ -47,6 +47,43 @@ def test_a_stored_study_keeps_its_objective(folder: Path) -> None:
 
 
 @pytest.fixture
+def cancer(in_folder: Path) -> Path:
+    """Scikit-learn's breast cancer data, of the malignant ones only every fourth."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_breast_cancer(return_X_y=True)
+    kept = (y == 1) | (np.arange(len(y)) % 4 == 0)
+    x, y = x[kept], y[kept]
+    np.savez(
+        in_folder / "cancer.npz", x_train=x[:300], y_train=y[:300], x_test=x[300:], y_test=y[300:]
+    )
+    return in_folder
+
+
+@pytest.mark.slow
+def test_rare_classes_are_weighed_and_measured(cancer: Path) -> None:
+    options = ("--dataset", "cancer.npz", "--hidden-units", "16", "--epochs", "3", "--workers", "1")
+    options = (*options, "--class-weight", "balanced", "--objective", "val_balanced_accuracy")
+    code, out, err = command(cancer, *options, "--n-trials", "2")
+    assert (code, err) == (0, "")
+    found = invariants.check(cancer, 2)
+    assert found["runs"][0].data.params["class_weight"] == "balanced"
+    assert found["study"].user_attrs["settings"]["class_weight"] == "balanced"
+    assert "the same to the last digit" in command(cancer, "reproduce")[1]
+    assert "class_weight balanced" in command(cancer, "show")[1]
+    metrics = found["winner"].data.metrics
+    assert f"test balanced accuracy {metrics['test_balanced_accuracy']:.4f}" in out
+    path = found["client"].download_artifacts(
+        found["winner"].info.run_id, "evaluation.json", str(cancer)
+    )
+    classes = json.loads(Path(path).read_text())["classes"]
+    recalls = [score["recall"] for score in classes]
+    assert np.mean(recalls) == pytest.approx(metrics["test_balanced_accuracy"])
+    assert "Each class on the test examples" in (cancer / "report.html").read_text()
+    code, _, err = command(cancer, *options, "--class-weight", "none", "--n-trials", "2")
+    assert code == 2 and "class_weight: balanced -> none" in err
+
+
+@pytest.fixture
 def diabetes(in_folder: Path) -> Path:
     """Scikit-learn's diabetes data: 442 patients, ten features, progression after a year."""
     datasets = pytest.importorskip("sklearn.datasets")
@@ -111,6 +148,7 @@ def test_a_regression_to_the_model_in_production(diabetes: Path) -> None:
     [
         (("--label-smoothing", "0.1"), "--label-smoothing needs classes, but the task of "),
         (("--split", "stratified"), "--split stratified needs classes, but the task of "),
+        (("--class-weight", "balanced"), "--class-weight balanced needs classes, but the task of "),
         (("--objective", "val_auc"), "--objective must be a metric of the task, for regression "),
         (("--task", "classification"), "--dataset diabetes.npz: y_train must hold whole numbers"),
     ],

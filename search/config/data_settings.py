@@ -45,6 +45,12 @@ class DataSettings:
         "are not whole numbers.",
         choices=("auto", "classification", "regression"),
     )
+    class_weight: str = _data(
+        "none",
+        "Weight of a training example in the loss. balanced: n / (classes * examples of its "
+        "class), counted in the training part, so that all classes weigh the same.",
+        choices=("none", "balanced"),
+    )
     normalize: str = _data(
         "auto",
         "Scale every feature of your own file to mean 0 and variance 1 by a Normalization layer, "

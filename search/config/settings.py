@@ -249,6 +249,7 @@ class StudyConfig(DataSettings):
             **({} if self.objective in ("auto", "val_accuracy") else {"objective": self.objective}),
             **({} if task == "classification" else {"task": task}),
             **({} if split == "last" else {"split": split}),
+            **({} if self.class_weight == "none" else {"class_weight": self.class_weight}),
             **({"normalize": "auto"} if normalized else {}),
         }
 

@@ -235,6 +235,7 @@ def _check_task(config: StudyConfig, dataset: Dataset) -> None:
     for option, used, remedy in (
         ("--split stratified", config.split == "stratified", "give --split random or last"),
         ("--label-smoothing", smooths, "leave it out"),
+        ("--class-weight balanced", config.class_weight == "balanced", "leave it out"),
     ):
         if used and not dataset.task.classes:
             found = f"the task of {dataset.name} is {dataset.task.kind}"
@@ -267,6 +268,19 @@ def choose_objective(
     return dataset.task.objective(
         known or "auto" if config.objective == "auto" else config.objective
     )
+
+
+def class_weights(config: StudyConfig, dataset: Dataset) -> NDArray[np.float32] | None:
+    """The weight of a training example of each class, as --class-weight says; None for no weights.
+
+    balanced: n / (classes * examples of the class), of the n examples of the training part, as
+    scikit-learn's `compute_class_weight("balanced")` (King and Zeng 2001).
+    """
+    if config.class_weight == "none":
+        return None
+    _, labels = dataset.train
+    counts = np.bincount(labels.astype(int), minlength=dataset.classes)
+    return (len(labels) / (dataset.classes * np.maximum(counts, 1))).astype(np.float32)
 
 
 def check_images(dataset: Dataset, for_images: list[str]) -> None:

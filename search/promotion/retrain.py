@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, scaled
+from search.data.dataset import Dataset, class_weights, scaled
 from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
 from search.promotion.measures import measure_all
 from search.study.storage import METADATA, SEED, SETTINGS, UID, objective
@@ -124,6 +124,7 @@ def _train(
         epochs=config.trial_epochs,
         seed=seed,
         shape=dataset.sample_shape,
+        class_weights=class_weights(config, dataset),
         only=epochs,
         rates=[entry["learning_rate"] for entry in earlier if "learning_rate" in entry],
     )

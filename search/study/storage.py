@@ -26,6 +26,7 @@ _BEFORE = {  # of studies of earlier versions
     "split": "last",
     "normalize": "none",
     "task": "classification",
+    "class_weight": "none",
     "objective": DEFAULT_OBJECTIVE.name,
 }
 # Keys of user attributes of studies and trials: stored, so they never change.

@@ -95,6 +95,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "validation_split": config.validation_split,
             **({} if dataset.split == "last" else {"split": dataset.split}),
             **({} if dataset.normalization is None else {"normalize": "auto"}),
+            **({} if config.class_weight == "none" else {"class_weight": config.class_weight}),
             **({} if config.model else {"output_activation": decided.output_activation}),
             **({"model": config.model} if config.model else {}),
             "loss": decided.loss,

@@ -57,6 +57,7 @@ def reproduce(
         task="auto",
         normalize="auto",
         objective=storage.objective(study).name,
+        class_weight=settings.get("class_weight", "none"),
         **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
     )
     dataset = load_for_study(config, settings)

@@ -17,7 +17,7 @@ from optuna_integration import KerasPruningCallback
 
 from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset
+from search.data.dataset import Dataset, class_weights
 from search.data.task import Metric
 from search.errors import one_line, printable
 from search.study import sampling, storage
@@ -81,6 +81,7 @@ def _train(
         shape=dataset.sample_shape,
         validation=dataset.validation,
         objective=dataset.task.objective(config.objective),
+        class_weights=class_weights(config, dataset),
         only=only,
         callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *more],
     )

@@ -10,6 +10,7 @@ import pytest
 from conftest import arrays
 from numpy.typing import NDArray
 
+from search import StudyConfig
 from search.data import dataset as data
 from search.data.dataset import Dataset, load_dataset
 from search.data.sources import ARRAYS, MNIST
@@ -371,3 +372,15 @@ def test_numbers_that_cannot_be_learned_are_refused(
     name = numbers(tmp_path / "numbers.npz", **changed)
     with pytest.raises(InputError, match=rule):
         load_dataset(name, 0.25, task="regression")
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    sklearn = pytest.importorskip("sklearn.utils.class_weight")
+    y = np.repeat([0, 1, 2], [30, 6, 4])
+    np.savez(tmp_path / "rare.npz", **arrays(y_train=y))
+    dataset = load_dataset(str(tmp_path / "rare.npz"), 0.25, split="stratified")
+    _, labels = dataset.train
+    found = data.class_weights(StudyConfig(class_weight="balanced"), dataset)
+    expected = sklearn.compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert found == pytest.approx(expected)
+    assert data.class_weights(StudyConfig(), dataset) is None

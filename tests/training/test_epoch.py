@@ -461,3 +461,28 @@ def test_a_custom_model_whose_numbers_are_bounded_is_refused(ending: str) -> Non
     custom = SimpleNamespace(name="mine:build")
     with pytest.raises(ValueError, match=f"mine:build .* regression, but it ends with {ending}"):
         check_output(custom, network)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_train_as_keras_fit_does_with_them(smoothing: float) -> None:
+    data = examples(96, 0)
+    weights = np.array([0.5, 1, 2, 4], np.float32)
+    what = tried(label_smoothing=smoothing, dropout_rate=0.0)
+    ours, theirs = (build_network(what, (FEATURES,), TASK, 3) for _ in "ab")
+    history = training.train(ours, data, what, epochs=1, seed=1, class_weights=weights)
+    (x, y), order = data, np.asarray(epoch_order(96, 1, 0))
+    labels = np.eye(CLASSES, dtype=np.float32)[y] * (1 - smoothing) + smoothing / CLASSES
+    theirs.compile(theirs.optimizer, "categorical_crossentropy", metrics=["accuracy"])
+    fitted = theirs.fit(
+        x[order],
+        labels[order],
+        sample_weight=weights[y[order]],
+        batch_size=what["batch_size"],
+        shuffle=False,
+        verbose=0,
+    ).history
+    assert history["loss"] == pytest.approx(fitted["loss"], rel=1e-4)
+    assert same(ours.get_weights(), theirs.get_weights())
+    plain = build_network(what, (FEATURES,), TASK, 3)
+    alone = training.train(plain, data, what, epochs=1, seed=1)
+    assert alone["loss"] != history["loss"]
