@@ -86,7 +86,11 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
     name = f"{dataset.name.rstrip('/').rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
     normalized = dataset.normalization is not None
     settings = config.settings(
-        name, split=dataset.split, normalized=normalized, source=dataset.source
+        name,
+        split=dataset.split,
+        normalized=normalized,
+        source=dataset.source,
+        task=dataset.task.kind,
     )
     check_tracking(config.tracking_uri)
     check_experiment(config)

@@ -12,8 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config.settings import StudyConfig
 from search.errors import RunError, one_line
-from search.promotion.comparison import Comparison
-from search.promotion.gate import Winner, promote
+from search.promotion.gate import Found, Winner, promote
 from search.promotion.retrain import find_retrained
 from search.report import overview, publish
 from search.report.progress import Progress, Result
@@ -28,7 +27,7 @@ from search.workers.executor import INTERRUPTED, Executor, Patience
 from search.workers.processes import trains_here
 
 if TYPE_CHECKING:
-    from search.report.html import Chart
+    from search.report.winner import Chart
 
 T = TypeVar("T")
 
@@ -215,9 +214,9 @@ class Session:
             new=new,
         )
 
-    def _compare(self, challenger: int, champion: int) -> Comparison | str:
+    def _compare(self, challenger: int, champion: int) -> Found:
         """Compare two versions of the model on a worker."""
-        found: Comparison | str = self.workers.call(
+        found: Found = self.workers.call(
             "compare", challenger, champion, on_death=self._sync_after_death
         )
         return found

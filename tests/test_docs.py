@@ -216,6 +216,13 @@ def test_the_function_on_the_page_of_data_is_a_dataset(
     assert dataset.note.startswith("tf.data read into memory once")
 
 
+def test_the_arrays_of_a_regression_are_a_dataset(in_folder: Path) -> None:
+    (text,) = [text for text in blocks(DOCS / "your-data.md", "python") if "diabetes" in text]
+    exec(text, {})
+    task = load_dataset("diabetes.npz", 0.1, split="random", task="regression").task
+    assert (task.kind, task.outputs, 140 < task.mean < 160) == ("regression", 1, True)
+
+
 @each_page()
 def test_every_block_of_python_compiles(page: Path) -> None:
     for text in blocks(page, "python"):
@@ -261,5 +268,5 @@ def test_every_block_of_python_is_run_but_those_for_clusters() -> None:
     """Here, and in test_custom_model."""
     found = {page.stem: len(blocks(page, "python")) for page in PAGES}
     run = dict.fromkeys(("README", "your-model", "results", "trust"), 1)
-    more = {"your-data": 4, "cluster": 2}
+    more = {"your-data": 5, "cluster": 2}
     assert {name: number for name, number in found.items() if number} == {**run, **more}

@@ -72,13 +72,25 @@ class DataSettings:
         None,
         "Which examples are used for validation, and of a table for the test: the last ones; a "
         "random or stratified random sample, seeded by --seed; whole groups, which have the same "
-        "value in a column of the table; or the latest by a column of the table. auto: stratified "
-        "for your own file, last for the others.",
+        "value in a column of the table; or the latest by a column of the table. auto: for your "
+        "own data stratified, random for a regression; last for the others.",
         metavar="SPLIT",
         pattern=r"last|random|stratified|(group|time):.+",
         rule="last, random, stratified, group:COLUMN or time:COLUMN",
         none="auto",
         example="stratified",
+    )
+    task: str = _data(
+        "auto",
+        "What is predicted: a class or a number. auto: a number if the targets of your own file "
+        "are not whole numbers.",
+        choices=("auto", "classification", "regression"),
+    )
+    class_weight: str = _data(
+        "none",
+        "Weight of a training example in the loss. balanced: n / (classes * examples of its "
+        "class), counted in the training part, so that all classes weigh the same.",
+        choices=("none", "balanced"),
     )
     normalize: str = _data(
         "auto",

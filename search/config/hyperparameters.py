@@ -234,7 +234,8 @@ def unusual(shared: Mapping[str, Any]) -> dict[str, Value]:
     return {
         name: value
         for name, value in shared.items()
-        if name == "model" or (name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].default)
+        if name in ("model", "class_weight")
+        or (name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].default)
     }
 
 

@@ -218,12 +218,13 @@ class StudyConfig(DataSettings):
         split: str = "last",
         normalized: bool = False,
         source: Mapping[str, Any] | None = None,
+        task: str = "classification",
     ) -> dict[str, Any]:
         """The settings that must not change during a study, stored with it.
 
-        Sampler and pruner may change, except to or from a grid. split, normalized: how the dataset
-        was prepared; stored only if it differs from what older studies, without the choice, used.
-        source: settings of the dataset's source that its arrays depend on.
+        Sampler and pruner may change, except to or from a grid. split, normalized, task: how the
+        dataset was prepared and what is predicted; stored only if it differs from what older
+        studies, without the choice, used. source: settings that the dataset's arrays depend on.
         """
         model = {}
         if self.model is not None:
@@ -247,7 +248,9 @@ class StudyConfig(DataSettings):
             "batch_size": self.space.fixed().get("batch_size", size),
             "seed": self.seed,
             **({} if self.objective in ("auto", "val_accuracy") else {"objective": self.objective}),
+            **({} if task == "classification" else {"task": task}),
             **({} if split == "last" else {"split": split}),
+            **({} if self.class_weight == "none" else {"class_weight": self.class_weight}),
             **({"normalize": "auto"} if normalized else {}),
             **(source or {}),
         }

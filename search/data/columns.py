@@ -1,5 +1,6 @@
 """The columns of a table: the kind of each, and how its values become features."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from search.data.table_rows import (
 
 FEW = 10  # different whole numbers up to which a column is a category
 MANY = 50  # words from which on a category has an embedding instead of a feature per word
+_MANY_CLASSES = 50  # whole numbers above which a target is a number to predict
 _NEARLY_ALL = 0.9  # fraction of the rows with a word of their own from which on a column is no use
 
 
@@ -221,3 +223,36 @@ def _is_date(values: "pd.Series[Any]") -> bool:
     except (ValueError, TypeError):
         return False
     return True
+
+
+# ---- the target ----------------------------------------------------------------------------------
+
+
+def kind_of(target: "pd.Series[Any]", task: str) -> str:
+    """The kind of the task with this target: `task`, unless that is auto."""
+    if task != "auto":
+        return task
+    numbers = pd.api.types.is_numeric_dtype(target) and not pd.api.types.is_bool_dtype(target)
+    if numbers and (target.nunique() > _MANY_CLASSES or bool((target % 1 != 0).any())):
+        return "regression"
+    return "classification"
+
+
+def class_names(labels: NDArray[np.object_]) -> tuple[str, ...]:
+    """The classes in order: numbers by size, words by alphabet."""
+    different = sorted(set(labels))
+    if all(_is_number(name) for name in different):
+        different.sort(key=float)
+    return tuple(different)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def numbered(labels: NDArray[np.object_], names: tuple[str, ...]) -> NDArray[np.int32]:
+    """The index of each label among the names; -1 where it is none of them."""
+    return np.asarray(pd.Index(names).get_indexer(labels), np.int32)

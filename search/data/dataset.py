@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.config.settings import StudyConfig
 from search.data.sources import Images
 from search.data.task import Task
 from search.errors import InputError
@@ -20,7 +21,7 @@ _CHANNELS = (1, 3)
 _ALL = slice(None)
 ENOUGH = 20  # a class with this many examples must also be in the validation part
 _DEVIATIONS = 1e-7, 1e19  # Keras divides by at least 1e-7; a variance must fit into float32
-Labels = NDArray[np.int32]
+Labels = NDArray[np.int32] | NDArray[np.float32]
 Seed = int | tuple[int, ...]
 
 
@@ -45,7 +46,8 @@ class Dataset:
 
     x: shape (n, features). uint8 stays uint8, for a quarter of the memory, and is scaled to [0, 1]
     where it is used (`scaled`, and in the graph); all else is float32.
-    y: int32 of shape (n,), from 0 to `classes` - 1.
+    y: int32 of shape (n,), from 0 to `classes` - 1. In a regression float32, and `classes` is 0:
+    `y_all` is standardized by the task's mean and deviation, `y_test` is in the target's own unit.
     `x_all`, `y_all`: the training part, the first `train_size` examples, then the validation part.
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
@@ -118,9 +120,12 @@ class Dataset:
         features = f"{self.features} features{'' if self.normalization is None else ', normalized'}"
         if self.columns is not None:
             features = f"{self.columns} as {features}"
+        what = f"{self.classes} classes"
+        if not self.task.classes:
+            what = f"a number to predict ({self.task.mean:.5g} ± {self.task.deviation:.5g})"
         return (
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
-            f"{features}, {self.classes} classes; "
+            f"{features}, {what}; "
             f"test examples in the training data: {self.repeated:,}"
             f"{self.note and '; '}{self.note}"
         )
@@ -132,6 +137,8 @@ class Dataset:
         The training part needs examples of every class, the validation part of every class that
         has at least ENOUGH.
         """
+        if not self.task.classes:
+            return None
         counts = np.bincount(self.y_all, minlength=self.classes)
         for part, (_, labels), needed in (
             ("training", self.train, 1),
@@ -183,6 +190,19 @@ def count_repeated(x_test: Images, x_train: Images) -> int:
     tested = {row.tobytes() for row in x_test}
     repeated = {key for row in x_train if (key := row.tobytes()) in tested}
     return sum(row.tobytes() in repeated for row in x_test) if repeated else 0
+
+
+def class_weights(config: StudyConfig, dataset: Dataset) -> NDArray[np.float32] | None:
+    """The weight of a training example of each class, as --class-weight says; None for no weights.
+
+    balanced: n / (classes * examples of the class), of the n examples of the training part, as
+    scikit-learn's `compute_class_weight("balanced")` (King and Zeng 2001).
+    """
+    if config.class_weight == "none":
+        return None
+    _, labels = dataset.train
+    counts = np.bincount(labels.astype(int), minlength=dataset.classes)
+    return (len(labels) / (dataset.classes * np.maximum(counts, 1))).astype(np.float32)
 
 
 def check_images(dataset: Dataset, for_images: list[str]) -> None:

@@ -22,7 +22,7 @@ from search.data.dataset import (
     kept,
 )
 from search.data.sources import Arrays, Images, Source, flat, is_own
-from search.data.task import Metric, Task, objective_of
+from search.data.task import KINDS, Metric, describe, objective_of
 from search.errors import InputError, one_line
 
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
@@ -34,12 +34,15 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
     stored: the settings of that study, which may be older than these options; None for a new study.
     """
     own = is_own(config.dataset)
-    split, normalize = ("stratified" if own else "last"), own
+    split, normalize, task = ("stratified" if own else "last"), own, config.task
     if stored is not None:
         split, normalize = stored.get("split", "last"), "normalize" in stored
+        task = stored.get("task", "classification") if task == "auto" else task
     split = config.split or split
     if is_table(config.dataset):
-        return _load_table(config, split)
+        dataset = _load_table(config, split, task)
+        _check_task(config, dataset)
+        return dataset
     _refuse_table_settings(config, split)
     dataset = load_dataset(
         config.dataset,
@@ -49,7 +52,9 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
         normalize=normalize and config.normalize == "auto",
         image_size=config.image_size or (stored or {}).get("image_size"),
         test_split=config.test_split,
+        task=task,
     )
+    _check_task(config, dataset)
     if config.split is not None and dataset.split == OWN_SPLIT:
         raise InputError(
             f"--split {config.split} needs data without a validation part",
@@ -57,6 +62,19 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
             "leave it out",
         )
     return dataset
+
+
+def _check_task(config: StudyConfig, dataset: Dataset) -> None:
+    """Raise InputError for options that make no sense in the task of `dataset`."""
+    smooths = str(config.space.parameters["label_smoothing"]) != "0"
+    for option, used, remedy in (
+        ("--split stratified", config.split == "stratified", "give --split random or last"),
+        ("--label-smoothing", smooths, "leave it out"),
+        ("--class-weight balanced", config.class_weight == "balanced", "leave it out"),
+    ):
+        if used and not dataset.task.classes:
+            found = f"the task of {dataset.name} is {dataset.task.kind}"
+            raise InputError(f"{option} needs classes", found, remedy)
 
 
 def _refuse_table_settings(config: StudyConfig, split: str) -> None:
@@ -71,14 +89,16 @@ def _refuse_table_settings(config: StudyConfig, split: str) -> None:
         )
 
 
-def _load_table(config: StudyConfig, split: str) -> Dataset:
+def _load_table(config: StudyConfig, split: str, task: str) -> Dataset:
     """The dataset of a table, its columns adapted to the training part alone."""
     from search.data import columns, table  # import pandas
 
-    kind, _, by = split.partition(":")
+    by = split.partition(":")[2]
     given = table.read_table(config, by)
-    part = table.divide(config, given, kind)
-    frame = given.frame.drop(columns=by) if kind == "group" else given.frame
+    kind = columns.kind_of(given.target, task)
+    split = split if KINDS[kind].has_classes or split != "stratified" else "random"
+    part = table.divide(config, given, split, kind)
+    frame = given.frame.drop(columns=by) if split.startswith("group:") else given.frame
     try:
         numeric, categorical = names_in(config.numeric), names_in(config.categorical)
         adapted = columns.adapt(frame.iloc[part.train], numeric, categorical)
@@ -92,22 +112,23 @@ def _load_table(config: StudyConfig, split: str) -> Dataset:
             f"all are left out: {adapted.reasons}",
             "name some in --numeric or --categorical",
         )
-    x_all = adapted.encode(rows[np.concatenate([part.train, part.validation])])
-    x_test = adapted.encode(test)
+    order = np.concatenate([part.train, part.validation])
+    x_all, x_test = adapted.encode(rows[order]), adapted.encode(test)
+    described, y_all = describe(kind, part.y[order], len(part.train), part.names)
     return Dataset(
         name=config.dataset,
         digest=given.digest,
         x_all=x_all,
-        y_all=np.concatenate([part.y[part.train], part.y[part.validation]]),
+        y_all=y_all,
         x_test=x_test,
         y_test=part.y_test,
         train_size=len(part.train),
-        classes=len(part.names),
+        classes=described.classes,
         sample_shape=(adapted.features,),
         split=split,
         repeated=count_repeated(x_test, x_all),
         source=config.table,
-        task=Task("classification", len(part.names), part.names),
+        task=described,
         columns=adapted,
         test_rows=test,
         example=frame[adapted.sources].iloc[part.train[:2]],
@@ -154,32 +175,34 @@ def load_dataset(
     normalize: bool = False,
     image_size: int | None = None,
     test_split: float = 0.2,
+    task: str = "auto",
 ) -> Dataset:
     """The dataset `name`: mnist, one of Keras', the path of an .npz file or a folder of images.
 
     validation_split: fraction of the training data used for validation: with `split` "last" its
-    end, as in Keras; with "stratified" a random sample, by `seed`, with the same class proportions.
+    end, as in Keras; with "random" a random sample, by `seed`; with "stratified" one with the same
+    class proportions, or in a regression any.
     normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
-    training part. image_size, test_split: of a folder, see `images.read`. Raises InputError, in one
-    line, if it cannot be used.
+    training part. image_size, test_split: of a folder, see `images.read`. task: its kind, or auto.
+    Raises InputError, in one line, if it cannot be used.
     """
     source = _read(name, image_size, test_split, seed)
     arrays = source.arrays
-    sources.check(name, arrays)
+    kind = sources.kind_of(arrays["y_train"], task)
+    sources.check(name, arrays, kind)
     digest = hashlib.sha256()
     for key in arrays:
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
         digest.update(np.ascontiguousarray(arrays[key]).data)
     x_train, given = arrays["x_train"], "x_validation" in arrays
     split = OWN_SPLIT if given else split
-    train_size = (
-        len(x_train)
-        if given
-        else kept("--validation-split", validation_split, len(x_train), "validate")
-    )
+    train_size = len(x_train)
+    if not given:
+        train_size = kept("--validation-split", validation_split, train_size, "validate")
     x_all, x_test = (_flat(name, arrays, part) for part in ("train", "test"))
-    y_all, y_test = (_labels(arrays, part) for part in ("train", "test"))
-    classes = int(arrays["y_train"].max()) + 1
+    has_classes = KINDS[kind].has_classes
+    y_all, y_test = (_targets(arrays, part, has_classes) for part in ("train", "test"))
+    classes = int(y_all.max()) + 1 if has_classes else 0
     if source.class_names and len(source.class_names) != classes:
         raise InputError(
             f"--dataset {name}: class_names must have a name for each of {classes} classes",
@@ -188,6 +211,7 @@ def load_dataset(
         )
     repeated = count_repeated(x_test, x_all)
     if split not in ("last", OWN_SPLIT):
+        split = split if has_classes else "random"
         validates = held_out(split, y_all, len(x_all) - train_size, seed)
         order = np.argsort(validates, kind="stable")
         x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
@@ -196,6 +220,7 @@ def load_dataset(
         numbers = x_all.astype(np.float32, copy=False)
         normalization = fit(name, numbers[:train_size])
         x_all = normalization.apply(numbers)
+    described, y_all = describe(kind, y_all, train_size, source.class_names)
     return Dataset(
         name=name,
         digest=digest.hexdigest(),
@@ -212,7 +237,7 @@ def load_dataset(
         pixels=source.pixels,
         source=source.settings,
         note=source.note,
-        task=Task("classification", classes, source.class_names),
+        task=described,
     )
 
 
@@ -224,10 +249,11 @@ def _flat(name: str, arrays: Arrays, part: str) -> Images:
     return np.concatenate([x, flat(name, "x_validation", arrays["x_validation"])])
 
 
-def _labels(arrays: Arrays, part: str) -> Labels:
-    """The labels of the same examples."""
+def _targets(arrays: Arrays, part: str, has_classes: bool) -> Labels:
+    """The labels, or the numbers, of the same examples."""
     keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
-    return np.concatenate([arrays[key].ravel().astype(np.int32) for key in keys])
+    kind: Any = np.int32 if has_classes else np.float32
+    return np.concatenate([arrays[key].ravel().astype(kind) for key in keys])
 
 
 def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:

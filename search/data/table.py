@@ -1,7 +1,6 @@
 """A table, a CSV or Parquet file: read it, choose the target, split it, and encode its columns."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,10 @@ from numpy.typing import NDArray
 
 from search.config.data_settings import names_in
 from search.config.settings import StudyConfig
-from search.data.dataset import held_out, kept
+from search.data.columns import class_names, numbered
+from search.data.dataset import Labels, held_out, kept
 from search.data.table_rows import as_words, dates_of
+from search.data.task import KINDS
 from search.errors import InputError, nearest, one_line
 
 if TYPE_CHECKING:
@@ -197,38 +198,46 @@ def _check_alike(config: StudyConfig, frame: pd.DataFrame, test: pd.DataFrame) -
 class Parts:
     """Which rows, by index, are for training, validation and test; and the labels of all.
 
-    test: none where the test set has a file of its own. y: int32 of every row; y_test: of the test
-    set. names: the classes.
+    test: none where the test set has a file of its own. y: of every row, int32 labels or float32
+    numbers; y_test: of the test set. names: the classes.
     """
 
     train: NDArray[np.intp]
     validation: NDArray[np.intp]
     test: NDArray[np.intp]
-    y: NDArray[np.int32]
-    y_test: NDArray[np.int32]
+    y: Labels
+    y_test: Labels
     names: tuple[str, ...]
 
 
-def divide(config: StudyConfig, table: Table, kind: str) -> Parts:
-    """Split the rows as `held_out` does. Raises InputError."""
+def divide(config: StudyConfig, table: Table, split: str, kind: str) -> Parts:
+    """Split the rows as `held_out` does, for a task of this kind. Raises InputError."""
+    how = split.partition(":")[0]
+    column = None if table.split_column is None else _split_by(table.split_column, how)
     words = as_words(table.target)
-    column = None if table.split_column is None else _split_by(table.split_column, kind)
     everything = np.arange(len(words))
     test = everything[:0]
     if table.test is None:
         _, codes = np.unique(words.astype(str), return_inverse=True)
         size = len(words) - kept("--test-split", config.test_split, len(words), "test")
-        held = held_out(kind, codes, size, (config.seed, 1), column)
+        held = held_out(how, codes, size, (config.seed, 1), column)
         test, everything = np.flatnonzero(held), np.flatnonzero(~held)
-    tested = words[test] if table.test_target is None else as_words(table.test_target)
-    names = _class_names(words[everything])
-    _check_classes(config, names, tested)
-    y, y_test = (_numbered(labels, names) for labels in (words, tested))
+    given = table.target[test] if table.test_target is None else table.test_target
+    names: tuple[str, ...] = ()
+    y: Labels
+    y_test: Labels
+    if KINDS[kind].has_classes:
+        tested = as_words(given)
+        names = class_names(words[everything])
+        _check_classes(config, names, tested)
+        y, y_test = numbered(words, names), numbered(tested, names)
+    else:
+        y, y_test = _numbers(config, table.target), _numbers(config, given)
     size = len(everything) - kept(
         "--validation-split", config.validation_split, len(everything), "validate"
     )
     chosen = None if column is None else column[everything]
-    held = held_out(kind, y[everything], size, config.seed, chosen)
+    held = held_out(how, y[everything], size, config.seed, chosen)
     return Parts(everything[~held], everything[held], test, y, y_test, names)
 
 
@@ -255,21 +264,6 @@ def _split_by(values: "pd.Series[Any]", kind: str) -> NDArray[Any]:
         ) from None
 
 
-def _class_names(labels: NDArray[np.object_]) -> tuple[str, ...]:
-    """The classes in order: numbers by size, words by alphabet."""
-    different = sorted(set(labels))
-    if all(_is_number(name) for name in different):
-        different.sort(key=float)
-    return tuple(different)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
 def _check_classes(
     config: StudyConfig, names: tuple[str, ...], tested: NDArray[np.object_]
 ) -> None:
@@ -289,5 +283,19 @@ def _check_classes(
         )
 
 
-def _numbered(labels: NDArray[np.object_], names: tuple[str, ...]) -> NDArray[np.int32]:
-    return np.asarray(pd.Index(names).get_indexer(labels), np.int32)
+def _numbers(config: StudyConfig, target: "pd.Series[Any]") -> NDArray[np.float32]:
+    try:
+        numbers = np.asarray(pd.to_numeric(target), np.float32)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"--target {config.target} must hold numbers in a regression",
+            one_line(error),
+            "name another column, or give --task classification",
+        ) from None
+    if not np.isfinite(numbers).all():
+        raise InputError(
+            f"--target {config.target} must hold finite numbers (float32)",
+            "has infinity",
+            "leave these rows out",
+        )
+    return numbers

@@ -2,9 +2,12 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from search.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -166,3 +169,18 @@ class Task:
 def metric_among(names: Collection[str], objective: Metric) -> Metric:
     """The objective if it is among `names`, or else accuracy or RMSE, whichever is."""
     return METRICS[next(name for name in (objective.name, *_SIMPLE) if name in names)]
+
+
+def describe(
+    kind: str, y: "NDArray[Any]", train_size: int, class_names: tuple[str, ...] = ()
+) -> "tuple[Task, NDArray[Any]]":
+    """The task with the targets `y`, and `y` as the network learns it.
+
+    Numbers are standardized by the mean and the deviation of the first `train_size` of them; where
+    those are all equal, they are divided by 1.
+    """
+    if KINDS[kind].has_classes:
+        return Task(kind, int(y.max()) + 1, class_names), y
+    train = y[:train_size].astype(float)
+    task = Task(kind, 1, mean=float(train.mean()), deviation=float(train.std()) or 1.0)
+    return task, ((y.astype(float) - task.mean) / task.deviation).astype("float32")

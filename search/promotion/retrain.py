@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import numpy as np
 from mlflow.entities import Run
+from numpy.typing import NDArray
 
 from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset
+from search.data.dataset import Dataset, class_weights
 from search.promotion.comparison import compare_with_baseline
-from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
+from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
+from search.promotion.measures import measure_all
 from search.promotion.table_model import log_table_model
 from search.study.storage import BASELINES_CORRECT, METADATA, SEED, SETTINGS, UID, objective
 from search.study.trials import best_epoch, history_of, read_trial
@@ -95,8 +97,12 @@ def retrain(
     tracking.log_start(run_id, trial, metadata)
     network, history = _train(config, dataset, trial, complete(trial.params, metadata["params"]))
     model = network_to_register(network, dataset)
-    test = evaluate(model, (dataset.test_inputs(), dataset.y_test))
-    tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
+    outputs = outputs_of(model, dataset)
+    test = {} if outputs is None else measure_all(dataset.task, dataset.y_test, outputs)
+    if dataset.task.classes:  # in float32, as in the epochs and in earlier versions
+        kept = evaluate(model, (dataset.test_inputs(), dataset.y_test))
+        test.update({f"test_{name}": kept[name] for name in _TESTED})
+    tracking.log_result(run_id, history, test)
     correct = study.user_attrs.get(BASELINES_CORRECT, {})
     against = compare_with_baseline(model, dataset, correct)
     if against is not None:
@@ -104,7 +110,7 @@ def retrain(
     loading.join()
     with tracking.active(run_id), _silence():
         model_uri = _log_model(model, dataset, origin)
-        _log_files(model, dataset, tracking.client, run_id)
+        _log_files(model, dataset, outputs, tracking.client, run_id)
         tracking.client.set_tag(run_id, MODEL_URI, model_uri)
     return run_id
 
@@ -131,6 +137,7 @@ def _train(
         epochs=config.trial_epochs,
         seed=seed,
         shape=dataset.sample_shape,
+        class_weights=class_weights(config, dataset),
         only=epochs,
         rates=[entry["learning_rate"] for entry in earlier if "learning_rate" in entry],
     )
@@ -164,7 +171,13 @@ def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -
     return str(info.model_uri)
 
 
-def _log_files(model: "keras.Model", dataset: Dataset, client: "MlflowClient", run_id: str) -> None:
+def _log_files(
+    model: "keras.Model",
+    dataset: Dataset,
+    outputs: NDArray[Any] | None,
+    client: "MlflowClient",
+    run_id: str,
+) -> None:
     """Log the model as HDF5 and its evaluation, once `_log_model` is done.
 
     Writing HDF5 (Keras 3.15) drops the optimizer from the model's own compile configuration, and a
@@ -173,7 +186,7 @@ def _log_files(model: "keras.Model", dataset: Dataset, client: "MlflowClient", r
     with tempfile.TemporaryDirectory() as folder:
         if dataset.columns is None:  # HDF5 can't hold the operations on columns
             model.save(Path(folder) / "mnist_model.h5")
-        failure = save_evaluation(model, dataset, Path(folder))
+        failure = save_evaluation(model, dataset, Path(folder), outputs)
         client.log_artifacts(run_id, folder)
     if failure is not None:
         client.set_tag(run_id, NOT_MADE, failure)

@@ -23,7 +23,7 @@ from search.tracking.sync import Stores, existing
 
 if TYPE_CHECKING:
     from search.promotion.gate import Winner
-    from search.report.html import Chart, Tested
+    from search.report.winner import Chart, Tested
 
 _MARK = re.compile(r'<meta name="search-study" content="([^"]*)" data-uid="([^"]*)">')
 _TITLE = re.compile(r"<title>([^<]*)(): hyperparameter search</title>")  # before there was a mark
@@ -157,7 +157,7 @@ def _write(
 
 def _tested(study: optuna.Study, tracking: Tracking) -> "Tested | None":
     """The retrained winner, None if there is none yet."""
-    from search.report.html import Tested
+    from search.report.winner import Tested
 
     best = ranking.winner(study)
     parent = study.user_attrs.get(RUN_ID)

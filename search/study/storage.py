@@ -25,6 +25,8 @@ ERRORS = (OSError, SQLAlchemyError, OptunaError)  # raised if a disk or a databa
 _BEFORE = {  # of studies of earlier versions
     "split": "last",
     "normalize": "none",
+    "task": "classification",
+    "class_weight": "none",
     "objective": DEFAULT_OBJECTIVE.name,
 }
 # Keys of user attributes of studies and trials: stored, so they never change.

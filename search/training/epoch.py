@@ -1,7 +1,8 @@
 """A network whose `train_step` is a whole epoch, in one graph that similar networks share.
 
-Learning rate, dropout rate, weight decay, label smoothing, augmentation strength, training set and
-seeds are variables of the graph, so that only a change of the graph itself requires a new one.
+Learning rate, dropout rate, weight decay, label smoothing, class weights, augmentation strength,
+training set and seeds are variables of the graph, so that only a change of the graph itself
+requires a new one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from search.data.dataset import UINT8_SCALE, Labels
 from search.data.sources import Images
@@ -40,7 +42,8 @@ Examples = tuple[Images, Labels]
 class Plan:
     """Everything, beside the network, that changes the graph.
 
-    dtype: of the examples. decays, smooths: whether there is weight decay, label smoothing.
+    dtype: of the examples. decays, smooths, weighs: whether there is weight decay, label smoothing,
+    weights of the classes.
     schedule: None if the learning rate is constant within an epoch. augmentation: None, or its kind
     for images of `shape`.
     """
@@ -50,12 +53,15 @@ class Plan:
     optimizer: str
     decays: bool
     smooths: bool
+    weighs: bool
     schedule: str | None
     augmentation: str | None
     shape: tuple[int, ...] | None
 
 
-def plan_of(hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]) -> Plan:
+def plan_of(
+    hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...], *, weighs: bool = False
+) -> Plan:
     """The plan for training with the hyperparameters `hp` on `examples` of this shape."""
     distorted = hp["augmentation"] != "none"
     return Plan(
@@ -64,6 +70,7 @@ def plan_of(hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]) -
         optimizer=hp["optimizer"],
         decays=hp["weight_decay"] > 0,
         smooths=hp["label_smoothing"] > 0,
+        weighs=weighs,
         schedule=hp["schedule"] if hp["schedule"] in _SCHEDULES else None,
         augmentation=hp["augmentation"] if distorted else None,
         shape=image_shape(shape) if distorted else None,
@@ -81,6 +88,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
         labels = np.int32 if model.task.classes else np.float32
         self._y = tf.Variable(np.zeros(0, labels), shape=(None,))
+        self._weights = tf.Variable(np.ones(model.task.classes if plan.weighs else 0, np.float32))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
             tf.Variable(0.0) for _ in range(4)
@@ -109,11 +117,14 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         hp: Mapping[str, Any],
         seed: int,
         epochs: int,
+        class_weights: NDArray[np.float32] | None = None,
     ) -> None:
         """Take over the weights and rates of `model`, with a new optimizer state and this seed.
 
-        epochs: the length of a schedule.
+        epochs: the length of a schedule. class_weights: of shape (classes,), if the plan `weighs`.
         """
+        if class_weights is not None:
+            self._weights.assign(class_weights)
         self._x.assign(examples[0])
         self._y.assign(examples[1])
         dropouts = 0
@@ -168,7 +179,9 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             else:
                 whole = tf.gather(order, tf.range(first, first + size) % examples)
                 seen = self._augmented(scaled(tf.gather(x, whole)))[: tf.size(batch)]
-            step((seen, tf.gather(y, batch)))
+            labels = tf.gather(y, batch)
+            weights = (tf.gather(self._weights, labels),) if self._plan.weighs else ()
+            step((seen, labels, *weights))
             return first + size
 
         tf.while_loop(
@@ -213,6 +226,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         classes = y_pred.shape[-1]
         labels = tf.one_hot(y, classes) * (1 - self._smoothing) + self._smoothing / classes
         losses = keras.losses.categorical_crossentropy(labels, y_pred)
+        if sample_weight is not None:
+            losses *= sample_weight
         return tf.reduce_mean(losses) + sum(self.losses)
 
     def _augmented(self, flat: Any) -> Any:

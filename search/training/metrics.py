@@ -14,7 +14,7 @@ _BINS, _MOST_CELLS = 4096, 2**22  # of a class; of all classes
 
 
 def compiled_metrics(task: Task) -> list[Any]:
-    """What a network of the task is compiled with: the metric of training and validation data."""
+    """What an epoch is compiled with: the metric of both training and validation data."""
     return ["accuracy"] if task.classes else [AbsoluteError(task.deviation)]
 
 

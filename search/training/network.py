@@ -11,7 +11,6 @@ import numpy as np
 from search.config.custom_model import CustomModel
 from search.data.dataset import UINT8_SCALE, Dataset
 from search.data.task import Task
-from search.training.metrics import compiled_metrics
 from search.training.table_layers import embeddings, encoding
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
@@ -30,9 +29,10 @@ def build_network(
     """The compiled network with the hyperparameters `hp`: all that matter, by name.
 
     shape: of one example; the network takes flat examples, float32 of shape (n, features), and
-    returns probabilities of shape (n, classes). task: decides output and loss. custom: the custom
-    model (`--model`), if any. embedded: the vocabulary sizes of the last features, which are
-    indices; the layers get their embeddings. The initial weights depend on `seed` alone.
+    returns probabilities of shape (n, classes), or in a regression standardized numbers of shape
+    (n, 1). custom: the custom model (`--model`), if any. embedded: the vocabulary sizes of the last
+    features, which are indices; the layers get their embeddings. The initial weights depend on
+    `seed` alone.
     """
     front: list[keras.Model] = []
     example = keras.Input((math.prod(shape),), name="example")
@@ -52,7 +52,7 @@ def build_network(
     model.compile(
         optimizer=_optimizer(hp),
         loss=task.decides.loss,
-        metrics=compiled_metrics(task),
+        metrics=[task.metrics[1].stem],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
     return model
@@ -70,12 +70,14 @@ def network_to_register(network: keras.Sequential, dataset: Dataset) -> keras.Mo
 
     Those are flat examples; images of pixels from 0 to 255; or rows of a table, whose values may be
     missing. But for those of a table it returns NaN for NaN: the result of a kernel for NaN depends
-    on the processor, as ReLU may return 0, so the input times zero is added to the probabilities: 0
-    for finite numbers, NaN for NaN and infinity. The layers and the optimizer are shared.
+    on the processor, as ReLU may return 0, so the input times zero is added to the outputs: 0 for
+    finite numbers, NaN for NaN and infinity. In a regression the last layer gives the target's own
+    unit. The layers and the optimizer are shared.
     """
+    task = dataset.task
     if dataset.columns is not None:
         inputs, outputs = encoding(dataset.columns)
-        return _registered(network, inputs, _applied(network, outputs))
+        return _registered(network, inputs, _applied(network, outputs), task)
     shape = dataset.sample_shape if dataset.pixels else network.input_shape[1:]
     example = keras.Input(shape, name="example")
     outputs = flat = example
@@ -93,8 +95,9 @@ def network_to_register(network: keras.Sequential, dataset: Dataset) -> keras.Mo
     zero = keras.layers.Dense(
         1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
     )
-    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(flat)])
-    return _registered(network, example, checked)
+    what = "probabilities" if task.classes else "standardized"
+    checked = keras.layers.Add(name=f"{what}_or_nan")([outputs, zero(flat)])
+    return _registered(network, example, checked, task)
 
 
 def _applied(network: keras.Sequential, values: Any) -> Any:
@@ -103,9 +106,12 @@ def _applied(network: keras.Sequential, values: Any) -> Any:
     return values
 
 
-def _registered(network: keras.Sequential, inputs: Any, outputs: Any) -> keras.Model:
+def _registered(network: keras.Sequential, inputs: Any, outputs: Any, task: Task) -> keras.Model:
+    if not task.classes:
+        outputs = keras.layers.Rescaling(task.deviation, task.mean, name="prediction")(outputs)
     model = keras.Model(inputs, outputs, name=network.name)
-    model.compile(network.optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
+    metrics = [task.metrics[1].stem]
+    model.compile(network.optimizer, network.loss, metrics=metrics, jit_compile=False)
     return model
 
 
@@ -118,7 +124,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def _layers(
     hp: Mapping[str, Any], shape: tuple[int, ...], task: Task, seed: int
 ) -> Iterator[keras.layers.Layer]:
-    """Convolutional blocks for a cnn, hidden layers with dropout, and the probabilities.
+    """Convolutional blocks for a cnn, hidden layers with dropout, and the output.
 
     Every layer has its own seed. The weights are initialized as in Glorot and Bengio 2010, Keras'
     default.
@@ -151,7 +157,7 @@ def _layers(
         task.outputs,
         activation=task.decides.output_activation,
         kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
-        name="probabilities",
+        name="probabilities" if task.classes else "standardized",
     )
 
 
@@ -210,14 +216,33 @@ def _custom_network(
             f"{type(error).__name__}: {error}"
         ) from error
     if gives != (None, classes):
+        what = f"a probability for each of {classes} classes" if task.classes else "a number"
         raise ValueError(
-            f"{name} must return a model that gives a probability for each of {classes} classes, "
-            f"shape (None, {classes}), but it gives {gives}"
+            f"{name} must return a model that gives {what}, shape (None, {classes}), but it gives "
+            f"{gives}"
         )
     return network
 
 
-def check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
+def check_output(custom: CustomModel, network: keras.Sequential) -> None:
+    """Raise ValueError if the output of a custom model's network does not fit its task."""
+    if network.task.classes:
+        _check_probabilities(custom, network)
+        return
+    last = network.layers[-1]
+    while is_of_layers(last):
+        last = last.layers[-1]
+    activation = getattr(getattr(last, "activation", None), "__name__", "linear")
+    if isinstance(last, keras.layers.Softmax | keras.layers.ReLU):
+        activation = type(last).__name__
+    if activation != "linear":
+        raise ValueError(
+            f"{custom.name} must return a model whose output is not bounded, since the task is "
+            f"regression, but it ends with {activation}; end it with keras.layers.Dense(1)"
+        )
+
+
+def _check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
     """Raise ValueError if the network of a custom model does not return probabilities.
 
     Tested with a few random examples; this changes neither its variables nor the state of any

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from search.data.dataset import Labels
 from search.data.sources import Images
@@ -66,6 +67,7 @@ def train(
     shape: tuple[int, ...] = (),
     validation: Examples | None = None,
     objective: Metric = DEFAULT_OBJECTIVE,
+    class_weights: NDArray[np.float32] | None = None,
     only: int | None = None,
     rates: Sequence[float] = (),
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -77,13 +79,14 @@ def train(
     for augmentation. seed: determines the order of the examples in every epoch, the dropout masks
     and the augmentation. Early stopping monitors the `objective` of `validation`, plateaus its
     loss; without it they are off.
+    class_weights: of shape (classes,), the weight of an example in the training loss by its class.
     only: stop after this many of the `epochs`, which remain the length of a schedule.
     rates: the learning rate of every epoch, as set by the plateaus of an earlier training.
     Raises TrainingDiverged, and any exception of a callback.
     """
     _clear_regularly()
-    graph = graph_for(model, plan_of(hp, examples, shape))
-    graph.take(model, examples, hp, seed, epochs)
+    graph = graph_for(model, plan_of(hp, examples, shape, weighs=class_weights is not None))
+    graph.take(model, examples, hp, seed, epochs, class_weights)
     try:
         history = graph.fit(
             tf.data.Dataset.from_tensors(0),  # one step per epoch; `take` has set the examples

@@ -55,9 +55,11 @@ def reproduce(
         config,
         dataset=name,
         split=None,
+        task="auto",
         normalize="auto",
         test=metadata["params"].get("test"),
         objective=storage.objective(study).name,
+        class_weight=settings.get("class_weight", "none"),
         **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
         **{key: settings[key] for key in (*TABLE_SETTINGS, "image_size") if key in settings},
     )

@@ -17,7 +17,7 @@ from optuna_integration import KerasPruningCallback
 
 from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset
+from search.data.dataset import Dataset, class_weights
 from search.data.task import Metric
 from search.errors import one_line, printable
 from search.study import sampling, storage
@@ -31,7 +31,7 @@ from search.study.trials import (
 )
 from search.tracking.runs import Tracking
 from search.tracking.schema import STATE, Metadata
-from search.training.network import check_probabilities, network_for, trainable_parameters
+from search.training.network import check_output, network_for, trainable_parameters
 from search.training.train import train
 
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
@@ -81,6 +81,7 @@ def _train(
         shape=dataset.sample_shape,
         validation=dataset.validation,
         objective=dataset.task.objective(config.objective),
+        class_weights=class_weights(config, dataset),
         only=only,
         callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *more],
     )
@@ -184,7 +185,7 @@ class Attempt:
         own = config.custom_model
         network = network_for(dataset, tried, seed, own)
         if own is not None:
-            check_probabilities(own, network)
+            check_output(own, network)
         trial.set_user_attr("trainable_parameters", trainable_parameters(network))
         self._mirror(self._open_run, trial)
 

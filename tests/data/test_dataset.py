@@ -9,8 +9,9 @@ import pytest
 from conftest import arrays, labelled, load
 from numpy.typing import NDArray
 
+from search import StudyConfig
 from search.data import dataset as data
-from search.data.dataset import Dataset
+from search.data.dataset import Dataset, class_weights
 from search.data.load import load_dataset
 from search.data.sources import MNIST
 from search.errors import InputError
@@ -213,3 +214,74 @@ def test_a_scale_that_float32_cannot_normalize_is_refused(tmp_path: Path, factor
         InputError, match=r"standard deviation from 1e-07 to 1e\+19 .* feature 2 has"
     ):
         load(tmp_path, normalize=True, x_train=x)
+
+
+# ---- regression ----------------------------------------------------------------------------------
+
+
+def numbers(path: Path, **changed: Any) -> str:
+    y = np.random.default_rng(1).normal(50, 8, size=50)
+    np.savez(path, **arrays(**{"y_train": y[:40], "y_test": y[40:], **changed}))
+    return str(path)
+
+
+def test_numbers_are_standardized_by_the_training_part_and_stay_as_they_are_for_the_test(
+    tmp_path: Path,
+) -> None:
+    name = numbers(tmp_path / "numbers.npz")
+    data = load_dataset(name, 0.25, split="stratified", seed=3)
+    assert (data.task.kind, data.task.outputs, data.classes, data.split) == (
+        "regression",
+        1,
+        0,
+        "random",
+    )
+    _, y = data.train
+    assert y.dtype == np.float32 and data.train_size == len(y) == 30
+    assert (y.mean(), y.std()) == pytest.approx((0, 1), abs=1e-5)
+    with np.load(name) as source:
+        restored = data.y_all * data.task.deviation + data.task.mean
+        assert sorted(restored) == pytest.approx(sorted(source["y_train"]), rel=1e-5)
+        assert data.y_test == pytest.approx(source["y_test"], rel=1e-6)
+        assert restored.tolist() != pytest.approx(source["y_train"].tolist())  # in random order
+    again = load_dataset(name, 0.25, split="random", seed=3)
+    assert again.y_all.tolist() == data.y_all.tolist()
+    assert load_dataset(name, 0.25, split="random", seed=4).y_all.tolist() != data.y_all.tolist()
+
+
+def test_whole_numbers_are_classes_unless_the_task_is_a_regression(tmp_path: Path) -> None:
+    name = numbers(tmp_path / "numbers.npz", y_train=np.arange(40) % 3, y_test=np.arange(10) % 3)
+    assert load_dataset(name, 0.25).task.kind == "classification"
+    data = load_dataset(name, 0.25, task="regression")
+    assert (data.task.kind, data.y_test.dtype) == ("regression", np.float32)
+    assert "a number to predict (" in str(data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule"),
+    [
+        ({"y_train": np.full(40, np.nan)}, "y_train must hold finite numbers"),
+        ({"y_test": np.full(10, 1e300)}, "y_test must hold finite numbers"),
+        ({"y_train": np.full(40, 0.1)}, "y_train must hold numbers that differ"),
+        ({"y_train": np.full(40, "0.5")}, "y_train must hold numbers in shape"),
+        ({"y_train": np.ones((40, 2)) / 3}, "y_train must hold numbers in shape"),
+    ],
+)
+def test_numbers_that_cannot_be_learned_are_refused(
+    tmp_path: Path, changed: dict[str, Any], rule: str
+) -> None:
+    name = numbers(tmp_path / "numbers.npz", **changed)
+    with pytest.raises(InputError, match=rule):
+        load_dataset(name, 0.25, task="regression")
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    sklearn = pytest.importorskip("sklearn.utils.class_weight")
+    y = np.repeat([0, 1, 2], [30, 6, 4])
+    np.savez(tmp_path / "rare.npz", **arrays(y_train=y))
+    dataset = load_dataset(str(tmp_path / "rare.npz"), 0.25, split="stratified")
+    _, labels = dataset.train
+    found = class_weights(StudyConfig(class_weight="balanced"), dataset)
+    expected = sklearn.compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert found == pytest.approx(expected)
+    assert class_weights(StudyConfig(), dataset) is None

@@ -28,7 +28,7 @@ def test_the_accuracies_are_those_of_the_models(held: MlflowClient, clouds: Path
     with np.load(clouds) as data:
         x, y = data["x_test"], data["y_test"]
     right = []
-    for version, accuracy in ((2, found.accuracy), (1, found.champion_accuracy)):
+    for version, accuracy in ((2, found.value), (1, found.champion_value)):
         model = mlflow.keras.load_model(f"models:/{NAME}/{version}")
         right.append(model.predict(x, verbose=0).argmax(axis=1) == y)
         assert right[-1].mean() == pytest.approx(accuracy)

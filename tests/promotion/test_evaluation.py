@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from conftest import small_dataset
 
 from search.data.dataset import Dataset
 from search.data.load import load_dataset
@@ -50,7 +51,13 @@ def test_few_classes_have_a_matrix() -> None:
 def test_a_file_of_few_classes_holds_the_matrix_and_the_mistakes_as_ever() -> None:
     found = evaluated(3)
     kept = json.loads(found.as_json())
-    assert list(kept) == ["confusion", "mistakes"]
+    assert list(kept) == ["confusion", "mistakes", "classes"]
+    assert kept["classes"][0] == {
+        "label": 0,
+        "precision": pytest.approx(1 / 3),
+        "recall": 0.5,
+        "examples": 2,
+    }
     assert kept["confusion"] == MATRIX
     assert list(kept["mistakes"][0]) == ["index", "label", "predicted", "probability"]
     assert load_evaluation(found.as_json()) == found
@@ -59,7 +66,7 @@ def test_a_file_of_few_classes_holds_the_matrix_and_the_mistakes_as_ever() -> No
 def test_many_classes_have_their_most_frequent_confusions_and_no_matrix() -> None:
     assert evaluated(MOST).confusion is not None
     found = evaluated(MOST + 1)
-    assert found == replace(evaluated(3), confusion=None)
+    assert found == replace(evaluated(3), confusion=None, classes=[])
     assert load_evaluation(found.as_json()) == found
     assert "confusion" not in json.loads(found.as_json())
 

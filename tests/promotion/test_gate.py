@@ -58,7 +58,7 @@ def test_every_policy_decides(
         assert decided.promoted == expected
         assert decided.champion == 7
         tags = {**decided.as_tags(8), "promoted": str(expected).lower()}
-        assert Decision.read(tags, decided.accuracy) == decided
+        assert Decision.read(tags, decided.value) == decided
         loser = None if champion is None else "7" if found.challenger > champion else "8"
         assert tags.get("gate.losing_version") == loser
         assert "\n" not in tags["gate.decision"]
@@ -73,13 +73,13 @@ def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clou
     found = verdict(result)
     assert result.winner is not None
     assert (result.winner.version, found.promoted, found.champion) == (2, False, 1)
-    assert found.accuracy == pytest.approx(result.winner.test_accuracy)
-    assert found.accuracy < (found.champion_accuracy or 0)
+    assert found.value == pytest.approx(result.winner.test_accuracy)
+    assert found.value < (found.champion_value or 0)
     assert in_production(held) == 1
     tags = versions(held)[2].tags
     assert tags["promoted"] == "false"
-    assert float(tags["gate.test_accuracy"]) == found.accuracy
-    assert float(tags["gate.champion_test_accuracy"]) == found.champion_accuracy
+    assert float(tags["gate.test_accuracy"]) == found.value
+    assert float(tags["gate.champion_test_accuracy"]) == found.champion_value
     assert 0 < float(tags["gate.mcnemar_p_value"]) < 0.05
     assert (tags["gate.champion_version"], tags["gate.losing_version"]) == ("1", "2")
     assert tags["gate.decision"] == str(found)
@@ -102,7 +102,7 @@ def test_a_worse_challenger_is_registered_and_stays_out(held: MlflowClient, clou
 def test_an_equal_challenger_stays_out(held: MlflowClient, clouds: Path) -> None:
     found = verdict(pipeline.run(config(clouds, **GOOD)))
     assert (found.promoted, found.p_value) == (False, 1.0)
-    assert found.accuracy == found.champion_accuracy
+    assert found.value == found.champion_value
     assert in_production(held) == 1
     assert versions(held)[2].tags["gate.losing_version"] == "2"
 
@@ -115,7 +115,7 @@ def test_a_better_challenger_takes_over(client: MlflowClient, clouds: Path) -> N
     )
     found = verdict(pipeline.run(config(clouds, **GOOD, study_name="better")))
     assert (found.promoted, found.champion) == (True, 1)
-    assert found.accuracy > (found.champion_accuracy or 1)
+    assert found.value > (found.champion_value or 1)
     assert in_production(client) == 2
     assert {n: v.current_stage for n, v in versions(client).items()} == {
         1: "Archived",

@@ -7,14 +7,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from conftest import default_network
+from conftest import default_network, small_dataset
 from test_train import BATCH, CLASSES, FEATURES, RAGGED, TASK, WHOLE, examples, moved, same
 
 from search.config import custom_model
 from search.config.parameter import Choice
+from search.data.task import Task
 from search.training import train as training
 from search.training.epoch import epoch_order
-from search.training.network import build_network
+from search.training.network import build_network, network_to_register
 from search.training.train import _of_thread, evaluate
 
 RATE = 0.01
@@ -335,3 +336,52 @@ def test_a_custom_model_learns_and_is_plain_keras(
     loaded = keras.saving.load_model(tmp_path / "net.keras")
     x, _ = examples(20)
     assert np.allclose(loaded.predict(x, verbose=0), net.predict(x, verbose=0), atol=1e-6)
+
+
+def test_a_network_of_a_regression_learns_as_keras_and_counts_its_metrics(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, FEATURES)).astype(np.float32)
+    y = (x[:, 0] + x[:, 1] / 2).astype(np.float32)
+    task = Task("regression", 1, mean=100, deviation=20)
+    net = build_network(tried(), (FEATURES,), task, 3)
+    history = training.train(
+        net, (x[:150], y[:150]), tried(), epochs=4, seed=1, validation=(x[150:], y[150:])
+    )
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["mae"][-1] < 20
+    given = net.predict(x[150:], verbose=0)[:, 0]
+    error = (given - y[150:]) * 20
+    assert history["val_loss"][-1] == pytest.approx(np.mean(error**2) / 400, rel=1e-4)
+    assert history["val_mae"][-1] == pytest.approx(np.abs(error).mean(), rel=1e-4)
+    assert history["val_rmse"][-1] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-4)
+    spread = np.var(y[150:]) * 400
+    assert history["val_r2"][-1] == pytest.approx(1 - np.mean(error**2) / spread, rel=1e-3)
+    registered = network_to_register(net, small_dataset(task=task, sample_shape=(FEATURES,)))
+    assert registered.predict(x, verbose=0) == pytest.approx(
+        net.predict(x, verbose=0) * 20 + 100, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_train_as_keras_fit_does_with_them(smoothing: float) -> None:
+    data = examples(96, 0)
+    weights = np.array([0.5, 1, 2, 4], np.float32)
+    what = tried(label_smoothing=smoothing, dropout_rate=0.0)
+    ours, theirs = (build_network(what, (FEATURES,), TASK, 3) for _ in "ab")
+    history = training.train(ours, data, what, epochs=1, seed=1, class_weights=weights)
+    (x, y), order = data, np.asarray(epoch_order(96, 1, 0))
+    labels = np.eye(CLASSES, dtype=np.float32)[y] * (1 - smoothing) + smoothing / CLASSES
+    theirs.compile(theirs.optimizer, "categorical_crossentropy", metrics=["accuracy"])
+    fitted = theirs.fit(
+        x[order],
+        labels[order],
+        sample_weight=weights[y[order]],
+        batch_size=what["batch_size"],
+        shuffle=False,
+        verbose=0,
+    ).history
+    assert history["loss"] == pytest.approx(fitted["loss"], rel=1e-4)
+    assert same(ours.get_weights(), theirs.get_weights())
+    plain = build_network(what, (FEATURES,), TASK, 3)
+    alone = training.train(plain, data, what, epochs=1, seed=1)
+    assert alone["loss"] != history["loss"]

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ from search.data.dataset import Normalization
 from search.data.task import Task
 from search.training.network import (
     build_network,
-    check_probabilities,
+    check_output,
     network_to_register,
     trainable_parameters,
 )
@@ -169,7 +170,7 @@ def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_cha
     net = build_network(tried(), (FEATURES,), TASK, 3, custom=found)
     before = state(net)
     with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
-        check_probabilities(found, net)
+        check_output(found, net)
     assert state(net) == before
 
 
@@ -199,3 +200,12 @@ def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
     found = custom_model.CustomModel("here:made", made, {}, "0")
     with pytest.raises(ValueError, match=said):
         build_network(tried(), (FEATURES,), TASK, 3, custom=found)
+
+
+@pytest.mark.parametrize("ending", ["softmax", "sigmoid", "relu"])
+def test_a_custom_model_whose_numbers_are_bounded_is_refused(ending: str) -> None:
+    network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, ending)])
+    network.task = Task("regression", 1)
+    custom = SimpleNamespace(name="mine:build")
+    with pytest.raises(ValueError, match=f"mine:build .* regression, but it ends with {ending}"):
+        check_output(custom, network)  # type: ignore[arg-type]
