@@ -84,6 +84,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         super().__init__()
         self.network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
         self._plan = plan
+        self._validates = False  # true while the graph of a validation batch is traced
+        self._of_validation = validation_metrics(model.task)
         shape = model.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
         labels = np.int32 if model.task.classes else np.float32
@@ -97,8 +99,6 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         if plan.decays:
             decay_weights(optimizer, self._decay)
         self.compile(optimizer, model.loss, metrics=compiled_metrics(model.task), jit_compile=False)
-        self._of_validation = validation_metrics(model.task)
-        self._validates = False  # while the graph of a validation batch is traced
         # Variables created during the first trace of an epoch would require a second trace.
         outputs = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
@@ -190,9 +190,18 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             (tf.constant(0),),
             parallel_iterations=1,
         )
-        of_validation = self._of_validation.result()
-        results = self.get_metrics_result()
-        return {name: value for name, value in results.items() if name not in of_validation}
+        return self.get_metrics_result()
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Those of validation data only for them: in training, they would only be traced."""
+        found: list[keras.metrics.Metric] = super().metrics
+        return [m for m in found if self._validates or m is not self._of_validation]
+
+    def reset_metrics(self) -> None:
+        """Reset all."""
+        super().reset_metrics()
+        self._of_validation.reset_state()
 
     def test_step(self, data: Any) -> Any:
         """One validation batch."""
