@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from search.config.settings import StudyConfig
 from search.data import function, images, sources
+from search.data.memory import chunks, partition
 from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
-from search.data.sources import Arrays, Images, Source, flat, is_own
+from search.data.sources import Images, Source, is_own
 from search.errors import InputError
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
@@ -155,8 +156,8 @@ def load_dataset(
     x_train, given = arrays["x_train"], "x_validation" in arrays
     split = OWN_SPLIT if given else split
     train_size = len(x_train) if given else _train_size(len(x_train), validation_split)
-    x_all, x_test = (_flat(name, arrays, part) for part in ("train", "test"))
-    y_all, y_test = (_labels(arrays, part) for part in ("train", "test"))
+    x_all, x_test = (sources.examples(name, arrays, part) for part in ("train", "test"))
+    y_all, y_test = (sources.labels(arrays, part) for part in ("train", "test"))
     classes = int(arrays["y_train"].max()) + 1
     if source.class_names and len(source.class_names) != classes:
         raise InputError(
@@ -167,13 +168,14 @@ def load_dataset(
     repeated = _count_repeated(x_test, x_all)
     if split == "stratified":
         validates = stratified(y_all, len(x_all) - train_size, seed)
-        order = np.argsort(validates, kind="stable")
-        x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
+        partition(x_all, validates)
+        partition(y_all, validates)
+        train_size = int((~validates).sum())
     normalization = None
     if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
-        numbers = x_all.astype(np.float32, copy=False)
-        normalization = fit(name, numbers[:train_size])
-        x_all = normalization.apply(numbers)
+        normalization = fit(name, scaled(x_all[:train_size]))
+        for part in chunks(x_all):
+            x_all[part] = normalization.apply(scaled(x_all[part]))
     return Dataset(
         name=name,
         digest=digest.hexdigest(),
@@ -204,20 +206,6 @@ def _train_size(examples: int, validation_split: float) -> int:
             f"{examples - train_size}; give a fraction nearer to 0.5 or more data"
         )
     return train_size
-
-
-def _flat(name: str, arrays: Arrays, part: str) -> Images:
-    """The flat examples of a part, those for training with those for validation after them."""
-    x = flat(name, f"x_{part}", arrays[f"x_{part}"])
-    if part == "test" or "x_validation" not in arrays:
-        return x
-    return np.concatenate([x, flat(name, "x_validation", arrays["x_validation"])])
-
-
-def _labels(arrays: Arrays, part: str) -> Labels:
-    """The labels of the same examples."""
-    keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
-    return np.concatenate([arrays[key].ravel().astype(np.int32) for key in keys])
 
 
 def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from requests import RequestException
 
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, scaled
+from search.data.dataset import Dataset
 from search.errors import RunError, one_line
 from search.promotion.evaluation import predict
 from search.tracking.address import global_uri
@@ -86,7 +86,7 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
                     f"it takes {shapes[0]} and returns {shapes[1]}, but this study's data have "
                     f"{data} and {dataset.classes} classes"
                 )
-            predicted, _ = predict(model, scaled(dataset.raw_test))
+            predicted, _ = predict(model, dataset.raw_test)
         except MemoryError:
             raise
         except Exception as error:  # with a damaged file, Keras, zipfile and json raise anything

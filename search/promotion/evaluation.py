@@ -1,6 +1,7 @@
 """The winner on the test examples: its confusion matrix and its worst mistakes."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.data.dataset import Dataset, is_image, scaled
+from search.data.sources import Images
 from search.errors import one_line
 
 DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
@@ -19,7 +21,8 @@ _SHOWN = 12  # mistakes
 _FREQUENT = 20  # most frequent confusions kept
 MANY = 20  # classes from which on the cells of the matrix are too small for numbers
 MOST = 200  # classes up to which there is a matrix
-_AT_ONCE = 25_000_000  # probabilities in memory, 100 MB
+_AT_ONCE = 25_000_000  # numbers in memory, 100 MB
+_BATCH = 2_000
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,19 @@ class Evaluation:
         return f"{self.name(case.label)} called {self.name(case.predicted)}"
 
 
-def predict(model: Any, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def predict(model: Any, x: Images) -> tuple[NDArray[Any], NDArray[Any]]:
     """The class that `model` predicts for each example in `x`, and its probability.
 
-    In parts, so that the probabilities of all classes fit in memory.
+    x: as in a dataset; scaled here. In parts, so that the scaled examples and the probabilities of
+    all classes fit in memory.
     """
-    rows = max(1, _AT_ONCE // model.output_shape[-1])
+    widest = max(model.output_shape[-1], math.prod(x.shape[1:]))
+    rows = max(1, _AT_ONCE // widest)
+    rows -= rows % _BATCH if rows > _BATCH else 0  # whole batches
     predicted, confidence = [], []
     for first in range(0, len(x), rows):
-        part = x[first : first + rows]
-        probabilities = model.predict(part, batch_size=min(rows, 2_000), verbose=0)
+        part = scaled(x[first : first + rows])
+        probabilities = model.predict(part, batch_size=min(rows, _BATCH), verbose=0)
         predicted.append(probabilities.argmax(axis=1))
         confidence.append(probabilities.max(axis=1))
     return np.concatenate(predicted), np.concatenate(confidence)
@@ -134,7 +140,7 @@ def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
     path = folder / DATA
     try:
         found = evaluate_predictions(
-            *predict(model, scaled(dataset.raw_test)), dataset.y_test, dataset.classes
+            *predict(model, dataset.raw_test), dataset.y_test, dataset.classes
         )
         found = replace(found, class_names=dataset.class_names)
         path.write_text(found.as_json())

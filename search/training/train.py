@@ -19,7 +19,15 @@ import tensorflow as tf
 
 from search.data.dataset import Labels
 from search.data.sources import Images
-from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of, scaled
+from search.training.epoch import (
+    EpochInGraph,
+    Examples,
+    Plan,
+    has_variable_rate,
+    plan_of,
+    scaled,
+    tensor_of,
+)
 from search.training.network import is_of_layers
 
 _VALIDATION_BATCH = 2_000
@@ -149,7 +157,7 @@ def _clear_regularly() -> None:
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
+    return tf.data.Dataset.from_tensor_slices((tensor_of(x), y)).batch(_VALIDATION_BATCH)
 
 
 # ---- the cache of graphs -------------------------------------------------------------------------

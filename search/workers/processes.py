@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from search import signals
 from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path
+from search.data import memory
 from search.errors import RunError
 from search.training import environment
 from search.workers import tasks
@@ -121,12 +122,12 @@ class InProcess(Executor):
         return future
 
 
-def _prepare_process(environ: dict[str, str], *arguments: Any) -> None:
-    """Prepare a process that dies with the main process and has its `environ`."""
+def _prepare_process(environ: dict[str, str], run: str, config: StudyConfig, data: Any) -> None:
+    """Prepare a process that dies with the main process, and has its `environ` and its data."""
     os.environ.clear()
     os.environ.update(environ)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    tasks.prepare(*arguments)
+    tasks.prepare(run, config, memory.opened(data))
 
 
 def _die_with_parent() -> None:
@@ -207,11 +208,12 @@ class ProcessBackend:
             asked.shutdown()
 
     def _executor(self) -> ProcessPoolExecutor:
+        parent_run, config, dataset = self._prepare
         return ProcessPoolExecutor(
             1,
             mp_context=_start_method(),
             initializer=_prepare_process,
-            initargs=(dict(os.environ), *self._prepare),
+            initargs=(dict(os.environ), parent_run, config, memory.hand_over(dataset)),
         )
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[Any]":

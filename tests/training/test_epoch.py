@@ -8,14 +8,16 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import default_network
 from test_train import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
 
 from search.config import custom_model
 from search.config.parameter import Choice
+from search.data.memory import shared
 from search.training import fused
 from search.training import train as training
-from search.training.epoch import _leaves, epoch_order
+from search.training.epoch import _leaves, epoch_order, tensor_of
 from search.training.network import build_network, check_probabilities
 from search.training.train import _of_thread, evaluate
 
@@ -426,3 +428,21 @@ def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
     found = custom_model.CustomModel("here:made", made, {}, "0")
     with pytest.raises(ValueError, match=said):
         build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_a_tensor_of_shared_examples_is_in_their_memory(kind: type) -> None:
+    x = shared(np.ones((32, 16), kind))
+    tensor = tensor_of(x)
+    x[5, 3] = 9
+    assert tensor.numpy()[5, 3] == 9
+    assert tensor.dtype == tf.as_dtype(kind)
+
+
+def test_examples_whose_memory_tensorflow_cannot_use_are_copied() -> None:
+    x = shared(np.arange(999, dtype=np.uint8))[3:].reshape(-1, 12)
+    for rows in (x, np.asfortranarray(x), x[:0], np.frombuffer(b"abcdefgh", np.uint8)[None]):
+        np.testing.assert_array_equal(tensor_of(rows).numpy(), rows)
