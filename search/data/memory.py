@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,23 +115,24 @@ def chunks(array: NDArray[Any]) -> Iterator[slice]:
 
 
 def hand_over(owner: T) -> T:
-    """A copy of the dataclass `owner` for another process: shared arrays become handles.
+    """A copy of `owner`, a dataclass, for another process: shared arrays become handles.
 
     They are valid while this process lives. `opened` makes them arrays again.
     """
     handles = {name: _handle(array) for name, array in _arrays(owner, np.ndarray)}
     known = {name: handle for name, handle in handles.items() if handle is not None}
-    return replace(owner, **known)  # type: ignore[type-var]
+    return replace(owner, **known) if known else owner  # type: ignore[type-var]
 
 
 def opened(owner: T) -> T:
     """What `hand_over` was given, with the same arrays in the same memory."""
     arrays = {name: handle.open() for name, handle in _arrays(owner, _Handle)}
-    return replace(owner, **arrays)  # type: ignore[type-var]
+    return replace(owner, **arrays) if arrays else owner  # type: ignore[type-var]
 
 
 def _arrays(owner: Any, kind: type) -> list[tuple[str, Any]]:
-    values = ((field.name, getattr(owner, field.name)) for field in fields(owner))
+    known = fields(owner) if is_dataclass(owner) else ()
+    values = ((field.name, getattr(owner, field.name)) for field in known)
     return [(name, value) for name, value in values if isinstance(value, kind)]
 
 
