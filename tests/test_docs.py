@@ -180,7 +180,7 @@ def test_the_settings_file_is_read(tmp_path: Path) -> None:
 def test_the_arrays_of_a_table_are_a_dataset(in_folder: Path) -> None:
     rows = np.c_[arrays()["x_train"], arrays()["y_train"]]
     np.savetxt("flowers.csv", rows, delimiter=",", header="a,b,c,d,class")
-    text, _ = blocks(DOCS / "your-data.md", "python")
+    text, *_ = blocks(DOCS / "your-data.md", "python")
     exec(text, {})
     dataset = load_dataset("./mine.npz", 0.25, split="stratified", normalize=True)
     assert (dataset.features, dataset.classes, len(dataset.x_test)) == (4, 2, 8)
@@ -196,7 +196,7 @@ def test_the_function_on_the_page_of_data_is_a_dataset(
     with np.load(MNIST) as mnist:
         train, test = ((mnist[f"x_{part}"], mnist[f"y_{part}"]) for part in ("train", "test"))
     monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda path: (train, test))
-    _, text = blocks(DOCS / "your-data.md", "python")
+    *_, text = blocks(DOCS / "your-data.md", "python")
     Path("mine.py").write_text(text)
     dataset = load_dataset("mine:load", 0.1, split="stratified")
     assert (dataset.classes, dataset.class_names) == (3, ("zero", "one", "two"))
@@ -246,8 +246,8 @@ def test_the_registered_model_and_its_origin_are_loaded(
 
 
 def test_every_block_of_python_is_run_but_those_for_clusters() -> None:
-    """Here, and in test_custom_model."""
+    """Here, in test_custom_model and in test_image_folder."""
     found = {page.stem: len(blocks(page, "python")) for page in PAGES}
     run = dict.fromkeys(("README", "your-data", "your-model", "results", "trust"), 1)
-    more = {"your-data": 2, "cluster": 2}
+    more = {"your-data": 3, "cluster": 2}
     assert {name: number for name, number in found.items() if number} == {**run, **more}
