@@ -872,6 +872,24 @@ def test_a_folder_that_holds_no_images_of_classes_is_refused(
     refused(command(dataset=path), f"error: --dataset {path}: {rule}")
 
 
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [
+        ("nowhere:load", "--dataset must name a module that can be imported (ModuleNotFoundError"),
+        ("own:other", "--dataset must name a function, but own has no function other, but got"),
+        (
+            "own:load",
+            "--dataset own:load: must return its data, but it raised KeyError: 'x'; fix it",
+        ),
+    ],
+)
+def test_a_function_that_brings_no_data_is_refused(
+    folder: Path, refused: Refused, function: str, rule: str
+) -> None:
+    (folder / "own.py").write_text("def load():\n    return {}['x']\n")
+    refused(command(dataset=function), f"error: {rule}")
+
+
 def test_a_missing_dataset_with_a_line_break_in_its_name_is_one_line(refused: Refused) -> None:
     refused(command(dataset="a\nb.npz"), "error: --dataset ", PATH)
 

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,7 @@ import mlflow
 import numpy as np
 import optuna
 import pytest
-import requests
-from conftest import command, mlflow_at
+from conftest import ROOT, command, mlflow_at
 from PIL import Image
 from servers import free_port, wait_for
 from test_serve import SHELL
@@ -20,9 +23,14 @@ from test_serve import SHELL
 from search.data.load import load_dataset
 from search.report import publish
 
+PAGE = (ROOT / "docs" / "your-data.md").read_text().split("## A folder of images")[1]
+COMMAND = shlex.split(re.findall(r"^    python study.py (.*)$", PAGE, re.MULTILINE)[0])
+EXAMPLE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
+SERVE, ASK = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)[:2]
+NAMES = "cat", "dog & fox"
 SMALL = (
     *("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1"),
-    *("--learning-rate", "0.01", "--study-name", "own", "--model-name", "Own"),
+    *("--learning-rate", "0.01"),
 )
 pytestmark = pytest.mark.slow
 
@@ -59,7 +67,7 @@ def test_digits_as_a_folder_train_to_the_same_digits_as_their_arrays(
     for name in ("digits", "digits.npz"):
         folder = tmp_path / f"of-{name}"
         folder.mkdir()
-        code, out, err = command(folder, "--dataset", f"../{name}", *SMALL)
+        code, out, err = command(folder, "--dataset", f"../{name}", *SMALL, "--study-name", "own")
         assert (code, err) == (0, ""), out
         results[name] = histories(folder)
     assert results["digits"] == results["digits.npz"]
@@ -69,76 +77,83 @@ def test_digits_as_a_folder_train_to_the_same_digits_as_their_arrays(
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the command ran on images of two colours."""
-    folder = tmp_path_factory.mktemp("shapes")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the page's command ran on images of two colours."""
+    folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     y = np.arange(60) % 2
     x = random.integers(0, 100, (60, 6, 6, 3)).astype(np.uint8)
     x[y == 1, :, :, 0] += 150
-    write(folder / "pictures", x, y, ("blue & green", "red"))
-    code, out, err = command(folder, "--dataset", "pictures/", *SMALL)
+    write(folder / "photos", x, y, NAMES)
+    code, out, err = command(folder, *COMMAND, *SMALL)
     assert (code, err) == (0, "")
-    assert "pictures/: 43 / 5 / 12 examples to train, validate, test (stratified split)" in out
+    assert "photos/: 43 / 5 / 12 examples to train, validate, test (stratified split)" in out
     return folder
 
 
-def test_the_report_and_the_model_have_the_names_of_the_classes(shapes: Path) -> None:
-    page = (shapes / "report.html").read_text()
-    assert '"blue \\u0026 green","red"' in page or '"blue & green","red"' in page
-    with mlflow_at(shapes) as client:
-        version = client.get_model_version_by_alias("Own", "production")
-        info = mlflow.models.get_model_info("models:/Own@production")
-        assert info.metadata["class_names"] == ["blue & green", "red"]
+def test_the_report_and_the_model_have_the_names_of_the_classes(photos: Path) -> None:
+    page = (photos / "report.html").read_text()
+    assert re.search(r'"cat","dog (&|\\\\u0026) fox"', page)
+    with mlflow_at(photos) as client:
+        version = client.get_model_version_by_alias("Photos", "production")
+        info = mlflow.models.get_model_info("models:/Photos@production")
+        assert info.metadata["class_names"] == list(NAMES)
         shape = info.signature.inputs.to_dict()[0]["tensor-spec"]
         assert shape == {"dtype": "float32", "shape": (-1, 6, 6, 3)}
         params = client.get_run(version.run_id).data.params
         assert (params["image_size"], params["test_split"]) == ("6", "0.2")
         path = client.download_artifacts(version.run_id, "evaluation.json")
     found = publish.load_evaluation(Path(path).read_text())
-    assert found.class_names == ("blue & green", "red")
+    assert found.class_names == NAMES
 
 
-def test_the_study_is_resumed_and_reproduced(shapes: Path) -> None:
-    code, out, err = command(shapes, "--dataset", "pictures/", *SMALL)
+def test_the_study_is_resumed_and_reproduced(photos: Path) -> None:
+    code, out, err = command(photos, *COMMAND, *SMALL)
     assert (code, err) == (0, "")
     assert "2 finished trials" in out
-    code, out, err = command(shapes, "reproduce", "--study-name", "own")
+    code, out, err = command(photos, "reproduce", "--study-name", "photos")
     assert (code, err) == (0, ""), out
-    code, out, err = command(shapes, "--dataset", "pictures/", "--image-size", "5", *SMALL)
+    code, out, err = command(photos, *COMMAND, "--image-size", "5", *SMALL)
     assert code == 2
     assert "image_size: 6 -> 5" in err
 
 
-def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(shapes: Path) -> None:
-    dataset = load_dataset(str(shapes / "pictures"), 0.1, split="stratified")
-    with mlflow_at(shapes) as client:
-        version = client.get_model_version_by_alias("Own", "production")
-        tested = client.get_run(version.run_id).data.metrics["test_accuracy"]
-        model = mlflow.keras.load_model("models:/Own@production")
-    probabilities = model.predict(dataset.test_inputs(), verbose=0)  # uint8, as read
-    assert (probabilities.argmax(axis=1) == dataset.y_test).mean() == pytest.approx(tested)
-    port = free_port()
-    with (shapes / "server.log").open("wb") as log:
+def ask_server(folder: Path) -> str:
+    """What the page's commands print, with the server on a free port."""
+    port = str(free_port())
+    with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [
-                *("mlflow", "models", "serve", "-m", "models:/Own@production", "-p", str(port)),
-                *("--env-manager", "local", "--workers", "1"),
-            ],
-            cwd=shapes,
+            ["bash", "-c", SERVE.replace("5001", port)],
+            cwd=folder,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**SHELL, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
+            env=SHELL,
         )
     try:
-        address = f"http://127.0.0.1:{port}"
-        wait_for(f"{address}/ping", process, shapes / "server.log")
-        body = json.dumps({"inputs": dataset.test_inputs().tolist()})
-        headers = {"Content-Type": "application/json"}
-        answer = requests.post(f"{address}/invocations", body, headers=headers, timeout=60)
+        wait_for(f"http://127.0.0.1:{port}/ping", process, folder / "server.log")
+        ask = ["bash", "-ec", ASK.replace("5001", port)]
+        return subprocess.run(ask, cwd=folder, capture_output=True, text=True, check=True).stdout
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert answer.status_code == 200, answer.text
-    np.testing.assert_allclose(answer.json()["predictions"], probabilities, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(photos: Path) -> None:
+    dataset = load_dataset(str(photos / "photos"), 0.1, split="stratified")
+    with mlflow_at(photos) as client:
+        version = client.get_model_version_by_alias("Photos", "production")
+        tested = client.get_run(version.run_id).data.metrics["test_accuracy"]
+        model = mlflow.keras.load_model("models:/Photos@production")
+    probabilities = model.predict(dataset.raw_test, verbose=0)  # uint8, as read
+    assert (probabilities.argmax(axis=1) == dataset.y_test).mean() == pytest.approx(tested)
+    (photos / "photos/cat/0001.png").symlink_to("0000.png")  # an example's name on the page
+    example = EXAMPLE.replace("(64, 64)", "(6, 6)")
+    subprocess.run([sys.executable, "-c", example], cwd=photos, check=True)
+    answered = ask_server(photos)
+    (answer,) = json.loads(answered)["predictions"]
+    expected = model.predict(np.array(Image.open(photos / "photos/cat/0000.png"))[None], verbose=0)
+    np.testing.assert_allclose(answer, expected[0], rtol=1e-5, atol=1e-6)
+    (photos / "photos/cat/0001.png").unlink()

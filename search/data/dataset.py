@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config.settings import StudyConfig
 from search.data.sources import Images
 from search.data.task import Task
 from search.errors import InputError
+from search.memory import CHUNK
 
 if TYPE_CHECKING:
     from search.data.columns import Columns, Rows
@@ -20,6 +20,7 @@ OWN_SPLIT = "own"  # the validation part came with the data
 _CHANNELS = (1, 3)
 _ALL = slice(None)
 ENOUGH = 20  # a class with this many examples must also be in the validation part
+_FEWEST = 16  # features at a time: NumPy adds the rows of one alone in another order
 _DEVIATIONS = 1e-7, 1e19  # Keras divides by at least 1e-7; a variance must fit into float32
 Labels = NDArray[np.int32] | NDArray[np.float32]
 Seed = int | tuple[int, ...]
@@ -83,13 +84,19 @@ class Dataset:
         """Number of features of a flat example."""
         return int(self.x_all.shape[1])
 
+    @property
+    def raw_test(self) -> Any:
+        """The test examples as the registered model takes them, but uint8 where it is scaled."""
+        if self.test_rows is not None:
+            return self.test_rows.inputs
+        return self.x_test.reshape(-1, *self.sample_shape) if self.pixels else self.x_test
+
     def test_inputs(self, chosen: slice = _ALL) -> Any:
         """The test examples, or the `chosen` ones, as the registered model takes them."""
         if self.test_rows is not None:
             return self.test_rows[chosen].inputs
-        if self.pixels:
-            return self.x_test[chosen].reshape(-1, *self.sample_shape).astype(np.float32)
-        return scaled(self.x_test[chosen])
+        x = self.raw_test[chosen]
+        return x.astype(np.float32, copy=False) if self.pixels else scaled(x)
 
     @property
     def input_shapes(self) -> list[tuple[int | None, ...]]:
@@ -192,19 +199,6 @@ def count_repeated(x_test: Images, x_train: Images) -> int:
     return sum(row.tobytes() in repeated for row in x_test) if repeated else 0
 
 
-def class_weights(config: StudyConfig, dataset: Dataset) -> NDArray[np.float32] | None:
-    """The weight of a training example of each class, as --class-weight says; None for no weights.
-
-    balanced: n / (classes * examples of the class), of the n examples of the training part, as
-    scikit-learn's `compute_class_weight("balanced")` (King and Zeng 2001).
-    """
-    if config.class_weight == "none":
-        return None
-    _, labels = dataset.train
-    counts = np.bincount(labels.astype(int), minlength=dataset.classes)
-    return (len(labels) / (dataset.classes * np.maximum(counts, 1))).astype(np.float32)
-
-
 def check_images(dataset: Dataset, for_images: list[str]) -> None:
     """Raise InputError if options need images, `for_images`, but the examples are none."""
     if for_images and not is_image(dataset.sample_shape):
@@ -274,8 +268,8 @@ def stratified(y: NDArray[np.int32], size: int, seed: Seed) -> NDArray[np.bool_]
 
 def fit(name: str, x: NDArray[np.float32]) -> Normalization:
     """The normalization for the training part `x`. Raises InputError if float32 can't hold it."""
-    mean, deviation = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
-    constant = deviation <= 2 * np.finfo(np.float32).eps * np.abs(x).max(axis=0)
+    mean, deviation, largest = _statistics(x)
+    constant = deviation <= 2 * np.finfo(np.float32).eps * largest
     deviation[constant] = 1
     wrong = np.flatnonzero((deviation < _DEVIATIONS[0]) | (deviation > _DEVIATIONS[1]))
     if len(wrong):
@@ -286,3 +280,18 @@ def fit(name: str, x: NDArray[np.float32]) -> Normalization:
             "give it another unit, or --normalize none"
         )
     return Normalization(mean.astype(np.float32), (deviation**2).astype(np.float32))
+
+
+def _statistics(x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Mean, standard deviation and largest absolute value of every feature.
+
+    Of some features at a time, because NumPy works on copies in float64; to the same digits.
+    """
+    width = max(_FEWEST, CHUNK // max(1, 8 * len(x)))
+    parts = []
+    for first in range(0, x.shape[1], width):
+        some = x[:, first : first + width]
+        largest = np.maximum(some.max(axis=0), -some.min(axis=0))
+        parts.append((some.mean(axis=0, dtype=float), some.std(axis=0, dtype=float), largest))
+    mean, deviation, largest = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return mean, deviation, largest

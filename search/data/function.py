@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from search.config.custom_model import NAME, Function, load_function
 from search.data.sources import ARRAYS, Arrays, Source
 from search.errors import InputError, one_line
+from search.memory import free
 
 MOST_EXAMPLES = 10_000_000  # that a tf.data.Dataset of unknown size may have
 _BATCH = 1024
@@ -91,12 +91,9 @@ def _class_names(name: str, given: Any) -> tuple[str, ...]:
 
 
 def _of_pipelines(function: Function, kept: dict[str, Any], names: tuple[str, ...]) -> Source:
-    """The tf.data.Datasets, each read once, in its order; in all they may have half of the memory.
-
-    Memory: what `psutil` says is available.
-    """
+    """The tf.data.Datasets, each read once, in its order, into half of the free memory at most."""
     arrays: Arrays = {}
-    left = psutil.virtual_memory().available // 2
+    left = free() // 2
     for part in (part for part in _PIPELINES if part in kept):
         x, y = _read(function.name, part, kept[part], left)
         left -= x.nbytes + y.nbytes

@@ -1,5 +1,6 @@
 """Folders of images: FOLDER/CLASS/*.png, or FOLDER/train/CLASS and FOLDER/test/CLASS."""
 
+import math
 import os
 import re
 import warnings
@@ -16,6 +17,7 @@ from search.data.dataset import stratified
 from search.data.sources import Arrays, Source
 from search.errors import InputError, one_line, printable
 from search.imports import prepare_tensorflow, silent_stderr
+from search.memory import check_fits, empty
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # what Keras reads
 DEFAULT_SIZE = 64  # where the images are of several sizes
@@ -51,7 +53,9 @@ def read(name: str, size: int | None, test_split: float, seed: int) -> Source:
     """
     root = Path(name)
     parts = _parts(name, root)
-    shape = _shape(name, [file for part in parts for file in part.files], size)
+    files = [file for part in parts for file in part.files]
+    shape = _shape(name, files, size)
+    check_fits(name, len(files) * math.prod(shape), "give a smaller --image-size, or fewer images")
     settings: dict[str, Any] = {"image_size": shape[0]} if shape[0] == shape[1] else {}
     if len(parts) == 2:
         tests = np.r_[np.zeros(len(parts[0].files), bool), np.ones(len(parts[1].files), bool)]
@@ -61,9 +65,9 @@ def read(name: str, size: int | None, test_split: float, seed: int) -> Source:
         settings["test_split"] = test_split
     labels = np.concatenate([part.labels for part in parts])
     arrays = {
-        "x_train": np.empty((int((~tests).sum()), *shape), np.uint8),
+        "x_train": empty((int((~tests).sum()), *shape), np.uint8),
         "y_train": labels[~tests],
-        "x_test": np.empty((int(tests.sum()), *shape), np.uint8),
+        "x_test": empty((int(tests.sum()), *shape), np.uint8),
         "y_test": labels[tests],
     }
     _fill(arrays, tests, (images for part in parts for images in _decoded(name, part, shape)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search.config.data_settings import is_table, names_in
 from search.config.options import flag
@@ -14,16 +15,17 @@ from search.data import function, images, sources
 from search.data.dataset import (
     OWN_SPLIT,
     Dataset,
-    Labels,
     count_repeated,
     fit,
     held_out,
     is_image,
     kept,
+    scaled,
 )
-from search.data.sources import Arrays, Images, Source, flat, is_own
+from search.data.sources import Source, is_own
 from search.data.task import KINDS, Metric, describe, objective_of
 from search.errors import InputError, one_line
+from search.memory import chunks, moved, partition
 
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
 
@@ -113,7 +115,7 @@ def _load_table(config: StudyConfig, split: str, task: str) -> Dataset:
             "name some in --numeric or --categorical",
         )
     order = np.concatenate([part.train, part.validation])
-    x_all, x_test = adapted.encode(rows[order]), adapted.encode(test)
+    x_all, x_test = moved(adapted.encode(rows[order])), moved(adapted.encode(test))
     described, y_all = describe(kind, part.y[order], len(part.train), part.names)
     return Dataset(
         name=config.dataset,
@@ -199,9 +201,9 @@ def load_dataset(
     train_size = len(x_train)
     if not given:
         train_size = kept("--validation-split", validation_split, train_size, "validate")
-    x_all, x_test = (_flat(name, arrays, part) for part in ("train", "test"))
+    x_all, x_test = (sources.examples(name, arrays, part) for part in ("train", "test"))
     has_classes = KINDS[kind].has_classes
-    y_all, y_test = (_targets(arrays, part, has_classes) for part in ("train", "test"))
+    y_all, y_test = (sources.targets(arrays, part, has_classes) for part in ("train", "test"))
     classes = int(y_all.max()) + 1 if has_classes else 0
     if source.class_names and len(source.class_names) != classes:
         raise InputError(
@@ -213,13 +215,14 @@ def load_dataset(
     if split not in ("last", OWN_SPLIT):
         split = split if has_classes else "random"
         validates = held_out(split, y_all, len(x_all) - train_size, seed)
-        order = np.argsort(validates, kind="stable")
-        x_all, y_all, train_size = x_all[order], y_all[order], int((~validates).sum())
+        partition(x_all, validates)
+        partition(y_all, validates)
+        train_size = int((~validates).sum())
     normalization = None
     if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
-        numbers = x_all.astype(np.float32, copy=False)
-        normalization = fit(name, numbers[:train_size])
-        x_all = normalization.apply(numbers)
+        normalization = fit(name, scaled(x_all[:train_size]))
+        for part in chunks(x_all):
+            x_all[part] = normalization.apply(scaled(x_all[part]))
     described, y_all = describe(kind, y_all, train_size, source.class_names)
     return Dataset(
         name=name,
@@ -241,21 +244,6 @@ def load_dataset(
     )
 
 
-def _flat(name: str, arrays: Arrays, part: str) -> Images:
-    """The flat examples of a part, those for training with those for validation after them."""
-    x = flat(name, f"x_{part}", arrays[f"x_{part}"])
-    if part == "test" or "x_validation" not in arrays:
-        return x
-    return np.concatenate([x, flat(name, "x_validation", arrays["x_validation"])])
-
-
-def _targets(arrays: Arrays, part: str, has_classes: bool) -> Labels:
-    """The labels, or the numbers, of the same examples."""
-    keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
-    kind: Any = np.int32 if has_classes else np.float32
-    return np.concatenate([arrays[key].ravel().astype(kind) for key in keys])
-
-
 def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:
     """The arrays of the dataset `name`, from wherever they come."""
     if images.is_folder(name):
@@ -267,3 +255,19 @@ def _read(name: str, image_size: int | None, test_split: float, seed: int) -> So
     if function.is_function(name):
         return function.read(name)
     return sources.read(name)
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+
+def class_weights(config: StudyConfig, dataset: Dataset) -> NDArray[np.float32] | None:
+    """The weight of a training example of each class, as --class-weight says; None for no weights.
+
+    balanced: n / (classes * examples of the class), of the n examples of the training part, as
+    scikit-learn's `compute_class_weight("balanced")` (King and Zeng 2001).
+    """
+    if config.class_weight == "none":
+        return None
+    _, labels = dataset.train
+    counts = np.bincount(labels.astype(int), minlength=dataset.classes)
+    return (len(labels) / (dataset.classes * np.maximum(counts, 1))).astype(np.float32)

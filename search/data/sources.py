@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from search.config.data_settings import KERAS_DATASETS
 from search.errors import InputError, one_line
+from search.memory import check_fits, chunks, empty, moved, shared
 
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -78,18 +79,41 @@ def read(name: str) -> Source:
 
 
 def flat(name: str, key: str, x: NDArray[Any]) -> Images:
-    """`x`, the array `key`, with one row per example: uint8 as it is, all else as float32.
+    """`x`, the array `key`, with one row per example, where it can be shared by processes.
+
+    uint8 stays as it is, all else becomes float32.
 
     Raises InputError for numbers that are not finite in float32.
     """
     rows = x.reshape(len(x), -1)
     if x.dtype == np.uint8:
-        return rows
+        return shared(rows)
     with np.errstate(over="ignore"):
-        numbers = rows.astype(np.float32)
-    if not np.isfinite(numbers).all():
+        numbers = shared(rows, np.float32)
+    if not all(np.isfinite(numbers[part]).all() for part in chunks(numbers)):
         raise _refusal(name, f"{key} must hold finite numbers (float32)", "NaN or infinity", "rows")
     return numbers
+
+
+def examples(name: str, arrays: Arrays, part: str) -> Images:
+    """The flat examples of a part, with those for validation, if given, after those for training.
+
+    Raises InputError as `flat` does.
+    """
+    x = flat(name, f"x_{part}", arrays[f"x_{part}"])
+    if part == "test" or "x_validation" not in arrays:
+        return x
+    more = flat(name, "x_validation", arrays["x_validation"])
+    both: Images = empty((len(x) + len(more), *x.shape[1:]), x.dtype)
+    both[: len(x)], both[len(x) :] = x, more
+    return both
+
+
+def targets(arrays: Arrays, part: str, has_classes: bool) -> NDArray[Any]:
+    """The labels, int32, or numbers, float32, of the same examples."""
+    keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
+    kind = np.int32 if has_classes else np.float32
+    return shared(np.concatenate([arrays[key].ravel().astype(kind) for key in keys]))
 
 
 def _refusal(name: str, rule: str, found: str, remedy: str) -> InputError:
@@ -113,10 +137,15 @@ def _read_file(path: Path, name: str) -> Arrays:
                 raise refuse(
                     f"must hold {', '.join(ARRAYS)}", f"no {', '.join(missing)}", "np.savez"
                 )
-            arrays = {key: archive[key] for key in ARRAYS}
-        damaged = [key for key in ARRAYS if not isinstance(arrays[key], np.ndarray)]
-        if damaged:
-            raise refuse("must be a whole .npz file", f"no array in {damaged[0]}", "np.savez")
+            size = sum(archive.zip.getinfo(f"{key}.npy").file_size for key in ARRAYS)
+            check_fits(name, size, "take fewer or smaller examples, or a machine with more memory")
+            arrays = {}
+            for key in ARRAYS:
+                array = archive[key]
+                if not isinstance(array, np.ndarray):
+                    raise refuse("must be a whole .npz file", f"no array in {key}", "np.savez")
+                arrays[key] = moved(array)
+                del array  # before the next one is read
         return arrays
     except InputError:
         raise

@@ -16,12 +16,13 @@ from search.data.dataset import Labels, held_out, kept
 from search.data.table_rows import as_words, dates_of
 from search.data.task import KINDS
 from search.errors import InputError, nearest, one_line
+from search.memory import check_fits
 
 if TYPE_CHECKING:
     import pyarrow
 
 _MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", "?", "#N/A")
-_COPIES = 4  # of a file's size that reading and encoding it take, measured on CSV files
+_COPIES = 3  # of a file's size that reading and encoding it take, measured on CSV files
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _read(path: str, option: str) -> pd.DataFrame:
     except OSError as error:
         found = str(error.strerror).lower()
         raise InputError(f"{option} must be a readable file", f"{path}: {found}", "check") from None
-    _check_memory(path, option, size)
+    check_fits(path, size * _COPIES, "take a sample of the rows, or write fewer columns")
     try:
         table = _arrow(path)
     except Exception as error:  # pyarrow's errors and OSError
@@ -119,19 +120,6 @@ def _arrow(path: str) -> "pyarrow.Table":
         if pyarrow.types.is_binary(column.type):
             raise ValueError(f"column {column.name!r} is not UTF-8")
     return table
-
-
-def _check_memory(path: str, option: str, size: int) -> None:
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if size * _COPIES > free:
-        raise InputError(
-            f"{option} {path}: a table must fit into memory, for which about "
-            f"{size * _COPIES / 1e9:.1f} GB are needed",
-            f"{free / 1e9:.1f} GB are free",
-            "take a sample of the rows, or write fewer columns",
-        )
 
 
 # ---- columns -------------------------------------------------------------------------------------
@@ -223,22 +211,29 @@ def divide(config: StudyConfig, table: Table, split: str, kind: str) -> Parts:
         held = held_out(how, codes, size, (config.seed, 1), column)
         test, everything = np.flatnonzero(held), np.flatnonzero(~held)
     given = table.target[test] if table.test_target is None else table.test_target
-    names: tuple[str, ...] = ()
-    y: Labels
-    y_test: Labels
-    if KINDS[kind].has_classes:
-        tested = as_words(given)
-        names = class_names(words[everything])
-        _check_classes(config, names, tested)
-        y, y_test = numbered(words, names), numbered(tested, names)
-    else:
-        y, y_test = _numbers(config, table.target), _numbers(config, given)
+    y, y_test, names = _targets(config, table.target, given, everything, kind)
     size = len(everything) - kept(
         "--validation-split", config.validation_split, len(everything), "validate"
     )
     chosen = None if column is None else column[everything]
     held = held_out(how, y[everything], size, config.seed, chosen)
     return Parts(everything[~held], everything[held], test, y, y_test, names)
+
+
+def _targets(
+    config: StudyConfig,
+    target: "pd.Series[Any]",
+    tested: "pd.Series[Any]",
+    training: NDArray[np.intp],
+    kind: str,
+) -> tuple[Labels, Labels, tuple[str, ...]]:
+    """`target` and the target of the test set, as numbers; and the classes of the training rows."""
+    if not KINDS[kind].has_classes:
+        return _numbers(config, target), _numbers(config, tested), ()
+    words, expected = as_words(target), as_words(tested)
+    names = class_names(words[training])
+    _check_classes(config, names, expected)
+    return numbered(words, names), numbered(expected, names), names
 
 
 def _split_by(values: "pd.Series[Any]", kind: str) -> NDArray[Any]:

@@ -20,7 +20,8 @@ _SHOWN = 12  # mistakes
 _FREQUENT = 20  # most frequent confusions kept
 MANY = 20  # classes from which on the cells of the matrix are too small for numbers
 MOST = 200  # classes up to which there is a matrix
-_AT_ONCE = 25_000_000  # probabilities in memory, 100 MB
+_AT_ONCE = 25_000_000  # numbers in memory, 100 MB
+_BATCH = 2_000
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,25 @@ class Evaluation:
 
 
 def predict(model: Any, dataset: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The class that `model` predicts for each test example, and its probability.
-
-    In parts, so that the probabilities of all classes fit in memory.
-    """
-    rows = max(1, _AT_ONCE // model.output_shape[-1])
+    """The class that `model` predicts for each test example, and its probability."""
     predicted, confidence = [], []
-    for first in range(0, len(dataset.y_test), rows):
-        part = dataset.test_inputs(slice(first, first + rows))
-        probabilities = model.predict(part, batch_size=min(rows, 2_000), verbose=0)
+    for probabilities in _outputs(model, dataset):
         predicted.append(probabilities.argmax(axis=1))
         confidence.append(probabilities.max(axis=1))
     return np.concatenate(predicted), np.concatenate(confidence)
+
+
+def _outputs(model: Any, dataset: Dataset) -> Iterator[NDArray[Any]]:
+    """What `model` gives for the test examples, in parts.
+
+    So the scaled examples and the probabilities of all classes fit into memory.
+    """
+    widest = max(model.output_shape[-1], dataset.features)
+    rows = max(1, _AT_ONCE // widest)
+    rows -= rows % _BATCH if rows > _BATCH else 0  # whole batches
+    for first in range(0, len(dataset.y_test), rows):
+        part = dataset.test_inputs(slice(first, first + rows))
+        yield model.predict(part, batch_size=min(rows, _BATCH), verbose=0)
 
 
 def evaluate_predictions(
@@ -159,8 +167,7 @@ def outputs_of(model: Any, dataset: Dataset) -> NDArray[Any] | None:
     """What `model` gives for all test examples; None if it is too much for the memory."""
     if len(dataset.x_test) * dataset.task.outputs > 4 * _AT_ONCE:
         return None
-    outputs: NDArray[Any] = model.predict(dataset.test_inputs(), batch_size=2_000, verbose=0)
-    return outputs
+    return np.concatenate(list(_outputs(model, dataset)))
 
 
 def save_evaluation(

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, class_weights
+from search.data.dataset import Dataset
+from search.data.load import class_weights
 from search.promotion.comparison import compare_with_baseline
 from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
 from search.promotion.measures import measure_all
@@ -100,7 +101,7 @@ def retrain(
     outputs = outputs_of(model, dataset)
     test = {} if outputs is None else measure_all(dataset.task, dataset.y_test, outputs)
     if dataset.task.classes:  # in float32, as in the epochs and in earlier versions
-        kept = evaluate(model, (dataset.test_inputs(), dataset.y_test))
+        kept = evaluate(model, (dataset.raw_test, dataset.y_test))
         test.update({f"test_{name}": kept[name] for name in _TESTED})
     tracking.log_result(run_id, history, test)
     correct = study.user_attrs.get(BASELINES_CORRECT, {})

@@ -21,6 +21,7 @@ from search.training.fused import Dropout, fused
 from search.training.metrics import compiled_metrics, validation_metrics
 from search.training.network import decay_weights, image_shape, is_of_layers
 
+_ALIGNED = 64  # bytes, of TensorFlow's own memory; its kernels end the process for less
 _OTHER_STREAM = 0x2545F491  # so that augmentation and dropout draw different numbers
 
 
@@ -125,7 +126,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         """
         if class_weights is not None:
             self._weights.assign(class_weights)
-        self._x.assign(examples[0])
+        self._x.assign(tensor_of(examples[0]))
         self._y.assign(examples[1])
         dropouts = 0
         for own, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
@@ -251,6 +252,13 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
 def epoch_order(examples: int, seed: int, epoch: int) -> Any:
     """The order in which epoch `epoch` (from 0) visits the examples: an int32 permutation."""
     return tf.random.experimental.stateless_shuffle(tf.range(examples), seed=[seed, epoch])
+
+
+def tensor_of(x: Images) -> Any:
+    """`x` as a tensor in the same memory, where TensorFlow can use that; else a copy."""
+    if x.flags.writeable and x.flags.c_contiguous and x.size and x.ctypes.data % _ALIGNED == 0:
+        return tf.experimental.dlpack.from_dlpack(x.__dlpack__())
+    return tf.constant(x)
 
 
 def scaled(x: Any) -> Any:

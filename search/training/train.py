@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from search.data.dataset import Labels
 from search.data.sources import Images
 from search.data.task import DEFAULT_OBJECTIVE, Metric
-from search.training.epoch import EpochInGraph, Examples, Plan, has_variable_rate, plan_of, scaled
+from search.training.epoch import (
+    EpochInGraph,
+    Examples,
+    Plan,
+    has_variable_rate,
+    plan_of,
+    scaled,
+    tensor_of,
+)
 from search.training.network import is_of_layers
 
 _VALIDATION_BATCH = 2_000
@@ -126,9 +134,9 @@ def _monitors(
 
 
 def evaluate(model: keras.Model, examples: tuple[Any, Labels]) -> dict[str, float]:
-    """The loss and the metrics of `model` on `examples`, as it takes them; uint8 is scaled."""
+    """The loss and the metrics of `model` on `examples`, as it takes them; flat uint8 is scaled."""
     batches = _batched(*examples)
-    if getattr(examples[0], "dtype", None) == np.uint8:
+    if getattr(examples[0], "ndim", None) == 2:
         batches = batches.map(lambda x, y: (scaled(x), y))
     logs = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}
@@ -160,7 +168,7 @@ def _clear_regularly() -> None:
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
+    return tf.data.Dataset.from_tensor_slices((tensor_of(x), y)).batch(_VALIDATION_BATCH)
 
 
 # ---- the cache of graphs -------------------------------------------------------------------------

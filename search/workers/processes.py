@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from search import signals
+from search import memory, signals
 from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path
 from search.errors import RunError
@@ -121,12 +121,12 @@ class InProcess(Executor):
         return future
 
 
-def _prepare_process(environ: dict[str, str], *arguments: Any) -> None:
-    """Prepare a process that dies with the main process and has its `environ`."""
+def _prepare_process(environ: dict[str, str], run: str, config: StudyConfig, data: Any) -> None:
+    """Prepare a process that dies with the main process, and has its `environ` and its data."""
     os.environ.clear()
     os.environ.update(environ)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    tasks.prepare(*arguments)
+    tasks.prepare(run, config, memory.opened(data))
 
 
 def _die_with_parent() -> None:
@@ -207,11 +207,12 @@ class ProcessBackend:
             asked.shutdown()
 
     def _executor(self) -> ProcessPoolExecutor:
+        parent_run, config, dataset = self._prepare
         return ProcessPoolExecutor(
             1,
             mp_context=_start_method(),
             initializer=_prepare_process,
-            initargs=(dict(os.environ), *self._prepare),
+            initargs=(dict(os.environ), parent_run, config, memory.hand_over(dataset)),
         )
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[Any]":

@@ -17,7 +17,8 @@ from optuna_integration import KerasPruningCallback
 
 from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, class_weights
+from search.data.dataset import Dataset
+from search.data.load import class_weights
 from search.data.task import Metric
 from search.errors import one_line, printable
 from search.study import sampling, storage

@@ -210,7 +210,7 @@ def test_a_table_that_does_not_fit_into_memory_is_refused(in_folder: Path) -> No
     with open("huge.csv", "wb") as file:
         file.write(b"a,answer\n")
         file.truncate(8 * 10**12)  # sparse: takes no place
-    with pytest.raises(InputError, match=r"32000\.0 GB are needed, but .* GB are free"):
+    with pytest.raises(InputError, match=r"it needs 28,800\.0 GB and .* GB are free"):
         load_for_study(StudyConfig(dataset="huge.csv", target="answer"), None)
 
 

@@ -7,14 +7,16 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import default_network, small_dataset
 from test_train import BATCH, CLASSES, FEATURES, RAGGED, TASK, WHOLE, examples, moved, same
 
 from search.config import custom_model
 from search.config.parameter import Choice
 from search.data.task import Task
+from search.memory import shared
 from search.training import train as training
-from search.training.epoch import epoch_order
+from search.training.epoch import epoch_order, tensor_of
 from search.training.network import build_network, network_to_register
 from search.training.train import _of_thread, evaluate
 
@@ -385,3 +387,21 @@ def test_class_weights_train_as_keras_fit_does_with_them(smoothing: float) -> No
     plain = build_network(what, (FEATURES,), TASK, 3)
     alone = training.train(plain, data, what, epochs=1, seed=1)
     assert alone["loss"] != history["loss"]
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_a_tensor_of_shared_examples_is_in_their_memory(kind: type) -> None:
+    x = shared(np.ones((32, 16), kind))
+    tensor = tensor_of(x)
+    x[5, 3] = 9
+    assert tensor.numpy()[5, 3] == 9
+    assert tensor.dtype == tf.as_dtype(kind)
+
+
+def test_examples_whose_memory_tensorflow_cannot_use_are_copied() -> None:
+    x = shared(np.arange(999, dtype=np.uint8))[3:].reshape(-1, 12)
+    for rows in (x, np.asfortranarray(x), x[:0], np.frombuffer(b"abcdefgh", np.uint8)[None]):
+        np.testing.assert_array_equal(tensor_of(rows).numpy(), rows)
