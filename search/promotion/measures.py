@@ -3,14 +3,17 @@
 Each is computed from how often every example counts: once, or as often as a resample drew it.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.data.task import Metric, Task
 
-_Array = NDArray[np.float64]
+_Array = NDArray[Any]  # of floats
+Measurer = Callable[[_Array], _Array]  # counts of shape (n, resamples) -> the metric of each
 
 
 def measure(task: Task, metric: Metric, y: NDArray[Any], outputs: NDArray[Any]) -> float:
@@ -18,7 +21,7 @@ def measure(task: Task, metric: Metric, y: NDArray[Any], outputs: NDArray[Any]) 
 
     The outputs are those of the registered model: probabilities, or numbers in the target's unit.
     """
-    return float(measure_resamples(task, metric, y, outputs, np.ones((len(y), 1)))[0])
+    return float(measurer(task, metric, y, outputs)(np.ones((len(y), 1)))[0])
 
 
 def measure_all(task: Task, y: NDArray[Any], outputs: NDArray[Any]) -> dict[str, float]:
@@ -26,26 +29,26 @@ def measure_all(task: Task, y: NDArray[Any], outputs: NDArray[Any]) -> dict[str,
     return {f"test_{m.stem}": measure(task, m, y, outputs) for m in task.metrics}
 
 
-def measure_resamples(
-    task: Task, metric: Metric, y: NDArray[Any], outputs: NDArray[Any], counts: _Array
-) -> _Array:
-    """The metric of each resample: counts of shape (n, resamples), how often it drew each example.
+def measurer(task: Task, metric: Metric, y: NDArray[Any], outputs: NDArray[Any]) -> Measurer:
+    """The metric of a model as a function of counts: how often each resample drew each example.
 
-    Returns shape (resamples,). The definitions are those of `training.metrics`, but the AUC is
-    exact; a class that a resample lacks does not count in it.
+    The counts have shape (n, resamples), the result (resamples,). The definitions are those of
+    `training.metrics`, but the AUC is exact; a class that a resample lacks does not count in it.
     """
     if not task.classes:
-        return _of_numbers(task, metric, y.astype(float), outputs[:, 0].astype(float), counts)
+        numbers = y.astype(float), outputs[:, 0].astype(float)
+        return lambda counts: _of_numbers(task, metric, *numbers, counts)
     if metric.stem == "auc":
-        return _areas(y, outputs, counts)
-    size = counts.sum(axis=0)
+        ranked = [_ranked(y, outputs, label) for label in np.unique(y)]
+        return lambda counts: _areas(ranked, counts)
+    predicted = outputs.argmax(axis=1)
     if metric.stem == "loss":
         own = np.clip(outputs[np.arange(len(y)), y].astype(float), 1e-7, 1 - 1e-7)  # as Keras does
-        return np.asarray(-np.log(own) @ counts / size)
-    predicted = outputs.argmax(axis=1)
+        return lambda counts: np.asarray(-np.log(own) @ counts / counts.sum(axis=0))
     if metric.stem == "accuracy":
-        return np.asarray((predicted == y) @ counts / size)
-    return _of_classes(metric, y, predicted, task.classes, counts)
+        right = (predicted == y).astype(float)
+        return lambda counts: np.asarray(right @ counts / counts.sum(axis=0))
+    return lambda counts: _of_classes(metric, y, predicted, task.classes, counts)
 
 
 def _of_numbers(task: Task, metric: Metric, y: _Array, given: _Array, counts: _Array) -> _Array:
@@ -83,27 +86,52 @@ def _of_classes(
     return _mean_where(either > 0, 2 * right, either)
 
 
-def _areas(y: NDArray[Any], outputs: NDArray[Any], counts: _Array) -> _Array:
+@dataclass(frozen=True)
+class _Ranked:
+    """The examples of a class, `own`, among the others in the order of their score for it.
+
+    The places where own examples stand cut the others into groups: `groups`, of shape (groups, n),
+    sums the counts of each. below, not_above: for each own example, in how many groups all others
+    have a lower score, and in how many none has a higher one; they differ by ties.
+    """
+
+    own: NDArray[np.intp]
+    groups: Any
+    below: NDArray[np.intp]
+    not_above: NDArray[np.intp]
+
+
+def _ranked(y: NDArray[Any], outputs: NDArray[Any], label: int) -> _Ranked:
+    from scipy.sparse import csr_array  # its product with counts is several times faster
+
+    own, other = np.flatnonzero(y == label), np.flatnonzero(y != label)
+    other = other[np.argsort(outputs[other, label], kind="stable")]
+    scores, asked = outputs[other, label], outputs[own, label]
+    below, not_above = (np.searchsorted(scores, asked, side) for side in _SIDES)
+    cuts = np.unique([*below, *not_above, 0])
+    group = np.searchsorted(cuts, np.arange(len(other)), "right") - 1
+    ones = np.ones(len(other), np.float32)
+    groups = csr_array((ones, (group, other)), shape=(len(cuts), len(y)))
+    return _Ranked(own, groups, np.searchsorted(cuts, below), np.searchsorted(cuts, not_above))
+
+
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
+
+
+def _areas(ranked: list[_Ranked], counts: _Array) -> _Array:
     """The macro one-vs-rest area under the ROC curve, by its rank statistic with ties as a half."""
-    total, known = np.zeros(counts.shape[1]), np.zeros(counts.shape[1])
-    for label in np.unique(y):
-        own, other = np.flatnonzero(y == label), np.flatnonzero(y != label)
-        if not len(other):
-            continue
-        other = other[np.argsort(outputs[other, label], kind="stable")]
-        scores = outputs[other, label]
-        below = np.concatenate([np.zeros((1, counts.shape[1])), np.cumsum(counts[other], axis=0)])
-        first, last = (np.searchsorted(scores, outputs[own, label], side) for side in _SIDES)
-        ranks = (below[first] + below[last]) / 2
-        drawn = counts[own]
-        of_pairs = drawn.sum(axis=0) * below[-1]
-        there = of_pairs > 0
-        area = (drawn * ranks).sum(axis=0) / np.where(there, of_pairs, 1)
-        total, known = total + np.where(there, area, 0), known + there
+    resamples = counts.shape[1]
+    total, known = np.zeros(resamples), np.zeros(resamples)
+    for one in ranked:
+        sums = one.groups @ counts
+        others = np.zeros((len(sums) + 1, resamples), sums.dtype)  # in all groups before each
+        np.cumsum(sums, axis=0, out=others[1:])
+        drawn, ranks = counts[one.own], others[one.below] + others[one.not_above]
+        won = np.einsum("ij,ij->j", drawn, ranks, dtype=float) / 2
+        pairs = drawn.sum(axis=0, dtype=float) * others[-1]
+        total += np.where(pairs > 0, won / np.maximum(pairs, 1), 0)
+        known += pairs > 0
     return np.where(known > 0, total / np.maximum(known, 1), 0.5)
-
-
-_SIDES: Any = ("left", "right")
 
 
 def _mean_where(counted: NDArray[np.bool_], parts: _Array, wholes: _Array) -> _Array:

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from search.data.task import METRICS, Task
-from search.promotion.measures import measure, measure_all, measure_resamples
+from search.promotion.measures import measure, measure_all, measurer
 
 sklearn = pytest.importorskip("sklearn.metrics")
 
@@ -62,7 +62,7 @@ def test_a_resample_is_measured_as_its_rows_are(made: object) -> None:
     drawn[:, 5] = np.flatnonzero(y == y[0])[0]  # one example alone
     counts = np.stack([np.bincount(rows, minlength=len(y)) for rows in drawn.T], axis=1)
     for metric in task.metrics:
-        found = measure_resamples(task, metric, y, outputs, counts.astype(float))
+        found = measurer(task, metric, y, outputs)(counts.astype(float))
         expected = [measure(task, metric, y[rows], outputs[rows]) for rows in drawn.T]
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9), metric.name
 
