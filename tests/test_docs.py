@@ -180,7 +180,7 @@ def test_the_settings_file_is_read(tmp_path: Path) -> None:
 def test_the_arrays_of_a_table_are_a_dataset(in_folder: Path) -> None:
     rows = np.c_[arrays()["x_train"], arrays()["y_train"]]
     np.savetxt("flowers.csv", rows, delimiter=",", header="a,b,c,d,class")
-    (text,) = [text for text in blocks(DOCS / "your-data.md", "python") if "savez" in text]
+    (text,) = [t for t in blocks(DOCS / "your-data.md", "python") if "flowers.csv" in t]
     exec(text, {})
     dataset = load_dataset("./mine.npz", 0.25, split="stratified", normalize=True)
     assert (dataset.features, dataset.classes, len(dataset.x_test)) == (4, 2, 8)

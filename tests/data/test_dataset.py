@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from search import StudyConfig
 from search.data import dataset as data
-from search.data.dataset import Dataset, class_weights
-from search.data.load import load_dataset
+from search.data.dataset import Dataset
+from search.data.load import class_weights, load_dataset
 from search.data.sources import MNIST
 from search.errors import InputError
 
