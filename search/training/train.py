@@ -168,7 +168,8 @@ def _clear_regularly() -> None:
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensor_slices((tensor_of(x), y)).batch(_VALIDATION_BATCH)
+    values = x if isinstance(x, dict) else tensor_of(x)  # a dict: rows of a table
+    return tf.data.Dataset.from_tensor_slices((values, y)).batch(_VALIDATION_BATCH)
 
 
 # ---- the cache of graphs -------------------------------------------------------------------------
