@@ -84,7 +84,9 @@ def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
             return None
         settings: dict[str, Any] | None = study.user_attrs.get(SETTINGS)
         wanted = METRICS.get(config.objective)  # None: auto, which depends on the data
-        _refuse_foreign(study, config, wanted if settings is None else objective_of(settings))
+        if isinstance(settings, dict):
+            wanted = objective_of(settings)
+        _refuse_foreign(study, config, wanted)
         return settings
 
 
