@@ -166,7 +166,7 @@ def reproduce(given: Given, *, trial: Annotated[str | None, _TRIAL] = None) -> i
     number = None if trial is None else int(trial)
     done = workers.reproduce(config, number, given["dataset"], functools.partial(print, flush=True))
     if not done.differences:
-        print(f"the same to the last digit: val_accuracy {done.value!r}, every epoch")
+        print(f"the same to the last digit: {done.objective} {done.value!r}, every epoch")
     else:
         print(f"not the same: {'; '.join(done.differences)}")
     if done.changed is None:

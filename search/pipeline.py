@@ -10,10 +10,13 @@ from optuna.trial import TrialState
 
 from search.config.hyperparameters import needs_images
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, check_images, choose_epochs, load_for_study
+from search.data.dataset import Dataset, check_images
+from search.data.load import choose_epochs, choose_objective, load_for_study
+from search.data.sources import is_own
 from search.errors import InputError, one_line
 from search.imports import undisturbed
 from search.report import publish
+from search.report.overview import baselines_of
 from search.report.progress import Progress, Result
 from search.session import Session
 from search.study import storage
@@ -23,6 +26,7 @@ from search.tracking.address import check_experiment, check_tracking
 from search.tracking.runs import TRACKING_ERRORS
 from search.tracking.schema import study_metadata
 from search.tracking.sync import Stores
+from search.training.baselines import Computation
 from search.workers.executor import Executor
 
 
@@ -73,14 +77,20 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
     storage.check(config)
     stored = storage.stored_settings(config)
     dataset = load_for_study(config, stored)
-    config = config.with_epochs(choose_epochs(config, dataset, stored))
+    config = config.resolved(
+        choose_epochs(config, dataset, stored), choose_objective(config, dataset, stored).name
+    )
     check_images(dataset, needs_images(config.space))
     if dataset.problem is not None and stored is None:
         raise InputError(dataset.problem)
     name = f"{dataset.name.rstrip('/').rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
     normalized = dataset.normalization is not None
     settings = config.settings(
-        name, split=dataset.split, normalized=normalized, source=dataset.source
+        name,
+        split=dataset.split,
+        normalized=normalized,
+        source=dataset.source,
+        task=dataset.task.kind,
     )
     check_tracking(config.tracking_uri)
     check_experiment(config)
@@ -127,6 +137,11 @@ def _open_session(
         progress.start(study, dataset, len(session.missing()))
         if dataset.problem is not None:
             progress.warning(f"{dataset.problem}, and another --study-name")
+        if storage.BASELINES in study.user_attrs:
+            progress.baselines(baselines_of(study))
+        elif config.baselines == "auto" and is_own(config.dataset):
+            session.baselines = Computation(dataset, config.seed)
+            stack.callback(session.baselines.cancel)
         session.workers = Executor(
             config, stores.parent, dataset, progress.stopping, progress.workers, renew_lock
         )

@@ -1,32 +1,37 @@
 """An open study, and the steps of a run on it."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config.settings import StudyConfig
 from search.errors import RunError, one_line
-from search.promotion.comparison import Comparison
-from search.promotion.gate import Winner, promote
+from search.promotion.gate import Found, Winner, promote
 from search.promotion.retrain import find_retrained
-from search.report import publish
+from search.report import overview, publish
 from search.report.progress import Progress, Result
 from search.study import ranking, sampling, storage
 from search.study.trials import FINISHED, TrialSummary, amend_trial, given_up, missing_slots
 from search.tracking.registered_model import aliased_version
 from search.tracking.runs import TRACKING_ERRORS
-from search.tracking.schema import NOT_MADE
+from search.tracking.schema import BASELINE, NOT_MADE, test_metrics
 from search.tracking.sync import Stores
+from search.training.baselines import LIMIT, Computation, pack
 from search.workers.executor import INTERRUPTED, Executor, Patience
+from search.workers.processes import trains_here
 
 if TYPE_CHECKING:
-    from search.report.html import Chart
+    from search.report.winner import Chart
 
 T = TypeVar("T")
 
+_WHILE_IMPORTING = 10  # seconds; on a busy machine, workers take longer until they train
 _PATIENCE = 20  # seconds that a failing tracking server gets to come back
 
 
@@ -57,10 +62,38 @@ class Session:
         self.tracking = stores.tracking
         self.parent = stores.parent
         self.progress = progress
+        self.objective = storage.objective(self.study)
         self.ran = 0
         self.repaired: list[str] = []
+        self.baselines: Computation | None = None  # if they are wanted and not stored yet
         self.stopped: str | None = None  # why the search ended early, if it did
         self.charts: list[Chart] | None = None  # of the report, once they are drawn
+
+    def await_baselines(self, within: float = 2 * LIMIT) -> None:
+        """Wait for the baselines `within` so many seconds of their start; store them once there.
+
+        They are lost if the run is stopped before, and computed by the next one.
+        """
+        if self.baselines is None:
+            return
+        self.baselines.start()
+        found = self.baselines.wait(within, self.progress.stopping)
+        if found is None:
+            if within > LIMIT and not self.progress.stopping():
+                self.baselines.cancel()
+                self.baselines = None
+                self.progress.warning(f"the baselines took longer than {within:g} s: left out")
+            return
+        self.baselines = None
+        for line in found.failures:
+            self.progress.warning(line)
+        packed = {name: pack(correct) for name, correct in found.correct.items()}
+        self.study.set_user_attr(storage.BASELINES_CORRECT, packed)
+        kept = [asdict(baseline) for baseline in found.baselines]
+        self.study.set_user_attr(storage.BASELINES, kept)  # last: the rest is done
+        with contextlib.suppress(*TRACKING_ERRORS):  # the next sync writes them
+            self.stores.write_baselines()
+        self.progress.baselines(found.baselines)
 
     def missing(self) -> list[int]:
         """The slots that are not finished yet."""
@@ -74,22 +107,26 @@ class Session:
     def search(self) -> None:
         """Run the missing trials."""
         missing, finished = self.missing(), self._finished()
-        patience = Patience(self.config.patience)
+        patience = Patience(self.config.patience, self.objective)
         for trial in finished:
             patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
         if not missing or patience.exhausted:
             return
-        known = ranking.best(finished)
+        known = ranking.best(finished, self.objective)
         best = None if known is None else known.value
 
         def on_trial(trial: TrialSummary) -> None:
             nonlocal best
             self.ran += 1
-            if trial.value is not None:
-                best = trial.value if best is None else max(best, trial.value)
+            if trial.final is not None:
+                best = self.objective.best([trial.final, *([] if best is None else [best])])
             self.progress.trial(trial, best)
 
         self.tracking.reopen(self.parent)
+        if self.baselines is not None:
+            self.baselines.start()
+        if trains_here(self.config):
+            self.await_baselines()
         self.stopped = self.workers.run_trials(
             missing,
             on_trial,
@@ -97,6 +134,7 @@ class Session:
             timeout=self.config.timeout,
             patience=patience,
             max_failures=self.config.max_failures,
+            meanwhile=partial(self.await_baselines, _WHILE_IMPORTING),
         )
 
     def _finished(self) -> list[FrozenTrial]:
@@ -152,6 +190,7 @@ class Session:
         new = run is None
         if run is None:
             self.tracking.reopen(self.parent)
+            self.await_baselines()
             self.progress.retraining(best)
             run_id = self.workers.call(
                 "retrain", best.number, on_death=self._sync_after_death, meanwhile=self._draw
@@ -159,23 +198,25 @@ class Session:
             run = self.tracking.client.get_run(run_id)
             if NOT_MADE in run.data.tags:
                 self.progress.warning(f"the winner's {run.data.tags[NOT_MADE]}")
+        against = run.data.tags.get(BASELINE)
+        if against is not None and storage.AGAINST not in best.user_attrs:
+            self.stores.amend(best, storage.AGAINST, json.loads(against))
         version, verdict = promote(self.stores, run, self._compare)
         champion = aliased_version(self.tracking.client, self.config.model_name)
         return Winner(
             trial=best.number,
             run_id=run.info.run_id,
             version=version,
-            val_accuracy=best.value or 0.0,
-            test_loss=run.data.metrics["test_loss"],
-            test_accuracy=run.data.metrics["test_accuracy"],
+            value=best.value or 0.0,
+            metrics=test_metrics(run.data.metrics),
             verdict=verdict,
             in_production=None if champion is None else int(champion.version),
             new=new,
         )
 
-    def _compare(self, challenger: int, champion: int) -> Comparison | str:
+    def _compare(self, challenger: int, champion: int) -> Found:
         """Compare two versions of the model on a worker."""
-        found: Comparison | str = self.workers.call(
+        found: Found = self.workers.call(
             "compare", challenger, champion, on_death=self._sync_after_death
         )
         return found
@@ -210,9 +251,11 @@ class Session:
         states = [trial.state for trial in trials]
         return Result(
             config=config,
-            best=ranking.best(trials),
+            best=ranking.best(trials, self.objective),
             finalists=ranking.standing(self.study),
             reference=ranking.reference(self.study),
+            baselines=overview.baselines_of(self.study),
+            against_baseline=overview.against_baseline_of(self.study),
             winner=winner,
             parent_run_id=self.parent,
             complete=states.count(TrialState.COMPLETE),

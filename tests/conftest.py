@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 
 from search import StudyConfig
 from search.config.hyperparameters import complete
+from search.data.dataset import Dataset
+from search.data.load import load_dataset
+from search.data.task import Task
 from search.workers import processes
 
 if TYPE_CHECKING:
@@ -49,6 +52,34 @@ def arrays(**changed: Any) -> dict[str, NDArray[Any]]:
         "y_test": np.arange(10) % 2,
         **changed,
     }
+
+
+def load(
+    folder: Path,
+    share: float = 0.1,
+    split: str = "last",
+    seed: int = 0,
+    normalize: bool = False,
+    **changed: Any,
+) -> Dataset:
+    """The dataset that a file of `arrays` is read as."""
+    path = folder / "data.npz"
+    np.savez(path, **arrays(**changed))
+    return load_dataset(str(path), share, split=split, seed=seed, normalize=normalize)
+
+
+def labelled(*counts: int) -> dict[str, NDArray[Any]]:
+    """Training data sorted by class, so many examples of each; every example is its number."""
+    y = np.repeat(np.arange(len(counts)), counts)
+    return {"x_train": np.arange(len(y), dtype=np.float32)[:, None] * [[1, 1, 1, 1]], "y_train": y}
+
+
+def small_dataset(**changed: Any) -> Dataset:
+    """A dataset of no examples, of 5 features and 3 classes, but for what is `changed`."""
+    x, y = np.zeros((0, 5), np.float32), np.zeros(0, np.int32)
+    parts = {"x_all": x, "y_all": y, "x_test": x, "y_test": y, "train_size": 0}
+    rest = {"name": "small", "digest": "", "classes": 3, "sample_shape": (5,)}
+    return Dataset(**{**parts, **rest, "task": Task("classification", 3), **changed})
 
 
 def default_network(
@@ -235,6 +266,29 @@ def copy_databases(source: Path, target: Path) -> None:
             database.backup(copy)
 
 
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
+    """A folder in which a good model is version 1, in production."""
+    import registry
+
+    from search import run
+
+    folder = tmp_path_factory.mktemp("champion")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run(registry.config(clouds, study_name="champion", **registry.GOOD))
+    assert result.winner is not None
+    assert result.winner.test_accuracy > 0.9
+    return folder
+
+
+@pytest.fixture
+def held(champion: Path, client: "MlflowClient") -> "MlflowClient":
+    """The same, in this test's own folder; the artifacts stay where they are."""
+    copy_databases(champion, Path.cwd())
+    return client
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """What `condition` finds, as soon as it finds something."""
     deadline = time.monotonic() + seconds
@@ -285,6 +339,25 @@ def run_elsewhere(config: StudyConfig) -> None:
     process = forks.Python(["-c", code, json.dumps(given)], cwd=Path.cwd())
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.fixture
+def grown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let TensorFlow see two GPUs; returns those whose memory may grow."""
+    import tensorflow as tf
+
+    from search.training import environment
+
+    names: list[str] = []
+    gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(2)]
+    monkeypatch.setattr(environment, "gpu_device", lambda: "/dev/nvidia0")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(
+        tf.config.experimental, "set_memory_growth", lambda gpu, on: names.append(gpu.name)
+    )
+    details = {"device_name": "NVIDIA H100"}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
+    return names
 
 
 CHROMIUM = shutil.which("chromium")

@@ -38,6 +38,16 @@ FIRST_START = {
     "experiment created": Point(CLIENT, "create_experiment"),
     "parent run created": Point(CLIENT, "create_run"),
 }
+BASELINES = {
+    "baselines half stored": Point("optuna:Study", "set_user_attr", word="baselines_correct"),
+    "baselines stored, not in MLflow": Point(
+        "search.tracking.sync:Stores", "write_baselines", before=True
+    ),
+    "baselines in MLflow": Point(TRACKING, "log_values"),
+    "winner compared with them, not stored": Point(
+        "search.study.trials", "amend_trial", word="against_baseline", before=True
+    ),
+}
 TRIALS = {
     "trial created": Point("search.study.trials:SlottedStudy", "ask", nth=3),
     "run created": Point(TRACKING, "create_run", nth=3),
@@ -79,7 +89,7 @@ PRESENTATION = {
     "report logged": Point(CLIENT, "log_artifact", word="report.html"),
     "note written": Point("search.study.storage", "write_note"),
 }
-POINTS = FIRST_START | TRIALS | FINALISTS | REGISTRATION | REPAIRS | PRESENTATION
+POINTS = FIRST_START | BASELINES | TRIALS | FINALISTS | REGISTRATION | REPAIRS | PRESENTATION
 
 
 def die_twice(folder: str, number: int) -> int:

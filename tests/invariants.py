@@ -10,7 +10,8 @@ import optuna
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from search.study.trials import METRICS
+from search.data.task import METRICS, Metric
+from search.study.trials import metrics_in
 from search.tracking.schema import STATUS
 
 
@@ -75,7 +76,7 @@ def check(
     for trial in trials:
         assert trial.state.is_finished(), f"trial {trial.number} is {trial.state.name}"
         (run,) = by_trial[trial.number]
-        check_pair(client, trial, run)
+        check_pair(client, study, trial, run)
     check_repeats(client, trials, by_repeat)
     slots = sorted(
         [t.user_attrs["place"] for t in trials if t.state is not TrialState.FAIL] + given_up(trials)
@@ -83,6 +84,11 @@ def check(
     assert len(set(slots)) == len(slots)
     if finished is not None:
         assert slots == list(range(finished))
+
+    for baseline in study.user_attrs.get("baselines", []):
+        for metric, value in baseline["metrics"].items():
+            name = f"baseline_{baseline['name'].replace(' ', '_')}_{metric}"
+            assert parent.data.metrics[name] == value
 
     winner = None
     if registered:
@@ -107,7 +113,12 @@ def given_up(trials: list[Any]) -> list[int]:
     return [slot for slot in set(failed) if failed.count(slot) == 2]
 
 
-def check_pair(client: MlflowClient, trial: optuna.trial.FrozenTrial, run: Any) -> None:
+def metric_of(study: Any) -> Metric:
+    """The metric that a study goes by."""
+    return METRICS[study.user_attrs["settings"].get("objective", "val_accuracy")]
+
+
+def check_pair(client: MlflowClient, study: Any, trial: optuna.trial.FrozenTrial, run: Any) -> None:
     """Assert that a run is as its trial says."""
     assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
     assert run.info.run_name == f"trial-{trial.number:04d}"
@@ -124,20 +135,21 @@ def check_pair(client: MlflowClient, trial: optuna.trial.FrozenTrial, run: Any) 
         for entry in trial.user_attrs.get(name, [])
     ]
     assert [entry["epoch"] for entry in history] == list(range(len(history)))
-    for name in METRICS.values():
+    objective = metric_of(study)
+    for name in metrics_in(history[-1] if history else ()):
         logged = client.get_metric_history(run.info.run_id, name)
         assert [m.step for m in logged] == list(range(len(history)))
         assert [m.value for m in logged] == [entry[name] for entry in history]
     reported = trial.intermediate_values
-    assert list(reported.values()) == [e["val_accuracy"] for e in history][: len(reported)]
+    assert list(reported.values()) == [e[objective.name] for e in history][: len(reported)]
     if trial.state is not TrialState.FAIL:
         assert len(reported) == len(history) > 0
     if trial.state is TrialState.COMPLETE:
-        assert run.data.metrics["val_accuracy"] == history[-1]["val_accuracy"]
+        assert run.data.metrics[objective.name] == history[-1][objective.name]
         best = trial.user_attrs.get("best_epoch", len(history) - 1)
-        assert trial.value == history[best]["val_accuracy"]
+        assert trial.value == history[best][objective.name]
         if "best_epoch" in trial.user_attrs:
-            assert trial.value == max(entry["val_accuracy"] for entry in history)
+            assert trial.value == objective.best(entry[objective.name] for entry in history)
             assert run.data.tags["optuna.best_epoch"] == str(best)
 
 
@@ -159,25 +171,26 @@ def check_repeats(client: MlflowClient, trials: list[Any], by_repeat: dict[Any, 
         assert run.data.params["seed"] == str(repeat["seed"]) != str(trial.user_attrs["seed"])
         for name, value in trial.params.items():
             assert run.data.params[name] == str(value)
-        for name in METRICS.values():
+        for name in metrics_in(repeat["history"][-1] if repeat["history"] else ()):
             logged = client.get_metric_history(run.info.run_id, name)
             assert [m.value for m in logged] == [entry[name] for entry in repeat["history"]]
 
 
 def winner_of(study: Any) -> Any:
     """The finalist with the best mean, or else the best trial; the earlier of equals."""
+    goal = metric_of(study)
     choice = study.user_attrs.get("finalists") or {"trials": [], "repeats": 0}
     trials = study.get_trials()
     means = []
     for number in choice["trials"]:
         repeats = [trials[number].user_attrs[f"finalist_{i}"] for i in range(choice["repeats"])]
-        values = [r["history"][-1]["val_accuracy"] for r in repeats if "failure" not in r]
+        values = [r["history"][-1][goal.name] for r in repeats if "failure" not in r]
         mean = sum(values) / len(values) if len(values) == len(repeats) else 0.0
-        means.append((mean, trials[number].value, -number))
+        means.append((goal.sign * mean, goal.sign * trials[number].value, -number))
     if means:
         return trials[-max(means)[2]]
     complete = (trial for trial in trials if trial.state is TrialState.COMPLETE)
-    return max(complete, key=lambda trial: (trial.value, -trial.number))
+    return max(complete, key=lambda trial: (goal.sign * trial.value, -trial.number))
 
 
 def check_registered(client: MlflowClient, study: Any, children: list[Any], name: str) -> Any:
@@ -197,7 +210,7 @@ def check_registered(client: MlflowClient, study: Any, children: list[Any], name
     ]
     version = registered[run.info.run_id]
     assert run.info.status == "FINISHED"
-    assert 0 <= run.data.metrics["test_accuracy"] <= 1
+    assert f"test_{metric_of(study).stem}" in run.data.metrics
     assert best.user_attrs["model_version"] == f"{name}/{version.version}"
     assert version.tags["optuna.trial_number"] == str(best.number)
     if version.tags.get("promoted") != "true":  # another one is in production, and is better

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from search import cli, pipeline
 from search.config import files
 from search.config.settings import StudyConfig, options
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.errors import InputError
 from search.study import storage
 from search.workers import scheduler
@@ -350,7 +350,7 @@ def test_what_needs_images_is_refused_for_other_examples(
     ],
 )
 def test_an_unknown_preset_is_refused(refused: Refused, name: str, said: str) -> None:
-    rule = "error: --preset must be one of cnn, default, grid, wide"
+    rule = "error: --preset must be one of cnn, default, grid, table, wide"
     refused(command(preset=name), rule, f"but got {name!r}", said)
 
 

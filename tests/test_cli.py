@@ -1,6 +1,7 @@
-"""The command line: precedence of settings, exit codes, Ctrl-C and SIGTERM."""
+"""The command line: exit codes, Ctrl-C and SIGTERM."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,12 @@ from pathlib import Path
 import forks
 import invariants
 import pytest
-from conftest import ROOT, running_owners, start, wait_for
+from conftest import ROOT, command, running_owners, start, start_anew, wait_for
 from optuna.trial import TrialState
 
-from search import cli, signals
-from search.config import files
-from search.config.hyperparameters import HYPERPARAMETERS, REFERENCE
-from search.config.parameter import is_fixed
-from search.config.settings import StudyConfig
+from search import cli
+from search.config.options import flag
+from search.config.settings import options
 
 FILE = 'n-trials = 11\nstorage = "sqlite:///file.db"\nseed = 3\nhidden-units = [8, 16]\n'
 
@@ -26,75 +25,6 @@ FILE = 'n-trials = 11\nstorage = "sqlite:///file.db"\nseed = 3\nhidden-units = [
 def file(in_folder: Path) -> str:
     (in_folder / "study.toml").write_text(FILE)
     return "study.toml"
-
-
-# ---- settings ------------------------------------------------------------------------------------
-
-
-def test_the_command_line_wins_over_the_environment_the_file_and_the_default(
-    file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, str | None] = {"storage": "sqlite:///given.db"}
-    assert files.build_config({}).storage == "sqlite:///study.db"
-    assert files.build_config({"config": file}).storage == "sqlite:///file.db"
-    monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///environment.db")
-    assert files.build_config({"config": file}).storage == "sqlite:///environment.db"
-    assert files.build_config({"config": file, **given}).storage == "sqlite:///given.db"
-
-
-def test_an_empty_environment_variable_is_ignored(
-    file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPTUNA_STORAGE", "")
-    assert files.build_config({"config": file}).storage == "sqlite:///file.db"
-
-
-def test_the_file_gives_what_the_command_line_does_not(file: str) -> None:
-    config = files.build_config({"config": file, "n_trials": "7", "workers": "auto"})
-    assert (config.n_trials, config.seed, config.workers) == (7, 3, None)
-    assert str(config.space.parameters["hidden_units"]) == "8,16"
-
-
-def test_a_preset_is_overruled_by_the_file_and_both_by_the_command_line(file: str) -> None:
-    config = files.build_config({"preset": "cnn"})
-    assert (config.study_name, config.n_trials, config.hidden_units) == ("mnist-cnn", 10, "128,256")
-    config = files.build_config({"preset": "cnn", "config": file, "n_trials": "3"})
-    assert (config.study_name, config.n_trials, config.hidden_units) == ("mnist-cnn", 3, "8,16")
-    assert config.space.fixed()["architecture"] == "cnn"
-
-
-@pytest.mark.parametrize("name", files.presets())
-def test_every_preset_is_valid_and_has_a_line(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = files.build_config({"preset": name})
-    assert config.study_name == ("mnist-dnn" if name == "default" else f"mnist-{name}")
-    assert cli.main(["presets"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == name]
-    assert len(line.split()) > 5
-
-
-def test_the_default_preset_is_what_the_command_does_without_one() -> None:
-    assert files.build_config({"preset": "default"}) == StudyConfig()
-
-
-def test_the_grid_preset_is_the_classic_table() -> None:
-    space = files.build_config({"preset": "grid"}).space
-    grid = [space.grid_point(index) for index in range(space.grid_size())]
-    assert {(p["hidden_units"], p["dropout_rate"]) for p in grid} == {
-        (units, dropout) for units in (128, 256, 512, 1024) for dropout in (0.1, 0.2, 0.3, 0.5)
-    }
-    assert len(grid) == 16
-    assert {p["learning_rate"] for p in grid} == {0.001}
-    assert grid[0] == REFERENCE
-
-
-def test_the_wide_preset_searches_everything_of_a_dense_network() -> None:
-    config = files.build_config({"preset": "wide"})
-    opened = {name for name, known in config.space.searched().items() if not is_fixed(known)}
-    of_a_cnn = {"architecture", "conv_blocks", "filters"}
-    assert set(HYPERPARAMETERS) - opened - of_a_cnn == {"early_stopping"}
-    assert config.space.reference() is not None
 
 
 # ---- exit codes ----------------------------------------------------------------------------------
@@ -142,11 +72,12 @@ def test_help_is_exit_code_0(capsys: pytest.CaptureFixture[str], word: str) -> N
     assert "--n-trials" in capsys.readouterr().out
 
 
-def test_signal_handlers_are_restored() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with signals.handled(lambda: None, lambda reason: None):
-        assert signal.getsignal(signal.SIGINT) is not before[0]
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+def test_help_names_every_option(tmp_path: Path) -> None:
+    code, out, err = command(tmp_path, "--help", by=start_anew)
+    assert (code, err) == (0, "")
+    shown = set(re.findall(r"--[a-z][a-z0-9-]*", out))
+    assert {flag(name) for name in options()} | {"--config", "--help"} <= shown
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- signals, sent to the real command -----------------------------------------------------------

@@ -91,7 +91,9 @@ def die(folder: Path, dataset: Path, point: str, *more: str) -> None:
     assert process.returncode == -signal.SIGKILL, out + err
 
 
-@pytest.mark.parametrize("point", [*crash.FIRST_START, *crash.TRIALS, *crash.REGISTRATION])
+@pytest.mark.parametrize(
+    "point", [*crash.FIRST_START, *crash.BASELINES, *crash.TRIALS, *crash.REGISTRATION]
+)
 def test_a_kill_at_any_point_is_repaired_by_the_next_start(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any], point: str
 ) -> None:
@@ -101,6 +103,8 @@ def test_a_kill_at_any_point_is_repaired_by_the_next_start(
     assert results(found) == undisturbed
     assert result.winner is not None
     assert result.winner.version == 1
+    assert len(result.baselines) == 2
+    assert result.against_baseline is not None
     assert len(found["client"].search_model_versions("name = 'MNIST_DNN_Model'")) == 1
     lost = [trial for trial in found["trials"] if trial.state.name == "FAIL"]
     assert len(lost) == (point in crash.TRIALS and point not in ENDED)

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, arrays
+from conftest import ROOT, arrays, command
 
 from search import StudyConfig, cli
 from search.config import files
 from search.config.hyperparameters import HYPERPARAMETERS
 from search.config.options import flag
 from search.config.settings import options
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.data.sources import MNIST
 
 README = ROOT / "README.md"
@@ -180,28 +180,47 @@ def test_the_settings_file_is_read(tmp_path: Path) -> None:
 def test_the_arrays_of_a_table_are_a_dataset(in_folder: Path) -> None:
     rows = np.c_[arrays()["x_train"], arrays()["y_train"]]
     np.savetxt("flowers.csv", rows, delimiter=",", header="a,b,c,d,class")
-    text, *_ = blocks(DOCS / "your-data.md", "python")
+    (text,) = [text for text in blocks(DOCS / "your-data.md", "python") if "mine.npz" in text]
     exec(text, {})
     dataset = load_dataset("./mine.npz", 0.25, split="stratified", normalize=True)
     assert (dataset.features, dataset.classes, len(dataset.x_test)) == (4, 2, 8)
 
 
 @pytest.mark.slow
+def test_the_table_is_searched_and_its_model_answers_rows(in_folder: Path) -> None:
+    write, use = [t for t in blocks(DOCS / "your-data.md", "python") if "wine.csv" in t]
+    exec(write, {})
+    (search,) = [words for words in commands(DOCS / "your-data.md") if "wine.csv" in words]
+    small = ("--n-trials", "1", "--epochs", "2", "--workers", "1", "--report", "none")
+    code, _, err = command(in_folder, *search, *small)
+    assert (code, err) == (0, "")
+    answers = run_python(use, in_folder)
+    assert re.findall(r"^prediction +cultivar \d( +cultivar \d)?$", answers, re.MULTILINE)
+    assert len(re.findall(r"^probability_cultivar \d +0\.\d+", answers, re.MULTILINE)) == 2 * 3
+
+
 def test_the_function_on_the_page_of_data_is_a_dataset(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import keras
 
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(in_folder)  # before the folders of other tests
     with np.load(MNIST) as mnist:
         train, test = ((mnist[f"x_{part}"], mnist[f"y_{part}"]) for part in ("train", "test"))
     monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda path: (train, test))
-    *_, text = blocks(DOCS / "your-data.md", "python")
+    (text,) = [t for t in blocks(DOCS / "your-data.md", "python") if "class_names" in t]
     Path("mine.py").write_text(text)
     dataset = load_dataset("mine:load", 0.1, split="stratified")
-    assert (dataset.classes, dataset.class_names) == (3, ("zero", "one", "two"))
+    assert (dataset.classes, dataset.task.class_names) == (3, ("zero", "one", "two"))
     assert len(dataset.x_all) == (train[1][:2000] < 3).sum()
     assert dataset.note.startswith("tf.data read into memory once")
+
+
+def test_the_arrays_of_a_regression_are_a_dataset(in_folder: Path) -> None:
+    (text,) = [text for text in blocks(DOCS / "your-data.md", "python") if "diabetes" in text]
+    exec(text, {})
+    task = load_dataset("diabetes.npz", 0.1, split="random", task="regression").task
+    assert (task.kind, task.outputs, 140 < task.mean < 160) == ("regression", 1, True)
 
 
 @each_page()
@@ -248,6 +267,6 @@ def test_the_registered_model_and_its_origin_are_loaded(
 def test_every_block_of_python_is_run_but_those_for_clusters() -> None:
     """Here, in test_custom_model and in test_image_folder."""
     found = {page.stem: len(blocks(page, "python")) for page in PAGES}
-    run = dict.fromkeys(("README", "your-data", "your-model", "results", "trust"), 1)
-    more = {"your-data": 3, "cluster": 2}
+    run = dict.fromkeys(("README", "your-model", "results", "trust"), 1)
+    more = {"your-data": 6, "cluster": 2}
     assert {name: number for name, number in found.items() if number} == {**run, **more}

@@ -11,6 +11,7 @@ from typing import Any
 
 import invariants
 import keras
+import mlflow
 import numpy as np
 import optuna
 import psutil
@@ -106,8 +107,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise error
         return build(what, *arguments)
 
-    for module in ("workers.trial", "training.network"):  # the retraining asks the latter
-        monkeypatch.setattr(f"search.{module}.build_network", fails)
+    monkeypatch.setattr("search.training.network.build_network", fails)
     return tried
 
 
@@ -237,7 +237,7 @@ def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
     sorted_clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # as it was then
-        patch.setattr("search.data.dataset.is_own", lambda _: False)
+        patch.setattr("search.data.load.is_own", lambda _: False)
         patch.setattr(Dataset, "problem", None)
         run(config(sorted_clouds, epochs=2, n_trials=2))
     out = io.StringIO()
@@ -397,3 +397,20 @@ def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
     finally:
         for name, level in zip(names, before, strict=True):
             logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.parametrize("known", [None, "sqlite:///elsewhere.db"])
+def test_a_run_leaves_no_address_behind(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, known: str | None
+) -> None:
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", known)
+
+    def addresses() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
+
+    before, default = addresses(), mlflow.get_tracking_uri()
+    run(config(clouds))
+    assert addresses() == before
+    assert mlflow.get_tracking_uri() == (known or default)
+    mlflow.set_tracking_uri("sqlite:///another.db")
+    assert mlflow.get_registry_uri() == "sqlite:///another.db"

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from search import signals
+
 LOST = """
 import contextlib, time
 from search.signals import handled
@@ -28,3 +30,10 @@ def test_an_end_that_a_library_swallowed_is_an_end_nevertheless() -> None:
     assert out == "abandoned: terminated by SIGTERM\n"
     assert err == "error: terminated by SIGTERM; run the same command again to go on\n"
     assert process.returncode == 143
+
+
+def test_signal_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with signals.handled(lambda: None, lambda reason: None):
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -134,7 +134,7 @@ HYPERPARAMETERS = {
         "constant",
     ),
     "early_stopping": Hyperparameter(
-        "Epochs without a better val_accuracy after which training stops, with its best weights.",
+        "Epochs without a better objective after which training stops, with its best weights.",
         Domain(int, "off or whole numbers, 1 or more", "3", lambda v: 0 <= v <= 10**6, {"off": 0}),
         0,
         "stopping",
@@ -155,8 +155,6 @@ HYPERPARAMETERS = {
 }
 # The configuration that most MNIST tutorials use: what a search has to beat.
 REFERENCE: dict[str, Value] = {"hidden_units": 512, "dropout_rate": 0.2, "learning_rate": 0.001}
-LOSS = "sparse_categorical_crossentropy"
-OUTPUT_ACTIVATION = "softmax"
 _RECORDED = ("optimizer", "activation", "batch_size")  # even at their defaults
 
 
@@ -236,7 +234,8 @@ def unusual(shared: Mapping[str, Any]) -> dict[str, Value]:
     return {
         name: value
         for name, value in shared.items()
-        if name == "model" or (name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].default)
+        if name in ("model", "class_weight")
+        or (name in HYPERPARAMETERS and value != HYPERPARAMETERS[name].default)
     }
 
 

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from search.config import custom_model
-from search.config.data_settings import DataSettings
+from search.config.data_settings import OBJECTIVES, DataSettings
 from search.config.hyperparameters import HYPERPARAMETERS, check_space, differing, space_of
 from search.config.options import Option, name_setting, setting
 from search.config.parameter import in_notation
@@ -96,6 +96,12 @@ class StudyConfig(DataSettings):
         "File that the report is written to at the end; none: no report.",
         metavar="FILE.html",
     )
+    objective: str = _study(
+        "auto",
+        "Metric of the validation data that the search goes by: pruner, sampler, early stopping, "
+        "the best trial, the gate. auto: val_accuracy for classes, val_rmse for numbers.",
+        choices=("auto", *OBJECTIVES),
+    )
     seed: int = _study(
         0,
         "Random seed of the sampler, initial weights, shuffling and dropout.",
@@ -142,15 +148,15 @@ class StudyConfig(DataSettings):
     finalists: int = _winner(
         0,
         "Number of best trials that are retrained with fresh seeds, together with the reference, "
-        "before the winner is chosen by mean val_accuracy; 0: the best trial wins.",
+        "before the winner is chosen by the mean of the objective; 0: the best trial wins.",
         low=0,
         high=1000,
     )
     repeats: int = _winner(3, "Fresh seeds per finalist.", low=1, high=1000)
     promote: str = _winner(
         "if-better",
-        "When to promote the winner to production: if its test accuracy is higher than that of "
-        "the model in production, always, or never.",
+        "When to promote the winner to production: if it is better on the test examples than the "
+        "model in production (by --objective), always, or never.",
         choices=("if-better", "always", "never"),
     )
     tracking_uri: str = _mlflow(
@@ -170,10 +176,11 @@ class StudyConfig(DataSettings):
         check_space(self.space, grid=self.sampler == "grid")
         check_stores(self.storage, self.tracking_uri, cluster=self.scheduler is not None)
 
-    def with_epochs(self, epochs: int) -> "StudyConfig":
-        """A copy with this many epochs and the custom model as it is loaded, not read again."""
+    def resolved(self, epochs: int, objective: str) -> "StudyConfig":
+        """A copy with what `auto` means, and the custom model as it is loaded, not read again."""
         changed = copy(self)
         object.__setattr__(changed, "epochs", epochs)
+        object.__setattr__(changed, "objective", objective)
         return changed
 
     @property
@@ -211,12 +218,13 @@ class StudyConfig(DataSettings):
         split: str = "last",
         normalized: bool = False,
         source: Mapping[str, Any] | None = None,
+        task: str = "classification",
     ) -> dict[str, Any]:
         """The settings that must not change during a study, stored with it.
 
-        Sampler and pruner may change, except to or from a grid. split, normalized: how the dataset
-        was prepared; stored only if it differs from what older studies, without the choice, used.
-        source: settings of the dataset's source that its arrays depend on.
+        Sampler and pruner may change, except to or from a grid. split, normalized, task: how the
+        dataset was prepared and what is predicted; stored only if it differs from what older
+        studies, without the choice, used. source: settings that the dataset's arrays depend on.
         """
         model = {}
         if self.model is not None:
@@ -239,7 +247,10 @@ class StudyConfig(DataSettings):
             "epochs": self.trial_epochs,
             "batch_size": self.space.fixed().get("batch_size", size),
             "seed": self.seed,
+            **({} if self.objective in ("auto", "val_accuracy") else {"objective": self.objective}),
+            **({} if task == "classification" else {"task": task}),
             **({} if split == "last" else {"split": split}),
+            **({} if self.class_weight == "none" else {"class_weight": self.class_weight}),
             **({"normalize": "auto"} if normalized else {}),
             **(source or {}),
         }

@@ -1,26 +1,44 @@
-"""The dataset: load it, split it, scale it."""
+"""The dataset: its examples, their split and their normalization."""
 
-import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.config.settings import StudyConfig
-from search.data import function, images, sources
-from search.data.memory import chunks, partition
-from search.data.preprocessing import ENOUGH, Normalization, fit, stratified
-from search.data.sources import Images, Source, is_own
+from search.data.sources import Images
+from search.data.task import Task
 from search.errors import InputError
+from search.memory import statistics
+
+if TYPE_CHECKING:
+    from search.data.columns import Columns, Rows
 
 UINT8_SCALE = np.float32(1 / 255)  # a factor, since TensorFlow multiplies by the reciprocal anyway
 OWN_SPLIT = "own"  # the validation part came with the data
 _CHANNELS = (1, 3)
-_STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
-Labels = NDArray[np.int32]
+_ALL = slice(None)
+ENOUGH = 20  # a class with this many examples must also be in the validation part
+_DEVIATIONS = 1e-7, 1e19  # Keras divides by at least 1e-7; a variance must fit into float32
+Labels = NDArray[np.int32] | NDArray[np.float32]
+Seed = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and variance of every feature of the training part, float32 of shape (features,).
+
+    A constant feature has variance 1 here, so that other values in later data stay small.
+    """
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+
+    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`x` of shape (n, features), normalized as `keras.layers.Normalization` does."""
+        return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
 
 
 @dataclass(frozen=True)
@@ -29,14 +47,16 @@ class Dataset:
 
     x: shape (n, features). uint8 stays uint8, for a quarter of the memory, and is scaled to [0, 1]
     where it is used (`scaled`, and in the graph); all else is float32.
-    y: int32 of shape (n,), from 0 to `classes` - 1.
+    y: int32 of shape (n,), from 0 to `classes` - 1. In a regression float32, and `classes` is 0:
+    `y_all` is standardized by the task's mean and deviation, `y_test` is in the target's own unit.
     `x_all`, `y_all`: the training part, the first `train_size` examples, then the validation part.
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
-    test examples that also occur in the training data. `digest`: SHA-256 of the source arrays.
-    `pixels`: whether the registered model takes images, not flat, with raw pixels. `source`: the
-    settings that the source arrays depend on; `note`: how they were read. `class_names`:
-    empty, or the name of each class.
+    test examples that also occur in the training data. `digest`: SHA-256 of the source arrays, or
+    of a table's files. `task`: what is predicted, and the names of the classes. `pixels`: whether
+    the registered model takes images, not flat, with raw pixels. `source`: the settings that the
+    source depends on; `note`: how it was read. `columns`: those of a table, whose encoded rows are
+    the examples; `test_rows`: its test rows as they are; `example`: two of its rows, a DataFrame.
     """
 
     name: str
@@ -51,15 +71,39 @@ class Dataset:
     split: str = "last"
     normalization: Normalization | None = None
     repeated: int = 0
+    task: Task = field(default_factory=Task)
     pixels: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    class_names: tuple[str, ...] = ()
+    columns: "Columns | None" = None
+    test_rows: "Rows | None" = None
+    example: Any = None
 
     @property
     def features(self) -> int:
         """Number of features of a flat example."""
         return int(self.x_all.shape[1])
+
+    def test_inputs(self, chosen: slice = _ALL) -> Any:
+        """The test examples, or the `chosen` ones, as the registered model takes them."""
+        if self.test_rows is not None:
+            return self.test_rows[chosen].inputs
+        if self.pixels:
+            return self.x_test[chosen].reshape(-1, *self.sample_shape).astype(np.float32)
+        return scaled(self.x_test[chosen])
+
+    @property
+    def input_shapes(self) -> list[tuple[int | None, ...]]:
+        """Of the registered model's inputs; None stands for the number of examples."""
+        if self.columns is not None:
+            widths = len(self.columns.numbers), len(self.columns.words)
+            return [(None, width) for width in widths if width]
+        return [(None, *self.sample_shape) if self.pixels else (None, self.features)]
+
+    @property
+    def embeddings(self) -> tuple[int, ...]:
+        """The vocabulary sizes of the last features, which are indices for embeddings."""
+        return () if self.columns is None else self.columns.embeddings
 
     @property
     def train(self) -> tuple[Images, Labels]:
@@ -74,18 +118,18 @@ class Dataset:
     def __str__(self) -> str:
         sizes = self.train_size, len(self.x_all) - self.train_size, len(self.x_test)
         counts = " / ".join(f"{size:,}" for size in sizes)
-        normalized = "" if self.normalization is None else ", normalized"
+        features = f"{self.features} features{'' if self.normalization is None else ', normalized'}"
+        if self.columns is not None:
+            features = f"{self.columns} as {features}"
+        what = f"{self.classes} classes"
+        if not self.task.classes:
+            what = f"a number to predict ({self.task.mean:.5g} ± {self.task.deviation:.5g})"
         return (
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
-            f"{self.features} features{normalized}, {self.classes} classes; "
+            f"{features}, {what}; "
             f"test examples in the training data: {self.repeated:,}"
             f"{self.note and '; '}{self.note}"
         )
-
-    @property
-    def raw_test(self) -> Images:
-        """The test examples as the registered model takes them: `x_test`, or its images."""
-        return self.x_test.reshape(-1, *self.sample_shape) if self.pixels else self.x_test
 
     @property
     def problem(self) -> str | None:
@@ -94,6 +138,8 @@ class Dataset:
         The training part needs examples of every class, the validation part of every class that
         has at least ENOUGH.
         """
+        if not self.task.classes:
+            return None
         counts = np.bincount(self.y_all, minlength=self.classes)
         for part, (_, labels), needed in (
             ("training", self.train, 1),
@@ -102,7 +148,8 @@ class Dataset:
             present = np.bincount(labels, minlength=self.classes) > 0
             lacking = np.flatnonzero(~present & (counts >= needed))
             if len(lacking):
-                shown = ", ".join(map(str, lacking[:8])) + (", ..." if len(lacking) > 8 else "")
+                shown = ", ".join(map(self.task.name_of, lacking[:8]))
+                shown += ", ..." if len(lacking) > 8 else ""
                 remedy = (
                     "--split stratified"
                     if self.split == "last"
@@ -119,156 +166,44 @@ class Dataset:
 
 
 def scaled(x: Images) -> NDArray[np.float32]:
-    """`x` as a model takes it: float32, with uint8 scaled to [0, 1] unless it is not flat.
-
-    A model of images scales them itself.
-    """
-    if x.dtype == np.uint8 and x.ndim == 2:
+    """`x` as the network takes it: float32, with uint8 scaled to [0, 1]."""
+    if x.dtype == np.uint8:
         return x.astype(np.float32) * UINT8_SCALE
     return x.astype(np.float32, copy=False)
 
 
-def load_dataset(
-    name: str,
-    validation_split: float,
-    *,
-    split: str = "last",
-    seed: int = 0,
-    normalize: bool = False,
-    image_size: int | None = None,
-    test_split: float = 0.2,
-) -> Dataset:
-    """The dataset `name`: mnist, one of Keras', the path of an .npz file or a folder of images.
+def kept(option: str, fraction: float, examples: int, use: str) -> int:
+    """How many of `examples` are left when a fraction is held out, with Keras' rounding.
 
-    validation_split: fraction of the training data used for validation: with `split` "last" its
-    end, as in Keras; with "stratified" a random sample, by `seed`, with the same class proportions.
-    normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
-    training part. image_size, test_split: of a folder, see `images.read`. Raises InputError, in one
-    line, if it cannot be used.
+    Raises InputError if none or all of them are.
     """
-    source = _read(name, image_size, test_split, seed)
-    arrays = source.arrays
-    sources.check(name, arrays)
-    digest = hashlib.sha256()
-    for key in arrays:
-        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
-        digest.update(np.ascontiguousarray(arrays[key]).data)
-    x_train, given = arrays["x_train"], "x_validation" in arrays
-    split = OWN_SPLIT if given else split
-    train_size = len(x_train) if given else _train_size(len(x_train), validation_split)
-    x_all, x_test = (sources.examples(name, arrays, part) for part in ("train", "test"))
-    y_all, y_test = (sources.labels(arrays, part) for part in ("train", "test"))
-    classes = int(arrays["y_train"].max()) + 1
-    if source.class_names and len(source.class_names) != classes:
+    left = int(examples * (1 - fraction))
+    if not 0 < left < examples:
         raise InputError(
-            f"--dataset {name}: class_names must have a name for each of {classes} classes",
-            f"has {len(source.class_names)}",
-            "give each class a name, in the order of the labels",
+            f"{option} must leave examples to train and to {use}, but {fraction} of {examples} "
+            f"leaves {left} and {examples - left}; give a fraction nearer to 0.5 or more data"
         )
-    repeated = _count_repeated(x_test, x_all)
-    if split == "stratified":
-        validates = stratified(y_all, len(x_all) - train_size, seed)
-        partition(x_all, validates)
-        partition(y_all, validates)
-        train_size = int((~validates).sum())
-    normalization = None
-    if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
-        normalization = fit(name, scaled(x_all[:train_size]))
-        for part in chunks(x_all):
-            x_all[part] = normalization.apply(scaled(x_all[part]))
-    return Dataset(
-        name=name,
-        digest=digest.hexdigest(),
-        x_all=x_all,
-        y_all=y_all,
-        x_test=x_test,
-        y_test=y_test,
-        train_size=train_size,
-        classes=classes,
-        sample_shape=x_train.shape[1:],
-        split=split,
-        normalization=normalization,
-        repeated=repeated,
-        pixels=source.pixels,
-        source=source.settings,
-        note=source.note,
-        class_names=source.class_names,
-    )
+    return left
 
 
-def _train_size(examples: int, validation_split: float) -> int:
-    """How many of the examples train. Raises InputError if none are left for one of the parts."""
-    train_size = int(examples * (1 - validation_split))  # Keras' own rounding
-    if not 0 < train_size < examples:
-        raise InputError(
-            f"--validation-split must leave examples to train and to validate, but "
-            f"{validation_split} of {examples} leaves {train_size} and "
-            f"{examples - train_size}; give a fraction nearer to 0.5 or more data"
-        )
-    return train_size
-
-
-def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:
-    """The arrays of the dataset `name`, from wherever they come."""
-    if images.is_folder(name):
-        return images.read(name, image_size, test_split, seed)
-    if image_size is not None:
-        raise InputError(
-            "--image-size needs a folder of images", f"--dataset is {name}", "leave it out"
-        )
-    if function.is_function(name):
-        return function.read(name)
-    return sources.read(name)
-
-
-def _count_repeated(x_test: Images, x_train: Images) -> int:
+def count_repeated(x_test: Images, x_train: Images) -> int:
     """How many rows of `x_test` also occur in `x_train`, byte for byte."""
     tested = {row.tobytes() for row in x_test}
     repeated = {key for row in x_train if (key := row.tobytes()) in tested}
     return sum(row.tobytes() in repeated for row in x_test) if repeated else 0
 
 
-def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dataset:
-    """The dataset, prepared as in the existing study unless the settings say otherwise.
+def class_weights(config: StudyConfig, dataset: Dataset) -> NDArray[np.float32] | None:
+    """The weight of a training example of each class, as --class-weight says; None for no weights.
 
-    stored: the settings of that study, which may be older than these options; None for a new study.
+    balanced: n / (classes * examples of the class), of the n examples of the training part, as
+    scikit-learn's `compute_class_weight("balanced")` (King and Zeng 2001).
     """
-    own = is_own(config.dataset)
-    split, normalize = ("stratified" if own else "last"), own
-    if stored is not None:
-        split = "last" if stored.get("split", "last") == "last" else "stratified"
-        normalize = "normalize" in stored
-    dataset = load_dataset(
-        config.dataset,
-        config.validation_split,
-        split=config.split or split,
-        seed=config.seed,
-        normalize=normalize and config.normalize == "auto",
-        image_size=config.image_size or (stored or {}).get("image_size"),
-        test_split=config.test_split,
-    )
-    if config.split is not None and dataset.split == OWN_SPLIT:
-        raise InputError(
-            f"--split {config.split} needs data without a validation part",
-            f"{config.dataset} has one",
-            "leave it out",
-        )
-    return dataset
-
-
-def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None) -> int:
-    """The epochs of a trial: as in the settings, or else as in the existing study.
-
-    With a thousand examples, 5 epochs are 40 steps, too few to tell trials apart. On scikit-learn's
-    digits, 10 epochs gain 0.009 test accuracy (mean of four splits of 50 trials).
-    """
-    known = (stored or {}).get("epochs")
-    if config.epochs is None and isinstance(known, int):
-        return known
-    if config.epochs is not None or not is_own(config.dataset):
-        return config.trial_epochs
-    steps = math.ceil(dataset.train_size / 128)
-    return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
+    if config.class_weight == "none":
+        return None
+    _, labels = dataset.train
+    counts = np.bincount(labels.astype(int), minlength=dataset.classes)
+    return (len(labels) / (dataset.classes * np.maximum(counts, 1))).astype(np.float32)
 
 
 def check_images(dataset: Dataset, for_images: list[str]) -> None:
@@ -284,3 +219,71 @@ def check_images(dataset: Dataset, for_images: list[str]) -> None:
 def is_image(shape: tuple[int, ...]) -> bool:
     """Whether an example of this shape is a grey or a colour image."""
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in _CHANNELS)
+
+
+# ---- splits and normalization ------------------------------------------------------------------
+
+
+def held_out(
+    kind: str, y: NDArray[Any], size: int, seed: Seed, column: NDArray[Any] | None = None
+) -> NDArray[np.bool_]:
+    """A mask of about `size` examples to hold out of the training data, by `--split`.
+
+    kind: last; random; stratified, with the class proportions of `y`; group, whole groups; or time,
+    the latest. column: of shape (n,), the groups as anything hashable, or the times, sortable.
+    """
+    if kind == "stratified":
+        return stratified(y, size, seed)
+    held = np.zeros(len(y), bool)
+    if kind == "group":
+        _, groups = np.unique(np.asarray(column, str), return_inverse=True)
+        order = np.random.default_rng(seed).permutation(groups.max() + 1)
+        ends = np.cumsum(np.bincount(groups)[order])
+        taken = int(np.abs(ends - size).argmin()) + 1  # the nearest, and at least one
+        return np.asarray(np.isin(groups, order[:taken]), bool)
+    order = np.arange(len(y))
+    if kind == "random":
+        order = np.random.default_rng(seed).permutation(len(y))
+    elif kind == "time":
+        order = np.argsort(np.asarray(column), kind="stable")
+    held[order[len(y) - size :]] = True
+    return held
+
+
+def stratified(y: NDArray[np.int32], size: int, seed: Seed) -> NDArray[np.bool_]:
+    """A mask of about `size` validation examples, a random sample with the class proportions of y.
+
+    Every class keeps at least one training example; as far as `size` allows, every class with
+    ENOUGH examples has a validation example.
+    """
+    counts = np.bincount(y)
+    share = counts * (size / len(y))
+    most = np.maximum(counts - 1, 0)
+    least = np.minimum(counts >= ENOUGH, most)
+    take = np.clip(np.floor(share).astype(int), least, most)
+    size = min(size, int(most.sum()))
+    while (missing := size - int(take.sum())) != 0:  # where the rounding error is largest
+        step = 1 if missing > 0 else -1
+        open_to_it = np.flatnonzero(take < most if step > 0 else take > 0)
+        gain = (share - take)[open_to_it] * step
+        take[open_to_it[np.argsort(-gain, kind="stable")[: abs(missing)]]] += step
+    order = np.lexsort((np.random.default_rng(seed).random(len(y)), y))  # by class, then at random
+    rank = np.empty(len(y), int)
+    rank[order] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(rank < take[y], bool)
+
+
+def fit(name: str, x: NDArray[np.float32]) -> Normalization:
+    """The normalization for the training part `x`. Raises InputError if float32 can't hold it."""
+    mean, deviation, largest = statistics(x)
+    constant = deviation <= 2 * np.finfo(np.float32).eps * largest
+    deviation[constant] = 1
+    wrong = np.flatnonzero((deviation < _DEVIATIONS[0]) | (deviation > _DEVIATIONS[1]))
+    if len(wrong):
+        low, high = _DEVIATIONS
+        raise InputError(
+            f"--dataset {name}: every feature must have a standard deviation from {low:g} to "
+            f"{high:g} to be normalized, but feature {wrong[0]} has {deviation[wrong[0]]:.3g}; "
+            "give it another unit, or --normalize none"
+        )
+    return Normalization(mean.astype(np.float32), (deviation**2).astype(np.float32))

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.custom_model import NAME, Function, load_function
-from search.data.memory import free
 from search.data.sources import ARRAYS, Arrays, Source
 from search.errors import InputError, one_line
+from search.memory import free
 
 MOST_EXAMPLES = 10_000_000  # that a tf.data.Dataset of unknown size may have
 _BATCH = 1024

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.data_settings import KERAS_DATASETS
-from search.data.memory import check_fits, empty
-from search.data.preprocessing import stratified
+from search.data.dataset import stratified
 from search.data.sources import Arrays, Source
 from search.errors import InputError, one_line, printable
 from search.imports import prepare_tensorflow, silent_stderr
+from search.memory import check_fits, empty
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # what Keras reads
 DEFAULT_SIZE = 64  # where the images are of several sizes

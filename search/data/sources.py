@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.data_settings import KERAS_DATASETS
-from search.data.memory import check_fits, chunks, empty, moved, shared
 from search.errors import InputError, one_line
+from search.memory import check_fits, chunks, empty, moved, shared
 
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -51,6 +51,14 @@ def is_own(name: str) -> bool:
     MNIST and Keras' datasets are images, 0 to 255, in random order.
     """
     return name != "mnist" and name not in KERAS_DATASETS
+
+
+def kind_of(y: NDArray[Any], task: str) -> str:
+    """The kind of the task with the training targets `y`: `task`, unless that is auto."""
+    if task != "auto":
+        return task
+    fractions = y.dtype.kind == "f" and bool(np.any(y != np.floor(y)))
+    return "regression" if fractions else "classification"
 
 
 def read(name: str) -> Source:
@@ -101,10 +109,11 @@ def examples(name: str, arrays: Arrays, part: str) -> Images:
     return both
 
 
-def labels(arrays: Arrays, part: str) -> NDArray[np.int32]:
-    """The labels of the same examples."""
+def targets(arrays: Arrays, part: str, has_classes: bool) -> NDArray[Any]:
+    """The labels (int32), or the numbers (float32), of the same examples."""
     keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
-    return shared(np.concatenate([arrays[key].ravel().astype(np.int32) for key in keys]))
+    kind: Any = np.int32 if has_classes else np.float32
+    return shared(np.concatenate([arrays[key].ravel().astype(kind) for key in keys]))
 
 
 def _refusal(name: str, rule: str, found: str, remedy: str) -> InputError:
@@ -162,22 +171,27 @@ def _read_keras(name: str) -> Arrays:
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
-def check(name: str, arrays: Arrays) -> None:
-    """Raise InputError unless the arrays are a classification dataset.
+def check(name: str, arrays: Arrays, kind: str) -> None:
+    """Raise InputError unless the arrays are a dataset for a task of this kind.
 
-    x is numeric, of shape (n, ...); y integer, of shape (n,) or (n, 1), from 0 to classes - 1.
+    x is numeric, of shape (n, ...); y of shape (n,) or (n, 1): integer from 0 to classes - 1, or in
+    a regression numbers.
     """
     refuse = functools.partial(_refusal, name)
     parts = [key.removeprefix("x_") for key in arrays if key.startswith("x_")]
     for part in parts:
-        _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], refuse)
+        _check_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"], kind, refuse)
     x_train, y_train = arrays["x_train"], arrays["y_train"]
+    for part in parts[1:]:
+        _check_alike(part, x_train, arrays[f"x_{part}"], refuse)
+    if kind == "regression":
+        _check_numbers({f"y_{part}": arrays[f"y_{part}"] for part in parts}, refuse)
+        return
     present = np.unique(y_train)
     if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
         shown = ", ".join(map(str, present[:12])) + (", ..." if len(present) > 12 else "")
         raise refuse("y_train must hold labels 0 to C-1, C >= 2", f"labels {shown}", "labels")
     for part in parts[1:]:
-        _check_alike(part, x_train, arrays[f"x_{part}"], refuse)
         y = arrays[f"y_{part}"]
         if y.min() < 0 or y.max() >= len(present):
             raise refuse(
@@ -197,12 +211,26 @@ def _check_alike(part: str, x_train: NDArray[Any], x: NDArray[Any], refuse: _Ref
         )
 
 
-def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], refuse: _Refuse) -> None:
+def _check_numbers(targets: Arrays, refuse: _Refuse) -> None:
+    """Raise InputError unless a network can learn these targets in float32."""
+    y_train = targets["y_train"]
+    for key, y in targets.items():
+        with np.errstate(over="ignore"):
+            if not np.isfinite(y.astype(np.float32)).all():
+                rule = f"{key} must hold finite numbers (float32)"
+                raise refuse(rule, "NaN or infinity", "rows")
+    if float(y_train.std(dtype=float)) <= 1e-6 * float(np.abs(y_train).max()):
+        found = f"only {float(y_train.flat[0]):g}, or numbers too close to it for float32"
+        raise refuse("y_train must hold numbers that differ", found, "rows")
+
+
+def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], kind: str, refuse: _Refuse) -> None:
     if x.dtype.kind not in "buif" or x.ndim < 2:
         rule = f"x_{part} must hold numbers in shape (n, ...)"
         raise refuse(rule, f"{x.dtype}{x.shape}", "numeric")
-    if y.dtype.kind not in "ui" or (y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1)):
-        rule = f"y_{part} must hold whole numbers in shape (n,)"
+    numbers, what = ("uif", "numbers") if kind == "regression" else ("ui", "whole numbers")
+    if y.dtype.kind not in numbers or (y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1)):
+        rule = f"y_{part} must hold {what} in shape (n,)"
         raise refuse(rule, f"{y.dtype}{y.shape}", "numeric")
     if len(x) != len(y):
         rule = f"x_{part} and y_{part} must be of one length"

@@ -1,6 +1,7 @@
 """Compare two versions of the registered model on the same test examples, in a worker."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,14 @@ from requests import RequestException
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
+from search.data.task import DEFAULT_OBJECTIVE
 from search.errors import RunError, one_line
-from search.promotion.evaluation import predict
+from search.promotion import bootstrap
+from search.promotion.bootstrap import PairedBootstrap
+from search.promotion.evaluation import outputs_of, predict
 from search.tracking.address import global_uri
 from search.tracking.runs import Tracking
+from search.training.baselines import unpack
 
 SIGNIFICANT = 0.05
 SMALLEST_P = 1e-300  # stored and shown instead of smaller ones, which floats round to 0
@@ -49,10 +54,16 @@ class Comparison:
 
 def compare_versions(
     config: StudyConfig, dataset: Dataset, tracking: Tracking, challenger: int, champion: int
-) -> Comparison | str:
-    """Compare two versions on the test examples; or return why the champion can't be compared."""
+) -> Comparison | PairedBootstrap | str:
+    """Compare two versions on the test examples; or return why the champion can't be compared.
+
+    By the exact McNemar test where the objective is the accuracy, else by a paired bootstrap of the
+    objective, seeded by the study's seed.
+    """
+    objective = dataset.task.objective(config.objective)
+    by_accuracy = objective == DEFAULT_OBJECTIVE
     mine, theirs = (
-        _correct(f"models:/{config.model_name}/{version}", dataset, tracking)
+        _answers(f"models:/{config.model_name}/{version}", dataset, tracking, by_accuracy)
         for version in (challenger, champion)
     )
     if isinstance(mine, str):
@@ -62,6 +73,41 @@ def compare_versions(
         )
     if isinstance(theirs, str):
         return theirs
+    if not by_accuracy:
+        y = dataset.y_test
+        return bootstrap.compare(dataset.task, objective, y, mine, theirs, config.seed)
+    return _compare(mine, theirs)
+
+
+def compare_with_baseline(
+    model: Any, dataset: Dataset, correct: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Compare a Keras model with the best baseline on the test examples; None if there is none.
+
+    correct: by the name of a baseline, which test examples it classifies correctly (`pack`).
+    Returns what a study stores of it: the name, both accuracies, how many examples only one of them
+    classifies correctly, the p-value of the exact McNemar test, and whether it is significant.
+    """
+    masks = {name: unpack(text, len(dataset.y_test)) for name, text in correct.items()}
+    if not masks:
+        return None
+    name = max(reversed(masks), key=lambda name: int(masks[name].sum()))
+    theirs = masks[name]
+    mine = predict(model, dataset)[0] == dataset.y_test
+    found = _compare(mine, theirs)
+    return {
+        "baseline": name,
+        "test_accuracy": found.challenger,
+        "baseline_test_accuracy": found.champion,
+        "only_winner": found.only_challenger,
+        "only_baseline": found.only_champion,
+        "p_value": found.p_value,
+        "significant": found.p_value < SIGNIFICANT,
+    }
+
+
+def _compare(mine: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Comparison:
+    """The comparison of a challenger and a champion, by which examples they classify correctly."""
     return Comparison(
         challenger=float(mine.mean()),
         champion=float(theirs.mean()),
@@ -70,23 +116,31 @@ def compare_versions(
     )
 
 
-def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_] | str:
-    """Which test examples a model classifies correctly, or why it can't be evaluated."""
+def _answers(
+    uri: str, dataset: Dataset, tracking: Tracking, by_accuracy: bool
+) -> NDArray[Any] | str:
+    """Which test examples a model classifies correctly, or why it can't be evaluated.
+
+    by_accuracy: if false, its outputs for them instead.
+    """
     with tempfile.TemporaryDirectory() as folder:  # else MLflow writes into the model's folder
         try:
             with global_uri(tracking.uri):
                 import mlflow.keras
 
                 model: Any = mlflow.keras.load_model(uri, dst_path=folder)
-            shapes = model.input_shape, model.output_shape
-            takes = dataset.raw_test.shape[1:]
-            if shapes != ((None, *takes), (None, dataset.classes)):
-                data = f"images of {takes}" if dataset.pixels else f"{dataset.features} features"
+            takes = [tuple(taken.shape) for taken in model.inputs]
+            if (takes, model.output_shape) != (dataset.input_shapes, (None, dataset.task.outputs)):
+                shown = ", ".join(map(str, takes))
                 return (
-                    f"it takes {shapes[0]} and returns {shapes[1]}, but this study's data have "
-                    f"{data} and {dataset.classes} classes"
+                    f"it takes {shown} and returns {model.output_shape}, but this study's data "
+                    f"have {_described(dataset)}"
                 )
-            predicted, _ = predict(model, dataset.raw_test)
+            if by_accuracy:
+                predicted, _ = predict(model, dataset)
+                return np.asarray(predicted == dataset.y_test)
+            outputs = outputs_of(model, dataset)
+            return "its outputs do not fit into memory" if outputs is None else outputs
         except MemoryError:
             raise
         except Exception as error:  # with a damaged file, Keras, zipfile and json raise anything
@@ -96,8 +150,6 @@ def _correct(uri: str, dataset: Dataset, tracking: Tracking) -> NDArray[np.bool_
                 return "it is not a Keras model"
             why = one_line(error).replace(f"{folder}/", "")
             return f"it can't be loaded ({type(error).__name__}: {why})"
-    correct: NDArray[np.bool_] = predicted == dataset.y_test
-    return correct
 
 
 def _is_server_error(error: Exception, tracking: Tracking) -> bool:
@@ -107,3 +159,13 @@ def _is_server_error(error: Exception, tracking: Tracking) -> bool:
     if isinstance(error, MlflowException):
         return error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
     return isinstance(error, RequestException)
+
+
+def _described(dataset: Dataset) -> str:
+    """What a model of `dataset` takes and gives, in words."""
+    examples = f"{dataset.features} features"
+    if dataset.pixels:
+        examples = f"images of {dataset.sample_shape}"
+    return f"{examples} and " + (
+        f"{dataset.classes} classes" if dataset.classes else "one number to predict"
+    )

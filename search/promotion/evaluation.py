@@ -1,7 +1,6 @@
 """The winner on the test examples: its confusion matrix and its worst mistakes."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.dataset import Dataset, is_image, scaled
-from search.data.sources import Images
+from search.data.dataset import Dataset, is_image
 from search.errors import one_line
+from search.promotion.residuals import RESIDUALS, Residuals, draw_residuals, residuals_of
 
 DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
 CONFUSIONS = "confusions.png"
@@ -45,12 +44,26 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class ClassScore:
+    """One class on the test examples.
+
+    precision: share of those called `label` that are of it; recall: share of its `examples` that
+    are called so. None where there are none.
+    """
+
+    label: int
+    precision: float | None
+    recall: float | None
+    examples: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A model on the test examples: it classifies `right` of `total` correctly.
 
     confusion: counts of test examples by true class (row) and predicted class (column), None above
-    `MOST` classes. confusions: the most frequent ones first. mistakes: the most confident first.
-    class_names: empty, or the name of each class.
+    `MOST` classes, and then `classes`, the scores of each, is empty. confusions: the most frequent
+    ones first. mistakes: the most confident first. class_names: empty, or the name of each class.
     """
 
     right: int
@@ -58,14 +71,16 @@ class Evaluation:
     confusion: list[list[int]] | None
     confusions: list[Confusion]
     mistakes: list[Mistake]
+    classes: list[ClassScore]
     class_names: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """The content of DATA: the matrix, from which the counts follow, or the counts."""
         kept = asdict(self)
-        counts = ("right", "total", "confusions") if self.confusion is None else ("confusion",)
-        names = ("class_names",) if self.class_names else ()
-        return json.dumps({name: kept[name] for name in (*counts, "mistakes", *names)})
+        large = ("right", "total", "confusions", "mistakes")
+        names = [*(large if self.confusion is None else ("confusion", "mistakes", "classes"))]
+        names += ["class_names"] if self.class_names else []
+        return json.dumps({name: kept[name] for name in names})
 
     def name(self, label: int) -> str:
         """The class `label`, by its name if it has one."""
@@ -76,22 +91,22 @@ class Evaluation:
         return f"{self.name(case.label)} called {self.name(case.predicted)}"
 
 
-def predict(model: Any, x: Images) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The class that `model` predicts for each example in `x`, and its probability.
-
-    x: as in a dataset; scaled here. In parts, so that the scaled examples and the probabilities of
-    all classes fit in memory.
-    """
-    widest = max(model.output_shape[-1], math.prod(x.shape[1:]))
-    rows = max(1, _AT_ONCE // widest)
-    rows -= rows % _BATCH if rows > _BATCH else 0  # whole batches
+def predict(model: Any, dataset: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The class that `model` predicts for each test example, and its probability."""
     predicted, confidence = [], []
-    for first in range(0, len(x), rows):
-        part = scaled(x[first : first + rows])
-        probabilities = model.predict(part, batch_size=min(rows, _BATCH), verbose=0)
+    for probabilities in _outputs(model, dataset):
         predicted.append(probabilities.argmax(axis=1))
         confidence.append(probabilities.max(axis=1))
     return np.concatenate(predicted), np.concatenate(confidence)
+
+
+def _outputs(model: Any, dataset: Dataset) -> Iterator[NDArray[Any]]:
+    """What `model` gives for the test examples, in parts that fit in memory as float32."""
+    rows = max(1, _AT_ONCE // max(model.output_shape[-1], dataset.features))
+    rows -= rows % _BATCH if rows > _BATCH else 0  # whole batches
+    for first in range(0, len(dataset.y_test), rows):
+        part = dataset.test_inputs(slice(first, first + rows))
+        yield model.predict(part, batch_size=min(rows, _BATCH), verbose=0)
 
 
 def evaluate_predictions(
@@ -115,11 +130,11 @@ def _of_cells(
     mistakes: list[Mistake],
 ) -> Evaluation:
     """The evaluation whose confusion matrix has these nonzero cells."""
-    confusion = None
+    confusion, scores = None, []
     if classes <= MOST:
         matrix = np.zeros((classes, classes), dtype=int)
         matrix[rows, columns] = counts
-        confusion = matrix.tolist()
+        confusion, scores = matrix.tolist(), _scores(matrix)
     wrong = np.flatnonzero(rows != columns)
     frequent = wrong[np.argsort(-counts[wrong], kind="stable")][:_FREQUENT]
     return Evaluation(
@@ -128,21 +143,41 @@ def _of_cells(
         confusion=confusion,
         confusions=[Confusion(int(rows[i]), int(columns[i]), int(counts[i])) for i in frequent],
         mistakes=mistakes,
+        classes=scores,
     )
 
 
-def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
+def _scores(matrix: NDArray[Any]) -> list[ClassScore]:
+    called, there, right = matrix.sum(axis=0), matrix.sum(axis=1), np.diag(matrix)
+
+    def share(of: NDArray[Any], label: int) -> float | None:
+        return float(right[label] / of[label]) if of[label] else None
+
+    return [
+        ClassScore(label, share(called, label), share(there, label), int(there[label]))
+        for label in range(len(matrix))
+    ]
+
+
+def outputs_of(model: Any, dataset: Dataset) -> NDArray[Any] | None:
+    """What `model` gives for all test examples; None if it is too much for the memory."""
+    if len(dataset.x_test) * dataset.task.outputs > 4 * _AT_ONCE:
+        return None
+    return np.concatenate(list(_outputs(model, dataset)))
+
+
+def save_evaluation(
+    model: Any, dataset: Dataset, folder: Path, outputs: NDArray[Any] | None = None
+) -> str | None:
     """Evaluate `model` on the test examples and write data and pictures into `folder`.
 
-    Mistakes are drawn if the examples are images. Nothing depends on these files, so an error is
-    not raised: returns which file could not be written, and why.
+    outputs: what `outputs_of` gave, if it was called. Mistakes are drawn if the examples are
+    images. Nothing depends on these files, so an error is not raised: returns which file could not
+    be written, and why.
     """
     path = folder / DATA
     try:
-        found = evaluate_predictions(
-            *predict(model, dataset.raw_test), dataset.y_test, dataset.classes
-        )
-        found = replace(found, class_names=dataset.class_names)
+        found = _evaluate(model, dataset, outputs)
         path.write_text(found.as_json())
         for name, draw in _pictures(found, dataset):
             path = folder / name
@@ -153,7 +188,23 @@ def save_evaluation(model: Any, dataset: Dataset, folder: Path) -> str | None:
     return None
 
 
-def _pictures(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, Any]]:
+def _evaluate(model: Any, dataset: Dataset, outputs: NDArray[Any] | None) -> Evaluation | Residuals:
+    if not dataset.task.classes:
+        outputs = outputs_of(model, dataset) if outputs is None else outputs
+        assert outputs is not None  # one number an example
+        return residuals_of(dataset.y_test, outputs)
+    if outputs is None:
+        called = predict(model, dataset)
+    else:
+        called = outputs.argmax(axis=1), outputs.max(axis=1)
+    found = evaluate_predictions(*called, dataset.y_test, dataset.classes)
+    return replace(found, class_names=dataset.task.class_names)
+
+
+def _pictures(evaluation: Evaluation | Residuals, dataset: Dataset) -> Iterator[tuple[str, Any]]:
+    if isinstance(evaluation, Residuals):
+        yield RESIDUALS, partial(draw_residuals, evaluation)
+        return
     if evaluation.confusion is not None:
         yield MATRIX, partial(_draw_matrix, evaluation, evaluation.confusion)
     elif evaluation.confusions:
@@ -162,15 +213,22 @@ def _pictures(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, A
         yield MISTAKES, partial(_draw_mistakes, evaluation, dataset)
 
 
-def load_evaluation(text: str) -> Evaluation:
+def load_evaluation(text: str) -> Evaluation | Residuals:
     """Read what this or an earlier version's `save_evaluation` wrote into DATA."""
     read = json.loads(text)
+    if "residuals" in read:
+        return Residuals.read(read["residuals"])
     mistakes = [Mistake(**mistake) for mistake in read.pop("mistakes")]
     names = tuple(read.pop("class_names", ()))
     if "confusion" not in read:
         confusions = [Confusion(**confusion) for confusion in read.pop("confusions")]
         return Evaluation(
-            **read, confusion=None, confusions=confusions, mistakes=mistakes, class_names=names
+            **read,
+            confusion=None,
+            confusions=confusions,
+            mistakes=mistakes,
+            classes=[],
+            class_names=names,
         )
     matrix = np.array(read["confusion"])
     rows, columns = np.nonzero(matrix)

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
+from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric
+from search.promotion.bootstrap import PairedBootstrap
 from search.promotion.comparison import SIGNIFICANT, SMALLEST_P, Comparison
 from search.study.lock import promotion_lock
 from search.study.storage import RUN_ID, VERSION
+from search.study.storage import objective as objective_of
 from search.tracking.registered_model import (
     ALIAS,
     aliased_version,
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
     from search.tracking.sync import Stores
 
 _PROMOTED, _GATE = "promoted", "gate."
-Compare = Callable[[int, int], Comparison | str]  # challenger and champion, by version
+_TESTS = ("mcnemar", "bootstrap")  # exact, resampled
+Found = Comparison | PairedBootstrap | str
+Compare = Callable[[int, int], Found]  # challenger and champion, by version
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,20 @@ class Decision:
     """Whether a version went to production, and why.
 
     policy: the value of `--promote`. champion: the version in production before, None if there was
-    none. accuracy, champion_accuracy: on the test examples. p_value: of the exact McNemar test.
-    problem: why the champion could not be compared.
+    none. value, champion_value: the objective on the test examples. p_value: of the exact McNemar
+    test if that is the accuracy, else of a paired bootstrap, which also gives the 95 % confidence
+    interval of value - champion_value. problem: why the champion could not be compared.
     """
 
     promoted: bool
     policy: str
-    accuracy: float
+    value: float
     champion: int | None = None
-    champion_accuracy: float | None = None
+    champion_value: float | None = None
     p_value: float | None = None
     problem: str | None = None
+    objective: Metric = DEFAULT_OBJECTIVE
+    interval: tuple[float, float] | None = None
 
     @property
     def is_final(self) -> bool:
@@ -55,15 +63,20 @@ class Decision:
 
     def as_tags(self, version: int) -> dict[str, str]:
         """The tags of `version` that record it; `read` reads them."""
-        loser = None
-        if self.champion_accuracy is not None:
-            loser = self.champion if self.accuracy > self.champion_accuracy else version
+        loser, stem = None, self.objective.stem
+        if self.champion_value is not None:
+            better = self.objective.sign * (self.value - self.champion_value) > 0
+            loser = self.champion if better else version
+        low, high = self.interval or (None, None)
         kept = {
             "policy": self.policy,
-            "test_accuracy": self.accuracy,
+            "objective": None if self.objective == DEFAULT_OBJECTIVE else self.objective.name,
+            f"test_{stem}": self.value,
             "champion_version": self.champion,
-            "champion_test_accuracy": self.champion_accuracy,
-            "mcnemar_p_value": self.p_value,
+            f"champion_test_{stem}": self.champion_value,
+            f"{_TESTS[self.interval is not None]}_p_value": self.p_value,
+            "difference_low": low,
+            "difference_high": high,
             "losing_version": loser,
             "problem": self.problem,
             "decision": str(self),
@@ -71,22 +84,29 @@ class Decision:
         return {f"{_GATE}{key}": str(value) for key, value in kept.items() if value is not None}
 
     @staticmethod
-    def read(tags: Mapping[str, str], accuracy: float) -> "Decision":
-        """The decision in a version's tags; `accuracy` where they hold none."""
+    def read(
+        tags: Mapping[str, str], value: float, objective: Metric = DEFAULT_OBJECTIVE
+    ) -> "Decision":
+        """The decision in a version's tags; `value` and `objective` where they hold none."""
+        objective = METRICS.get(tags.get(f"{_GATE}objective", ""), objective)
 
         def number(name: str) -> float | None:
             text = tags.get(_GATE + name)
             return None if text is None else float(text)
 
-        champion, measured = number("champion_version"), number("test_accuracy")
+        champion, measured = number("champion_version"), number(f"test_{objective.stem}")
+        low, high = number("difference_low"), number("difference_high")
+        exact, resampled = (number(f"{test}_p_value") for test in _TESTS)
         return Decision(
             promoted=tags.get(_PROMOTED) == "true",
             policy=tags.get(f"{_GATE}policy", ""),
-            accuracy=accuracy if measured is None else measured,
+            value=value if measured is None else measured,
             champion=None if champion is None else int(champion),
-            champion_accuracy=number("champion_test_accuracy"),
-            p_value=number("mcnemar_p_value"),
+            champion_value=number(f"champion_test_{objective.stem}"),
+            p_value=resampled if exact is None else exact,
             problem=tags.get(f"{_GATE}problem"),
+            objective=objective,
+            interval=None if low is None or high is None else (low, high),
         )
 
     def __str__(self) -> str:
@@ -100,34 +120,48 @@ class Decision:
                 f"{decision}: version {self.champion}, in production, could not be compared: "
                 f"{self.problem}{remedy}"
             )
-        assert self.champion_accuracy is not None
+        assert self.champion_value is not None
         assert self.p_value is not None
+        text, label = self.objective.text, self.objective.label
         significant = "significant" if self.p_value < SIGNIFICANT else "not significant"
         p_value = f"= {self.p_value:.2g}" if self.p_value > SMALLEST_P else f"< {SMALLEST_P}"
         policy = "" if self.policy == "if-better" else f", --promote {self.policy}"
         return (
-            f"{decision}: test accuracy {self.accuracy:.4f} against {self.champion_accuracy:.4f} "
-            f"of version {self.champion}, exact McNemar p {p_value} ({significant} at 5 %)"
+            f"{decision}: test {label} {text(self.value)} against {text(self.champion_value)} "
+            f"of version {self.champion}, {self._test} p {p_value} ({significant} at 5 %)"
             f"{policy}"
         )
 
+    @property
+    def _test(self) -> str:
+        """Which test was made, in words."""
+        if self.interval is None:
+            return "exact McNemar"
+        low, high = map(self.objective.text, self.interval)
+        return f"paired bootstrap, 95 % interval of the difference {low} to {high},"
 
-def decide(policy: str, accuracy: float, found: Comparison | str, champion: int) -> Decision:
-    """The decision on a challenger with this test accuracy, compared with version `champion`.
+
+def decide(
+    policy: str, value: float, found: Found, champion: int, objective: Metric = DEFAULT_OBJECTIVE
+) -> Decision:
+    """The decision on a challenger with this test value, compared with version `champion`.
 
     found: the comparison, or why there is none. With `if-better`, the challenger is promoted only
-    if its accuracy is higher.
+    if its value is better.
     """
     if isinstance(found, str):
-        return Decision(policy == "always", policy, accuracy, champion, problem=found)
-    better = found.challenger > found.champion
+        promoted = policy == "always"
+        return Decision(promoted, policy, value, champion, problem=found, objective=objective)
+    better = objective.sign * (found.challenger - found.champion) > 0
     return Decision(
         promoted=policy == "always" or (policy == "if-better" and better),
         policy=policy,
-        accuracy=found.challenger,
+        value=found.challenger,
         champion=champion,
-        champion_accuracy=found.champion,
+        champion_value=found.champion,
         p_value=found.p_value,
+        objective=objective,
+        interval=(found.low, found.high) if isinstance(found, PairedBootstrap) else None,
     )
 
 
@@ -141,7 +175,7 @@ def promote(stores: "Stores", run: Run, compare: Compare) -> tuple[int, Decision
     version = find_version(stores.tracking, config, run.info.run_id)
     if version is not None:
         champion = aliased_version(client, config.model_name)
-        decision = Decision.read(version.tags, run.data.metrics["test_accuracy"])
+        decision = Decision.read(version.tags, *_measured(stores, run))
         if _is_decided(version, decision, config.promote, champion):
             return int(version.version), decision
     with promotion_lock(config):
@@ -177,15 +211,22 @@ def link_trial(stores: "Stores", run: Run, version: ModelVersion) -> None:
 
 
 def _decide(stores: "Stores", run: Run, version: ModelVersion, compare: Compare) -> Decision:
-    policy, accuracy = stores.config.promote, run.data.metrics["test_accuracy"]
+    policy = stores.config.promote
+    value, objective = _measured(stores, run)
     champion = aliased_version(stores.tracking.client, version.name)
     if champion is None:
-        return Decision(policy != "never", policy, accuracy)
+        return Decision(policy != "never", policy, value, objective=objective)
     number, against = int(version.version), int(champion.version)
     if number == against:  # an earlier run was killed after it had set the alias
-        return Decision.read({**version.tags, _PROMOTED: "true"}, accuracy)
+        return Decision.read({**version.tags, _PROMOTED: "true"}, value, objective)
     found = _other_data(stores.tracking, run, champion) or compare(number, against)
-    return decide(policy, accuracy, found, against)
+    return decide(policy, value, found, against, objective)
+
+
+def _measured(stores: "Stores", run: Run) -> tuple[float, Metric]:
+    """The objective of the study, and its value on the test examples in the retraining `run`."""
+    objective = objective_of(stores.study)
+    return run.data.metrics[f"test_{objective.stem}"], objective
 
 
 def _other_data(tracking: Tracking, run: Run, champion: ModelVersion) -> str | None:
@@ -227,16 +268,26 @@ def _mark_decided(tracking: Tracking, version: ModelVersion, decision: Decision)
 class Winner:
     """The winning trial, retrained, and its version of the registered model.
 
-    val_accuracy: of the trial. verdict: whether the version was promoted. in_production: the
-    version that is there now, perhaps a later study's. new: whether this run retrained it.
+    value: the objective of the trial. metrics: of the test examples, by name, as `test_loss`.
+    verdict: whether the version was promoted. in_production: the version that is there now, perhaps
+    a later study's. new: whether this run retrained it.
     """
 
     trial: int
     run_id: str
     version: int
-    val_accuracy: float
-    test_loss: float
-    test_accuracy: float
+    value: float
+    metrics: Mapping[str, float]
     verdict: Decision
     in_production: int | None
     new: bool
+
+    @property
+    def test_loss(self) -> float:
+        """The loss on the test examples."""
+        return self.metrics["test_loss"]
+
+    @property
+    def test_accuracy(self) -> float:
+        """The accuracy on the test examples. Raises KeyError in a regression."""
+        return self.metrics["test_accuracy"]

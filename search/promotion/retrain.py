@@ -17,15 +17,28 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import numpy as np
 from mlflow.entities import Run
+from numpy.typing import NDArray
 
 from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, scaled
-from search.promotion.evaluation import DATA, MISTAKES, save_evaluation
-from search.study.storage import METADATA, SEED, SETTINGS, UID
-from search.study.trials import METRICS, best_epoch, history_of, read_trial
+from search.data.dataset import Dataset, class_weights
+from search.promotion.comparison import compare_with_baseline
+from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
+from search.promotion.measures import measure_all
+from search.promotion.table_model import log_table_model
+from search.study.storage import BASELINES_CORRECT, METADATA, SEED, SETTINGS, UID, objective
+from search.study.trials import best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
-from search.tracking.schema import COMMIT, DATASET, MODEL_URI, NOT_MADE, NUMBER, STUDY, STUDY_UID
+from search.tracking.schema import (
+    BASELINE,
+    COMMIT,
+    DATASET,
+    MODEL_URI,
+    NOT_MADE,
+    NUMBER,
+    STUDY,
+    STUDY_UID,
+)
 from search.training import environment
 
 if TYPE_CHECKING:
@@ -51,7 +64,7 @@ def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> di
         STUDY_UID: study.user_attrs[UID],
         NUMBER: str(trial.number),
         "lineage.hyperparameters": json.dumps({**unusual(shared), **trial.params}),
-        "lineage.val_accuracy": repr(trial.value),
+        f"lineage.{objective(study).name}": repr(trial.value),
         "lineage.seed": str(trial.user_attrs[SEED]),
         "lineage.settings": sha256(settings.encode()).hexdigest(),
         DATASET: dataset.digest,
@@ -83,14 +96,23 @@ def retrain(
     run_id = tracking.create_run(parent, f"retrain-trial-{number:04d}", number, origin)
     tracking.log_start(run_id, trial, metadata)
     network, history = _train(config, dataset, trial, complete(trial.params, metadata["params"]))
-    image = dataset.sample_shape if dataset.pixels else None
-    model = network_to_register(network, dataset.normalization, image)
-    test = evaluate(model, (dataset.raw_test, dataset.y_test))
-    tracking.log_result(run_id, history, {f"test_{name}": test[name] for name in _TESTED})
+    model = network_to_register(network, dataset)
+    outputs = outputs_of(model, dataset)
+    test = {} if outputs is None else measure_all(dataset.task, dataset.y_test, outputs)
+    if dataset.task.classes:  # in float32, as in the epochs and in earlier versions
+        x = dataset.x_test if dataset.columns is None else dataset.test_inputs()
+        x = x.reshape(-1, *dataset.sample_shape) if dataset.pixels else x
+        kept = evaluate(model, (x, dataset.y_test))
+        test.update({f"test_{name}": kept[name] for name in _TESTED})
+    tracking.log_result(run_id, history, test)
+    correct = study.user_attrs.get(BASELINES_CORRECT, {})
+    against = compare_with_baseline(model, dataset, correct)
+    if against is not None:
+        tracking.client.set_tag(run_id, BASELINE, json.dumps(against))
     loading.join()
     with tracking.active(run_id), _silence():
         model_uri = _log_model(model, dataset, origin)
-        _log_files(model, dataset, tracking.client, run_id)
+        _log_files(model, dataset, outputs, tracking.client, run_id)
         tracking.client.set_tag(run_id, MODEL_URI, model_uri)
     return run_id
 
@@ -102,14 +124,14 @@ def _train(
 
     Returns the network and its history.
     """
-    from search.training.network import build_network
+    from search.training.network import network_for
     from search.training.train import train
 
     earlier, seed = history_of(trial), trial.user_attrs["seed"]
-    epochs = best_epoch(earlier, stopping=bool(hyperparameters["early_stopping"])) + 1
-    network = build_network(
-        hyperparameters, dataset.sample_shape, dataset.classes, seed, config.custom_model
-    )
+    stopping = bool(hyperparameters["early_stopping"])
+    goal = dataset.task.objective(config.objective)
+    epochs = best_epoch(earlier, goal, stopping=stopping) + 1
+    network = network_for(dataset, hyperparameters, seed, config.custom_model)
     curves = train(
         network,
         (dataset.x_all, dataset.y_all),
@@ -117,14 +139,15 @@ def _train(
         epochs=config.trial_epochs,
         seed=seed,
         shape=dataset.sample_shape,
+        class_weights=class_weights(config, dataset),
         only=epochs,
         rates=[entry["learning_rate"] for entry in earlier if "learning_rate" in entry],
     )
     now = int(time.time() * 1000)
-    names = [name for name in METRICS if name in curves]
+    by_epoch = [{name: curve[epoch] for name, curve in curves.items()} for epoch in range(epochs)]
     return network, [
-        {"epoch": epoch, "time_ms": now, **{METRICS[name]: curves[name][epoch] for name in names}}
-        for epoch in range(epochs)
+        {"epoch": epoch, "time_ms": now, **dataset.task.measured(logs)}
+        for epoch, logs in enumerate(by_epoch)
     ]
 
 
@@ -132,8 +155,10 @@ def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -
     """Log `model` to the active run; returns its URI."""
     from mlflow.models import Model, infer_signature
 
-    example = scaled(dataset.raw_test[:2])
-    names = {"class_names": list(dataset.class_names)} if dataset.class_names else {}
+    if dataset.columns is not None:
+        return log_table_model(model, dataset, origin, _requirements())
+    example = dataset.test_inputs(slice(2))
+    names = {"class_names": list(dataset.task.class_names)} if dataset.task.class_names else {}
     info = Model.log(
         artifact_path=None,
         name="model",
@@ -148,15 +173,22 @@ def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -
     return str(info.model_uri)
 
 
-def _log_files(model: "keras.Model", dataset: Dataset, client: "MlflowClient", run_id: str) -> None:
+def _log_files(
+    model: "keras.Model",
+    dataset: Dataset,
+    outputs: NDArray[Any] | None,
+    client: "MlflowClient",
+    run_id: str,
+) -> None:
     """Log the model as HDF5 and its evaluation, once `_log_model` is done.
 
     Writing HDF5 (Keras 3.15) drops the optimizer from the model's own compile configuration, and a
     .keras file written afterwards would lack it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        model.save(Path(folder) / "mnist_model.h5")
-        failure = save_evaluation(model, dataset, Path(folder))
+        if dataset.columns is None:  # HDF5 can't hold the operations on columns
+            model.save(Path(folder) / "mnist_model.h5")
+        failure = save_evaluation(model, dataset, Path(folder), outputs)
         client.log_artifacts(run_id, folder)
     if failure is not None:
         client.set_tag(run_id, NOT_MADE, failure)

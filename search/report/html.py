@@ -1,13 +1,10 @@
 """The report: one self-contained HTML file, which opens without a network."""
 
-import base64
 import json
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +17,16 @@ from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
 from search.config.hyperparameters import short
-from search.promotion.evaluation import MANY, Evaluation
+from search.promotion.evaluation import Evaluation
 from search.report import overview
 from search.report.overview import Overview
-from search.report.text import in_production, sentences
+from search.report.text import in_production, listed, sentences
+from search.report.text import tested as tested_text
+from search.report.winner import Chart, Tested, charts_of, mistakes_of
 from search.study.storage import UID
 from search.study.trials import FINISHED, summarize
 
 _COLOURS = {"COMPLETE": "#2a9d8f", "PRUNED": "#e9a23b", "FAIL": "#d1495b", "RUNNING": "#6c8ebf"}
-_ACCURACY = "val_accuracy"
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A Plotly figure; `caption` describes what it shows, also for screen readers.
-
-    wide: it needs more than a phone's width, so it scrolls there.
-    """
-
-    title: str
-    caption: str
-    figure: go.Figure
-    wide: bool = False
-
-    @cached_property
-    def json(self) -> str:
-        """The figure as the page's script reads it."""
-        bare = self.figure.to_dict()
-        bare["layout"].pop("template", None)  # the page sets one, light or dark
-        bare["layout"].pop("title", None)
-        return str(plotly.io.to_json(go.Figure(bare, skip_invalid=True), validate=False))
-
-
-@dataclass(frozen=True)
-class Tested:
-    """The retrained winner on the test set; mistakes: a picture (PNG), if examples are images."""
-
-    run_id: str
-    trial: int
-    test_accuracy: float
-    evaluation: Evaluation | None
-    mistakes: bytes | None
 
 
 def write_html(
@@ -93,8 +59,8 @@ def build_html(
 ) -> str:
     """The report as HTML, with the `charts` of `draw_charts`."""
     evaluation = None if tested is None else tested.evaluation
-    if tested and evaluation and (evaluation.confusion or evaluation.confusions):
-        charts = [*charts, _confusion(tested.trial, evaluation)]
+    if tested is not None:
+        charts = [*charts, *charts_of(tested)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
     )
@@ -106,7 +72,9 @@ def build_html(
         charts=charts,
         saved=timedelta(seconds=round(found.saved.seconds)),
         tested=tested,
-        mistakes=_mistakes(tested),
+        tested_text="" if tested is None else tested_text(tested.metrics, found.metric),
+        mistakes=mistakes_of(tested),
+        classes=evaluation.classes if isinstance(evaluation, Evaluation) else [],
         names=list(found.space),
         short=short,
         trials=[summarize(trial) for trial in study.get_trials(deepcopy=False)],
@@ -122,18 +90,19 @@ def build_html(
 
 def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     if found.best is not None:
+        more = f" Baselines: {listed(found.baselines, found.metric)}." if found.baselines else ""
         yield Chart(
             "History of the search",
-            f"val_accuracy of the {found.complete} complete trials in order, and the best so far, "
-            f"at the end {found.best.val_accuracy:.4f}.",
-            visualization.plot_optimization_history(study, target_name=_ACCURACY),
+            f"{found.objective} of the {found.complete} complete trials in order, and the best so "
+            f"far, at the end {found.metric.text(found.best.value or 0)}.{more}",
+            _history(study, found),
         )
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     if finished:
         yield Chart(
             "Learning curves",
-            f"val_accuracy after every epoch of {len(finished)} trials; the {found.pruned} pruned "
-            "ones are faint.",
+            f"{found.objective} after every epoch of {len(finished)} trials; the {found.pruned} "
+            "pruned ones are faint.",
             _curves(study, found),
         )
         yield from _comparisons(study, found)
@@ -142,12 +111,25 @@ def _charts(study: optuna.Study, found: Overview) -> Iterator[Chart]:
         yield _timeline(trials)
 
 
+def _history(study: optuna.Study, found: Overview) -> go.Figure:
+    """Optuna's history, with a line at the best baseline."""
+    figure = visualization.plot_optimization_history(study, target_name=found.objective)
+    shown = [b for b in found.baselines if found.objective in b.metrics]
+    if shown:
+        best = max(shown, key=lambda b: found.metric.sign * b.metrics[found.objective])
+        x, y = [0, len(study.trials) - 1], [best.metrics[found.objective]] * 2
+        figure.add_scatter(x=x, y=y, mode="lines", line_dash="dot", name=best.name)
+    return figure
+
+
 def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     epoch, copy = overview.comparable(study)
     varied, common = ([n for n in found.space if n in names] for names in overview.varied(copy))
     if not varied:
         return
-    every = f"val_accuracy after epoch {epoch}, which all {len(copy.trials)} finished trials have"
+    every = (
+        f"{found.objective} after epoch {epoch}, which all {len(copy.trials)} finished trials have"
+    )
     if found.importances is not None:
         name, share = next(iter(found.importances.shares.items()))
         yield Chart(
@@ -158,14 +140,16 @@ def _comparisons(study: optuna.Study, found: Overview) -> Iterator[Chart]:
     yield Chart(
         "Each hyperparameter alone",
         f"One point per trial: {every}.",
-        visualization.plot_slice(copy, params=varied, target_name=_ACCURACY),
+        visualization.plot_slice(copy, params=varied, target_name=found.objective),
         wide=True,
     )
     if common:
         yield Chart(
             "All hyperparameters together",
             f"One line per trial, from its {', '.join(common)} to {every}.",
-            visualization.plot_parallel_coordinate(copy, params=common, target_name=_ACCURACY),
+            visualization.plot_parallel_coordinate(
+                copy, params=common, target_name=found.objective
+            ),
             wide=True,
         )
 
@@ -186,7 +170,7 @@ def _curves(study: optuna.Study, found: Overview) -> go.Figure:
         )
     figure.update_layout(showlegend=False, hovermode="closest")
     figure.update_xaxes(title="epoch", dtick=1)
-    figure.update_yaxes(title=_ACCURACY)
+    figure.update_yaxes(title=found.objective)
     return figure
 
 
@@ -225,67 +209,3 @@ def _timeline(trials: list[FrozenTrial]) -> Chart:
     started = sum(map(len, bars.values()))
     counted = f"{len(workers)} process{'es' * (len(workers) != 1)}"
     return Chart("Timeline", f"When each of {started} trials ran, by {counted}.", figure)
-
-
-def _confusion(trial: int, evaluation: Evaluation) -> Chart:
-    counts = evaluation.confusion
-    caption = (
-        f"Trial {trial}, retrained, classifies {evaluation.right:,} of {evaluation.total:,} test "
-        "examples correctly. "
-    )
-    if counts is None:
-        return Chart(
-            "Most frequent confusions of the winner",
-            caption + "Each bar: true class, predicted class and number of examples.",
-            _most_frequent(evaluation),
-        )
-    names = [evaluation.name(label) for label in range(len(counts))]
-    figure = go.Figure(
-        go.Heatmap(
-            z=[[count / max(sum(row), 1) for count in row] for row in counts],
-            customdata=counts,
-            text=counts if len(counts) < MANY else None,
-            texttemplate="%{text}" if len(counts) < MANY else None,
-            x=names,
-            y=names,
-            colorscale="Blues",
-            zmin=0,
-            zmax=1,
-            hovertemplate="%{y} called %{x}: %{customdata}<extra></extra>",
-            showscale=False,
-        )
-    )
-    figure.update_xaxes(title="predicted class", type="category")
-    figure.update_yaxes(title="true class", type="category", autorange="reversed")
-    return Chart(
-        "Confusion matrix of the winner",
-        caption + "Row: true class; column: predicted class.",
-        figure,
-    )
-
-
-def _most_frequent(evaluation: Evaluation) -> go.Figure:
-    """In place of a matrix, for too many classes."""
-    confusions = evaluation.confusions
-    figure = go.Figure(
-        go.Bar(
-            orientation="h",
-            x=[confusion.count for confusion in confusions],
-            y=[evaluation.called(confusion) for confusion in confusions],
-            hovertemplate="%{y}: %{x}<extra></extra>",
-        )
-    )
-    figure.update_xaxes(title="test examples")
-    figure.update_yaxes(type="category", autorange="reversed", dtick=1, automargin=True)
-    return figure
-
-
-def _mistakes(tested: Tested | None) -> dict[str, str] | None:
-    if tested is None or tested.evaluation is None or tested.mistakes is None:
-        return None
-    evaluation = tested.evaluation
-    listed = "; ".join(
-        f"test image {m.index} of class {evaluation.called(m)} ({m.probability:.0%})"
-        for m in evaluation.mistakes
-    )
-    return {"png": base64.b64encode(tested.mistakes).decode(), "alt": listed}

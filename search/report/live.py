@@ -94,8 +94,9 @@ class Panel(Lines):
 
     def _count(self, trial: "TrialSummary") -> None:
         self._counts[trial.state] += 1
-        if trial.value is not None:
-            if self._best is None or trial.value > (self._best.value or 0):
+        if trial.value is not None and trial.state == "COMPLETE":
+            sign, best = self._objective.sign, self._best
+            if best is None or sign * trial.value > sign * (best.value or 0):
                 self._best = trial
             if self._reference is None and trial.hyperparameters == self._wanted:
                 self._reference = trial
@@ -197,12 +198,14 @@ class Panel(Lines):
         for title, trial in (("best", self._best), ("reference", self._reference)):
             if trial is not None:
                 hyperparameters = describe(trial.hyperparameters)
-                yield f"{title:9s}  {trial.value:.4f}  trial {trial.number}  {hyperparameters}"
+                value = self._objective.text(trial.value or 0)
+                yield f"{title:9s}  {value}  trial {trial.number}  {hyperparameters}"
         running = sorted(self._running, key=lambda trial: trial.number)
         for current in running[:_SHOWN]:
             history = history_of(current)
             worker = current.user_attrs.get("owner", {}).get("pid", "")
-            last = f"val_accuracy {history[-1]['val_accuracy']:.4f}" if history else ""
+            name, text = self._objective.name, self._objective.text
+            last = f"{name} {text(history[-1][name])}" if history else ""
             epoch = min(len(history) + 1, self._epochs)
             yield f"worker {worker}  trial {current.number}  epoch {epoch}/{self._epochs}  {last}"
         if len(running) > _SHOWN:

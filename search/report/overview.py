@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.config.hyperparameters import REFERENCE, unusual
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
+from search.data.task import METRICS, Metric
 from search.errors import redact
 from search.imports import undisturbed
 from search.study import ranking, storage
@@ -18,8 +19,9 @@ from search.study.ranking import Finalist
 from search.study.trials import FINISHED, TrialSummary, summarize
 from search.tracking.address import check_uri
 from search.tracking.registered_model import Production, find_production
+from search.training.baselines import Baseline
 
-SCHEMA = 1
+SCHEMA = 2
 _TOP = 10
 _ENOUGH = 10  # trials below which an importance is noise
 _INTERNAL = ("slot", "given_up")  # fields of a trial's summary that are not in the JSON
@@ -27,10 +29,10 @@ _INTERNAL = ("slot", "given_up")  # fields of a trial's summary that are not in 
 
 @dataclass(frozen=True)
 class Importances:
-    """How much each hyperparameter affects val_accuracy, in shares that sum to 1.
+    """How much each hyperparameter affects the objective, in shares that sum to 1.
 
     By PED-ANOVA (Watanabe et al. 2023), Optuna's default. All finished trials, also pruned ones,
-    are compared by val_accuracy after `epoch` (from 1), the last one that all `trials` have.
+    are compared by the objective after `epoch` (from 1), the last one that all `trials` have.
     """
 
     epoch: int
@@ -52,11 +54,14 @@ class Overview:
 
     running: host and pid of another process that runs the study now, None if there is none.
     space: the values or range of each hyperparameter that is searched. fixed: what all trials have
-    in common that differs from the default network. best: the COMPLETE trial with the highest
-    val_accuracy. reference: the trial of the reference configuration. top: the best COMPLETE
-    trials, best first. finalists: the trials that were trained again, the best mean first, which
-    is the winner. registered: the winner's model and version. failures: the FAIL trials.
-    production: the version of the model that is in production, of this study or another.
+    in common that differs from the default network. objective: the metric that the study goes by;
+    direction: maximize or minimize. best: the COMPLETE trial with the best value. reference: the
+    trial of the reference configuration. baselines: simple models on the same data.
+    against_baseline: how the retrained winner compares with the best of them, None if it was not
+    compared. top: the best COMPLETE trials, best first. finalists: the trials that were trained
+    again, the best mean first, which is the winner. registered: the winner's model and version.
+    failures: the FAIL trials. production: the version of the model that is in production, of this
+    study or another.
     """
 
     study: str
@@ -70,8 +75,12 @@ class Overview:
     unfinished: int
     space: dict[str, str]
     fixed: dict[str, Value]
+    objective: str
+    direction: str
     best: TrialSummary | None
     reference: TrialSummary | None
+    baselines: list[Baseline]
+    against_baseline: dict[str, Any] | None
     top: list[TrialSummary]
     finalists: list[Finalist]
     registered: str | None
@@ -79,6 +88,11 @@ class Overview:
     saved: Saved
     failures: list[TrialSummary]
     production: Production | None
+
+    @property
+    def metric(self) -> Metric:
+        """The objective."""
+        return METRICS[self.objective]
 
     def as_json(self) -> dict[str, Any]:
         """As in docs/results.md; a changed key needs a new SCHEMA, an added one does not."""
@@ -110,7 +124,8 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
     """
     trials = study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
-    complete = ranking.ranked(trials)
+    objective = storage.objective(study)
+    complete = ranking.ranked(trials, objective)
     settings = study.user_attrs["settings"]
     metadata = study.user_attrs.get("facts", {})
     epochs = int(settings["epochs"])
@@ -127,8 +142,12 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
         unfinished=len([state for state in states if not state.is_finished()]),
         space={name: settings[name] for name in metadata.get("space", REFERENCE)},
         fixed=unusual(metadata.get("params", {})),
+        objective=objective.name,
+        direction=objective.direction,
         best=summarize(complete[0]) if complete else None,
         reference=None if first is None else summarize(first),
+        baselines=baselines_of(study),
+        against_baseline=against_baseline_of(study),
         top=[summarize(trial) for trial in complete[:_TOP]],
         finalists=ranking.standing(study),
         registered=None if won is None else won.user_attrs.get(storage.VERSION),
@@ -139,17 +158,29 @@ def of(study: optuna.Study, config: StudyConfig, *, importances: bool = True) ->
     )
 
 
+def baselines_of(study: optuna.Study) -> list[Baseline]:
+    """The study's baselines; empty if none are stored."""
+    return [Baseline(**kept) for kept in study.user_attrs.get(storage.BASELINES, [])]
+
+
+def against_baseline_of(study: optuna.Study) -> dict[str, Any] | None:
+    """How the retrained winner compares with the best baseline; None if it was not compared."""
+    won = ranking.winner(study)
+    found: dict[str, Any] | None = None if won is None else won.user_attrs.get(storage.AGAINST)
+    return found
+
+
 def comparable(study: optuna.Study) -> tuple[int, optuna.Study]:
     """The last epoch, from 1, that every finished trial has, and a copy of the study at it.
 
-    In the copy, in memory, all finished trials are COMPLETE with their val_accuracy after that
+    In the copy, in memory, all finished trials are COMPLETE with their value after that
     epoch: Optuna compares COMPLETE trials only, and a value after one epoch can't be compared with
     one after five.
     """
     trials = study.get_trials(deepcopy=False, states=FINISHED)
     reached = [len(trial.intermediate_values) for trial in trials]
     epoch = min(reached, default=0)
-    copy = optuna.create_study(study_name=study.study_name, direction="maximize")
+    copy = optuna.create_study(study_name=study.study_name, direction=study.direction)
     copy.add_trials(
         [
             create_trial(

@@ -1,8 +1,8 @@
 """What a run reports while it goes, and its result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # only types, so that the first line is printed before the libraries are loaded
     import optuna
@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # only types, so that the first line is printed before the li
     from search.promotion.gate import Winner
     from search.study.ranking import Finalist
     from search.study.trials import TrialSummary
+    from search.training.baselines import Baseline
 
 
 class Progress:
@@ -37,6 +38,9 @@ class Progress:
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """The study is open and `missing` trials are to run."""
 
+    def baselines(self, baselines: "list[Baseline]") -> None:
+        """The simple models that the network is compared with are known."""
+
     def trial(self, outcome: "TrialSummary", best: float | None) -> None:
         """A trial ended; `best` is the best value of the study so far."""
 
@@ -53,7 +57,7 @@ class Progress:
         """These trials are being trained again, each `repeats` times."""
 
     def repeat(self, number: int, repeat: int, value: float | None, left: int) -> None:
-        """Trial `number` was trained again, with this val_accuracy or None; `left` are to go."""
+        """Trial `number` was trained again, with this value or None; `left` are to go."""
 
     def retraining(self, trial: "FrozenTrial") -> None:
         """The winner is being retrained."""
@@ -63,12 +67,14 @@ class Progress:
 class Result:
     """The result of a run.
 
-    best: the COMPLETE trial with the highest val_accuracy, `best.value`; None only if the run was
+    best: the COMPLETE trial with the best objective, `best.value`; None only if the run was
     interrupted before one completed.
     finalists: the trials that were trained again on fresh seeds, the best mean first, which is the
     winner. Empty with `--finalists 0`: the best trial is the winner.
     reference: the study's trial of the reference configuration, None if there is none.
-    winner: the best configuration, retrained on training and validation data, its accuracy on the
+    baselines: simple models on the same data. against_baseline: how the winner compares with the
+    best of them on the test examples, as in docs/results.md; None if it was not compared.
+    winner: the best configuration, retrained on training and validation data, its metrics on the
     test examples and its version of the registered model; None if the run was interrupted.
     complete, pruned, failed: numbers of trials in the study; `ran` of them in this run. given_up:
     slots whose configuration failed by itself twice; they count as finished.
@@ -91,3 +97,5 @@ class Result:
     stopped: str | None
     repaired: tuple[str, ...]
     report: Path | None
+    baselines: "list[Baseline]" = field(default_factory=list)
+    against_baseline: dict[str, Any] | None = None

@@ -14,15 +14,16 @@ from search.imports import undisturbed
 from search.promotion.evaluation import load_evaluation
 from search.promotion.retrain import find_retrained, test_pictures
 from search.report import overview
-from search.report.text import markdown
+from search.report.text import markdown, tested_by
 from search.study import ranking, storage
 from search.study.storage import RUN_ID, UID
 from search.tracking.runs import TRACKING_ERRORS, Tracking
+from search.tracking.schema import test_metrics
 from search.tracking.sync import Stores, existing
 
 if TYPE_CHECKING:
     from search.promotion.gate import Winner
-    from search.report.html import Chart, Tested
+    from search.report.winner import Chart, Tested
 
 _MARK = re.compile(r'<meta name="search-study" content="([^"]*)" data-uid="([^"]*)">')
 _TITLE = re.compile(r"<title>([^<]*)(): hyperparameter search</title>")  # before there was a mark
@@ -94,7 +95,7 @@ def publish(stores: Stores, winner: "Winner", charts: "list[Chart] | None" = Non
     found = overview.of(study, config, importances=False)
     won = (
         f"Its winner, trial {winner.trial}, retrained, is version {winner.version} of "
-        f"{config.model_name}: test accuracy {winner.test_accuracy:.4f} (run {winner.run_id}); "
+        f"{config.model_name}: {tested_by(winner.metrics, found.metric)} (run {winner.run_id}); "
         f"{winner.verdict}."
     )
     described = markdown(
@@ -156,7 +157,7 @@ def _write(
 
 def _tested(study: optuna.Study, tracking: Tracking) -> "Tested | None":
     """The retrained winner, None if there is none yet."""
-    from search.report.html import Tested
+    from search.report.winner import Tested
 
     best = ranking.winner(study)
     parent = study.user_attrs.get(RUN_ID)
@@ -169,7 +170,7 @@ def _tested(study: optuna.Study, tracking: Tracking) -> "Tested | None":
     return Tested(
         run_id=run.info.run_id,
         trial=best.number,
-        test_accuracy=run.data.metrics["test_accuracy"],
+        metrics=test_metrics(run.data.metrics),
         evaluation=None if data is None else load_evaluation(data),
         mistakes=mistakes,
     )

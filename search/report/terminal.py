@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from search.config.hyperparameters import describe
+from search.data.task import DEFAULT_OBJECTIVE, metric_among
 from search.errors import Interrupted
 from search.report.progress import Progress
+from search.report.text import listed
 
 if TYPE_CHECKING:
     import optuna
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from search.data.dataset import Dataset
     from search.study.trials import TrialSummary
+    from search.training.baselines import Baseline
 
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 
@@ -35,6 +38,7 @@ class Lines(Progress):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._objective = DEFAULT_OBJECTIVE
 
     def stop(self) -> None:
         """Confirm it in a line."""
@@ -46,6 +50,9 @@ class Lines(Progress):
 
     def start(self, study: "optuna.Study", dataset: "Dataset", missing: int) -> None:
         """The dataset, and what is to be done."""
+        from search.study.storage import objective
+
+        self._objective = objective(study)
         self._print(str(dataset))
         to_do = "all trials are finished, nothing to search"
         if missing:
@@ -54,13 +61,20 @@ class Lines(Progress):
             to_do = f"{missing} {more}trials of {epochs} epochs to run"
         self._print(f"study {study.study_name}: {to_do}")
 
+    def baselines(self, baselines: "list[Baseline]") -> None:
+        """Their names and validation accuracies, in one line."""
+        if baselines:
+            label = metric_among(baselines[0].metrics, self._objective).label
+            self._print(f"baselines: {listed(baselines, self._objective)} (validation {label})")
+
     def trial(self, outcome: "TrialSummary", best: float | None) -> None:
-        """One line: number, state, val_accuracy, hyperparameters, seconds, best so far."""
-        value = "    --" if outcome.val_accuracy is None else f"{outcome.val_accuracy:.4f}"
+        """One line: number, state, objective, hyperparameters, seconds, best so far."""
+        metric = self._objective
+        value = "    --" if outcome.value is None else metric.text(outcome.value)
         text = (
-            f"trial {outcome.number:4d}  {outcome.state:8s}  val_accuracy {value}"
+            f"trial {outcome.number:4d}  {outcome.state:8s}  {metric.name} {value}"
             f"  {describe(outcome.hyperparameters)}  {outcome.epochs} ep"
-            f" {outcome.seconds or 0:5.1f} s  best {'--' if best is None else f'{best:.4f}'}"
+            f" {outcome.seconds or 0:5.1f} s  best {'--' if best is None else metric.text(best)}"
         )
         if outcome.failure:
             text += f"  ({outcome.failure})"
@@ -85,8 +99,9 @@ class Lines(Progress):
         self._print(f"training the finalists, trials {numbers}, on {repeats} fresh seeds each")
 
     def repeat(self, number: int, repeat: int, value: float | None, left: int) -> None:
-        """One line: trial, repeat, val_accuracy, how many are to go."""
-        shown = "failed" if value is None else f"val_accuracy {value:.4f}"
+        """One line: trial, repeat, objective, how many are to go."""
+        metric = self._objective
+        shown = "failed" if value is None else f"{metric.name} {metric.text(value)}"
         self._print(f"finalist {number:4d}  repeat {repeat}  {shown}  {left} to go")
 
     def retraining(self, trial: "FrozenTrial") -> None:

@@ -3,12 +3,13 @@
 import shlex
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from search.config.hyperparameters import describe, short
 from search.config.parameter import Value
+from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric, metric_among
 from search.errors import redact
 
 if TYPE_CHECKING:  # only types: a run loads this before it prints its first line
@@ -16,17 +17,22 @@ if TYPE_CHECKING:  # only types: a run loads this before it prints its first lin
     from search.report.overview import Overview
     from search.report.progress import Result
     from search.study.trials import TrialSummary
+    from search.training.baselines import Baseline
 
 _BAR = 24  # characters
+LOSS = METRICS["val_loss"]
 
 
-def gain(best: "TrialSummary", reference: "TrialSummary", complete: int) -> str:
+def gain(best: "TrialSummary", reference: "TrialSummary", complete: int, objective: Metric) -> str:
     """What the search gained over the reference configuration, in one or two sentences."""
     if best.number == reference.number:
         return "The search found nothing better than the reference configuration."
-    difference = (best.val_accuracy or 0) - (reference.val_accuracy or 0)
+    difference = (best.value or 0) - (reference.value or 0)
+    sign = "+" if difference >= 0 else "-"
+    changed = "gained" if objective.maximize else "changed"
     return (
-        f"The search gained {difference:+.4f} val_accuracy over the reference. It is the best of "
+        f"The search {changed} {sign}{objective.text(abs(difference))} {objective.name} over the "
+        "reference. It is the best of "
         f"{complete} noisy results, so part of that is luck."
     )
 
@@ -44,21 +50,60 @@ def sentences(found: "Overview") -> list[str]:
     if found.best is None:
         return [*lines, "No trial has completed yet."]
     lines.append(
-        f"The best is trial {found.best.number} with val_accuracy {found.best.val_accuracy:.4f}: "
+        f"The best is trial {found.best.number} with {shown(found.metric, found.best.value)}: "
         f"{_listed(found.best.hyperparameters)}."
     )
     if found.reference is not None:
         if found.reference.number != found.best.number:
             lines[-1] += (
                 f" The reference, trial {found.reference.number}, has "
-                f"{found.reference.val_accuracy:.4f}."
+                f"{found.metric.text(found.reference.value or 0)}."
             )
-        lines[-1] += " " + gain(found.best, found.reference, found.complete)
+        lines[-1] += " " + gain(found.best, found.reference, found.complete, found.metric)
+    if found.baselines:
+        metric = metric_among(found.baselines[0].metrics, found.metric)
+        lines.append(f"Baselines, by {metric.name}: {listed(found.baselines, found.metric)}.")
+    if found.against_baseline is not None:
+        lines[-1] += f" {against_baseline(found.against_baseline)}"
     if found.finalists:
-        seeds = len(found.finalists[0].val_accuracies)
-        ranking = "; ".join(map(str, found.finalists))
+        seeds = len(found.finalists[0].values)
+        ranking = "; ".join(finalist.text(found.metric) for finalist in found.finalists)
         lines.append(f"Finalists, trained again on {seeds} fresh seeds, winner first: {ranking}.")
     return lines
+
+
+def listed(baselines: "list[Baseline]", objective: Metric) -> str:
+    """The name of each baseline and how good it is."""
+    metric = metric_among(baselines[0].metrics, objective)
+    return ", ".join(
+        f"{baseline.name} {metric.text(baseline.metrics[metric.name])}"
+        + ("" if baseline.converged else " (not converged)")
+        for baseline in baselines
+    )
+
+
+def _baselines(baselines: "list[Baseline]", objective: Metric) -> list[str]:
+    """A line for each, as one for the reference."""
+    if not baselines:
+        return []
+    metric = metric_among(baselines[0].metrics, objective)
+    return [
+        f"{baseline.name:22s} {shown(metric, baseline.metrics[metric.name])}"
+        + ("" if baseline.converged else "  not converged")
+        for baseline in baselines
+    ]
+
+
+def against_baseline(found: Mapping[str, Any]) -> str:
+    """Whether the winner is better than the best baseline, in a sentence."""
+    mine, theirs = found["test_accuracy"], found["baseline_test_accuracy"]
+    compared = "significantly worse" if mine < theirs else "significantly better"
+    if not found["significant"]:
+        compared = "not significantly better"
+    return (
+        f"The network is {compared} than {found['baseline']} on the test examples: accuracy "
+        f"{mine:.4f} against {theirs:.4f}, exact McNemar p = {found['p_value']:.2g}."
+    )
 
 
 def in_production(found: "Overview") -> str:
@@ -66,9 +111,9 @@ def in_production(found: "Overview") -> str:
     now = found.production
     if now is None:
         return "Nothing is in production."
-    accuracy = "" if now.test_accuracy is None else f", test accuracy {now.test_accuracy:.4f}"
+    tested = tested_by(now.metrics, found.metric) or tested_by(now.metrics, DEFAULT_OBJECTIVE)
     origin = "of unknown origin" if now.trial is None else f"trial {now.trial} of study {now.study}"
-    return f"In production: {now.model} version {now.version}, {origin}{accuracy}."
+    return f"In production: {now.model} version {now.version}, {origin}{tested and ', '}{tested}."
 
 
 def markdown(found: "Overview", more: list[str]) -> str:
@@ -80,16 +125,34 @@ def markdown(found: "Overview", more: list[str]) -> str:
     if found.top:
         names = list(found.space)
         rows = [
-            [str(row.number), f"{row.val_accuracy:.4f}"]
+            [str(row.number), found.metric.text(row.value or 0)]
             + [short(row.hyperparameters.get(name)) for name in names]
             for row in found.top
         ]
-        head = ["trial", "val_accuracy", *names]
+        head = ["trial", found.objective, *names]
         table = [head, ["---:"] * len(head), *rows]
         parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in table))
     if found.saved.epochs:
         parts.append(f"Pruning saved {found.saved.epochs} epochs.")
     return "\n\n".join([*parts, *more])
+
+
+def shown(metric: Metric, value: float | None) -> str:
+    """A metric with its value, as `val_accuracy 0.9812`."""
+    return f"{metric.name} {'--' if value is None else metric.text(value)}"
+
+
+def tested_by(metrics: Mapping[str, float], metric: Metric) -> str:
+    """A metric of the test examples, as `test accuracy 0.9812`; empty if it is not known."""
+    value = metrics.get(f"test_{metric.stem}")
+    return "" if value is None else f"test {metric.label} {metric.text(value)}"
+
+
+def tested(metrics: Mapping[str, float], objective: Metric) -> str:
+    """All metrics of the test examples, the objective first and the loss last."""
+    others = [metric for metric in METRICS.values() if metric not in (objective, LOSS)]
+    lines = [tested_by(metrics, metric) for metric in (objective, *others, LOSS)]
+    return ", ".join(dict.fromkeys(line for line in lines if line))
 
 
 def _listed(values: Mapping[str, Value]) -> str:
@@ -111,16 +174,20 @@ def summary(result: "Result") -> str:
     ]
     if result.stopped:
         lines.append(f"Stopped early: {result.stopped}.")
+    objective = METRICS[config.objective]
     if result.best is not None:
         best = summarize(result.best)
-        lines += ["", _row("best", best)]
+        lines += ["", _row("best", best, objective)]
         if result.reference is not None:
             reference = summarize(result.reference)
-            lines += [_row("reference", reference), gain(best, reference, result.complete)]
+            lines += [_row("reference", reference, objective)]
+        lines += _baselines(result.baselines, objective)
+        if result.reference is not None:
+            lines.append(gain(best, reference, result.complete, objective))
     if result.finalists:
-        repeats = len(result.finalists[0].val_accuracies)
+        repeats = len(result.finalists[0].values)
         lines += ["", f"finalists, mean of {repeats} fresh seeds, winner first:"]
-        lines += [f"  {finalist}" for finalist in result.finalists]
+        lines += [f"  {finalist.text(objective)}" for finalist in result.finalists]
     if winner is None:
         return "\n".join([*lines, "", "Run the same command again to go on."])
     now = winner.in_production
@@ -130,10 +197,10 @@ def summary(result: "Result") -> str:
     verb = "Registered as" if winner.new else "Already registered as"
     lines += [
         "",
-        _chosen(result, winner),
-        "Retrained on training and validation data: "
-        f"test accuracy {winner.test_accuracy:.4f}, test loss {winner.test_loss:.4f} "
+        _chosen(result, winner, objective),
+        f"Retrained on training and validation data: {tested(winner.metrics, objective)} "
         "(the test examples are used only here and by the gate).",
+        *([] if result.against_baseline is None else [against_baseline(result.against_baseline)]),
         f"{verb} {config.model_name} version {winner.version}: {where}.",
         f"Gate: {winner.verdict}.",
         "",
@@ -145,19 +212,19 @@ def summary(result: "Result") -> str:
     return "\n".join(lines)
 
 
-def _chosen(result: "Result", winner: "Winner") -> str:
-    """The winner and the validation accuracy that it was selected by."""
+def _chosen(result: "Result", winner: "Winner", objective: Metric) -> str:
+    """The winner and the value that it was selected by."""
     if result.finalists:
-        return f"winner: {result.finalists[0]}, used for the selection"
+        return f"winner: {result.finalists[0].text(objective)}, used for the selection"
     return (
-        f"winner: trial {winner.trial}, val_accuracy {winner.val_accuracy:.4f}, used for the "
+        f"winner: trial {winner.trial}, {shown(objective, winner.value)}, used for the "
         "selection, so optimistically biased"
     )
 
 
-def _row(title: str, trial: "TrialSummary") -> str:
+def _row(title: str, trial: "TrialSummary", objective: Metric) -> str:
     title = f"{title}: trial {trial.number}"
-    return f"{title:22s} val_accuracy {trial.val_accuracy:.4f}  {describe(trial.hyperparameters)}"
+    return f"{title:22s} {shown(objective, trial.value)}  {describe(trial.hyperparameters)}"
 
 
 def _mlflow_option(uri: str) -> str:
@@ -183,7 +250,7 @@ def show(console: Console, found: "Overview") -> None:
     bar = "█" if console.encoding.startswith("utf") else "#"
     if found.importances is not None:
         line(
-            f"\nImportance for val_accuracy after epoch {found.importances.epoch}, "
+            f"\nImportance for {found.objective} after epoch {found.importances.epoch}, "
             f"{found.importances.trials} trials:"
         )
         for name, share in found.importances.shares.items():
@@ -207,15 +274,24 @@ def show(console: Console, found: "Overview") -> None:
 
 def _top(found: "Overview") -> Iterator[str]:
     """A table as plain lines, never wrapped or cut, so that run ids can be copied."""
-    names = list(found.space)
+    names, objective = list(found.space), found.objective
+    width = max(len(objective), 8)
     widths = [max(len(name), 8) for name in names]
     yield "  ".join(
-        ["trial", "val_accuracy", *map(str.rjust, names, widths), "epochs", "seconds", "run"]
+        [
+            "trial",
+            f"{objective:>{width}s}",
+            *map(str.rjust, names, widths),
+            "epochs",
+            "seconds",
+            "run",
+        ]
     )
     reference = found.reference
     more = [] if reference is None or reference in found.top else [reference]
     for row in [*found.top, *more]:
         values = (short(row.hyperparameters.get(name)) for name in names)
-        cells = [f"{row.number:5d}", f"{row.val_accuracy:12.4f}", *map(str.rjust, values, widths)]
+        value = found.metric.text(row.value or 0)
+        cells = [f"{row.number:5d}", value.rjust(width), *map(str.rjust, values, widths)]
         note = " (reference)" if row == reference else ""
         yield "  ".join([*cells, f"{row.epochs:6d}", f"{row.seconds:7.1f}", f"{row.run_id}{note}"])

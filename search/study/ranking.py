@@ -15,7 +15,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.config.hyperparameters import REFERENCE
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
+from search.data.task import Metric
 from search.study.storage import METADATA, REASON, RUN_ID, SEED
+from search.study.storage import objective as objective_of
 
 _CHOICE = "finalists"  # user attribute of the study: trials and number of repeats compared
 
@@ -24,31 +26,32 @@ _CHOICE = "finalists"  # user attribute of the study: trials and number of repea
 class Finalist:
     """A trial trained again on fresh seeds.
 
-    val_accuracies: one a seed, None if that training failed. mean: None if one failed.
+    values: of the objective, one a seed, None if that training failed. mean: None if one failed.
     deviation: sample standard deviation; None for one seed or if one failed.
     """
 
     number: int
-    val_accuracies: list[float | None]
+    values: list[float | None]
     mean: float | None
     deviation: float | None
 
-    def __str__(self) -> str:
+    def text(self, objective: Metric) -> str:
+        """In a line: the trial, its mean and the deviation."""
         if self.mean is None:
             return f"trial {self.number}, failed on a fresh seed"
-        spread = "" if self.deviation is None else f" ± {self.deviation:.4f}"
-        return f"trial {self.number}, mean val_accuracy {self.mean:.4f}{spread}"
+        spread = "" if self.deviation is None else f" ± {objective.text(self.deviation)}"
+        return f"trial {self.number}, mean {objective.name} {objective.text(self.mean)}{spread}"
 
 
-def ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+def ranked(trials: list[FrozenTrial], objective: Metric) -> list[FrozenTrial]:
     """The COMPLETE trials, best first; ties in the order of their numbers."""
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    return sorted(complete, key=lambda trial: (-(trial.value or 0), trial.number))
+    return sorted(complete, key=lambda trial: (-objective.sign * (trial.value or 0), trial.number))
 
 
-def best(trials: list[FrozenTrial]) -> FrozenTrial | None:
+def best(trials: list[FrozenTrial], objective: Metric) -> FrozenTrial | None:
     """The best COMPLETE trial; None if there is none."""
-    return next(iter(ranked(trials)), None)
+    return next(iter(ranked(trials, objective)), None)
 
 
 def reference_params(study: optuna.Study) -> Mapping[str, Value]:
@@ -68,7 +71,8 @@ def candidates(study: optuna.Study, config: StudyConfig) -> list[FrozenTrial]:
     """The `config.finalists` best COMPLETE trials, and the reference; none if that is 0."""
     if config.finalists == 0:
         return []
-    chosen = ranked(study.get_trials(deepcopy=False))[: config.finalists]
+    trials = study.get_trials(deepcopy=False)
+    chosen = ranked(trials, objective_of(study))[: config.finalists]
     first = reference(study)
     return chosen if first is None or first in chosen else [*chosen, first]
 
@@ -98,7 +102,7 @@ def settle(study: optuna.Study, chosen: list[FrozenTrial], config: StudyConfig) 
 def standing(study: optuna.Study) -> list[Finalist]:
     """The finalists of the study's last run, best mean first."""
     choice = study.user_attrs.get(_CHOICE, {})
-    trials = study.get_trials(deepcopy=False)
+    trials, sign = study.get_trials(deepcopy=False), objective_of(study).sign
     found = []
     for number in choice.get("trials", ()):
         repeats = repeats_of(trials[number])
@@ -108,18 +112,24 @@ def standing(study: optuna.Study) -> list[Finalist]:
         found.append(
             Finalist(
                 number,
-                val_accuracies=values,
+                values=values,
                 mean=mean(known) if whole else None,
                 deviation=stdev(known) if whole and len(known) > 1 else None,
             )
         )
-    return sorted(found, key=lambda f: (-(f.mean or 0), -(trials[f.number].value or 0), f.number))
+
+    def rank(finalist: Finalist) -> tuple[bool, float, float, int]:
+        value = trials[finalist.number].value or 0
+        failed = finalist.mean is None
+        return failed, -sign * (finalist.mean or 0), -sign * value, finalist.number
+
+    return sorted(found, key=rank)
 
 
 def winner(study: optuna.Study) -> FrozenTrial | None:
     """The finalist with the best mean, or else the best trial; None if none completed."""
     trials, stood = study.get_trials(deepcopy=False), standing(study)
-    return trials[stood[0].number] if stood else best(trials)
+    return trials[stood[0].number] if stood else best(trials, objective_of(study))
 
 
 # ---- repeats: a finalist's trainings on fresh seeds, stored in user attributes of its trial ------

@@ -23,6 +23,7 @@ from optuna.distributions import (
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, PercentilePruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, QMCSampler, RandomSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config.parameter import Choice, Parameter, Value
@@ -114,7 +115,7 @@ _REDUCTION = 3  # one in so many trials survives a rung of halving
 
 
 def pruner(config: StudyConfig) -> BasePruner:
-    """The pruner that `config` names; all compare val_accuracy epoch by epoch."""
+    """The pruner that `config` names; all compare the objective epoch by epoch."""
     makers: dict[str, Callable[[], BasePruner]] = {
         "percentile": lambda: _Percentile(25, n_startup_trials=5),
         "median": lambda: _Percentile(50, n_startup_trials=5),
@@ -133,6 +134,8 @@ class Judged:
 
     def __init__(self, trial: optuna.Trial) -> None:
         self._trial = trial
+        minimizes = trial.study.direction is StudyDirection.MINIMIZE
+        self._best: Callable[..., int] = min if minimizes else max
         self._seen = FrozenTrial(
             number=trial.number,
             state=TrialState.RUNNING,
@@ -151,7 +154,7 @@ class Judged:
         """Record the value after an epoch; `step` is the epoch, from 0."""
         self._trial.report(value, step)
         values = self._seen.intermediate_values
-        best = max(values, key=lambda epoch: values[epoch], default=step)
+        best = self._best(values, key=lambda epoch: values[epoch], default=step)
         self._seen.intermediate_values = {best: values.get(best, value), step: value}
 
     def should_prune(self) -> bool:
@@ -170,12 +173,16 @@ class _Percentile(PercentilePruner):
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(complete) < self._n_startup_trials:
             return False
-        best = np.nanmax(list(trial.intermediate_values.values()))
+        minimizes = study.direction is StudyDirection.MINIMIZE
+        values = list(trial.intermediate_values.values())
+        best = np.nanmin(values) if minimizes else np.nanmax(values)
         if np.isnan(best):
             return True
         others = outlines.columns.reported.get(trial.last_step or 0)
         if others is None:
             return False
+        if minimizes:
+            return bool(best > np.nanpercentile(others, self._percentile))
         return bool(best < np.nanpercentile(others, 100 - self._percentile))
 
 

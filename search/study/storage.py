@@ -17,17 +17,26 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search.config.settings import StudyConfig, differences
 from search.config.urls import sqlite_path, sqlite_url
+from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric, objective_of
 from search.errors import InputError, RunError, one_line, redact
 from search.study import postgres, sqlite
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # raised if a disk or a database fails
-_BEFORE = {"split": "last", "normalize": "none"}  # of studies of earlier versions
+_BEFORE = {  # of studies of earlier versions
+    "split": "last",
+    "normalize": "none",
+    "task": "classification",
+    "class_weight": "none",
+    "objective": DEFAULT_OBJECTIVE.name,
+}
 # Keys of user attributes of studies and trials: stored, so they never change.
 SETTINGS, METADATA = "settings", "facts"  # as given by the user; what all trials share
 UID, RUN_ID = "study_uid", "mlflow_run_id"  # the latter is a trial's run or the study's parent run
 SLOT, OWNER, SEED, ENVIRONMENT = "place", "owner", "seed", "environment"
 REASON, BY_ITSELF = "failure", "failed_by_itself"  # of a FAIL trial; its own training raised
 VERSION = "model_version"  # of the registered model
+BASELINES, BASELINES_CORRECT = "baselines", "baselines_correct"  # the latter: which test examples
+AGAINST = "against_baseline"  # of the winner: its comparison with the best baseline
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 
 
@@ -75,8 +84,10 @@ def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
     with _read_only(config) as study:
         if study is None:
             return None
-        _refuse_foreign(study, config)
         settings: dict[str, Any] | None = study.user_attrs.get(SETTINGS)
+        wanted = METRICS.get(config.objective)  # None: auto, which depends on the data
+        stored = objective_of(settings) if isinstance(settings, Mapping) else wanted
+        _refuse_foreign(study, config, stored)
         return settings
 
 
@@ -112,15 +123,16 @@ def _remedy(config: StudyConfig) -> str:
     return f"give another --study-name, for example --study-name {config.study_name}-2"
 
 
-def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
-    """Raise InputError if another program created `study`."""
-    directions = [direction.name.lower() for direction in study.directions]
-    if directions != ["maximize"]:
-        raise InputError(
-            f"--study-name {config.study_name} must be a study that maximizes val_accuracy, but "
-            f"direction: {', '.join(directions)} -> maximize; {_remedy(config)}"
-        )
+def _refuse_foreign(study: optuna.Study, config: StudyConfig, objective: Metric | None) -> None:
+    """Raise InputError if another program created `study`, or for another direction."""
     stored = study.user_attrs.get(SETTINGS)
+    directions = [direction.name.lower() for direction in study.directions]
+    if objective is not None and directions != [objective.direction]:
+        raise InputError(
+            f"--study-name {config.study_name} must be a study that {objective.direction}s "
+            f"{objective.name}, but direction: {', '.join(directions)} -> {objective.direction}; "
+            f"{_remedy(config)}"
+        )
     foreign = stored is not None or study.get_trials(deepcopy=False)
     if not isinstance(stored, dict) and foreign:
         raise InputError(
@@ -131,8 +143,9 @@ def _refuse_foreign(study: optuna.Study, config: StudyConfig) -> None:
 
 def _refuse_other(study: optuna.Study, config: StudyConfig, settings: dict[str, Any]) -> None:
     """Raise InputError if another program created `study` or it has other settings."""
-    _refuse_foreign(study, config)
     stored = study.user_attrs.get(SETTINGS, settings)
+    given = objective_of(stored if isinstance(stored, Mapping) else settings)
+    _refuse_foreign(study, config, given)
     if _digest(stored) == _digest(settings):  # the same data, perhaps in a renamed file
         settings = {**settings, "dataset": stored.get("dataset")}
     changed = differences({**_BEFORE, **stored}, {**_BEFORE, **settings})
@@ -176,7 +189,10 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
     """
     storage = open_storage(config.storage)
     study = optuna.create_study(
-        study_name=config.study_name, storage=storage, direction="maximize", load_if_exists=True
+        study_name=config.study_name,
+        storage=storage,
+        direction=objective_of(settings).direction,
+        load_if_exists=True,
     )
     try:
         _refuse_other(study, config, settings)
@@ -185,7 +201,7 @@ def open_study(config: StudyConfig, settings: dict[str, Any]) -> optuna.Study:
         raise
     if study.metric_names is None:
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            study.set_metric_names(["val_accuracy"])  # for optuna-dashboard
+            study.set_metric_names([objective_of(settings).name])  # for optuna-dashboard
     if UID not in study.user_attrs:
         study.set_user_attr(UID, uuid.uuid4().hex)
     if SETTINGS not in study.user_attrs:
@@ -206,6 +222,11 @@ def load_study(config: StudyConfig) -> optuna.Study:
         f"--study-name must be a study of this tool, but {redact(config.storage)} has none named "
         f"{config.study_name}; list them with optuna studies --storage {redact(config.storage)}"
     )
+
+
+def objective(study: optuna.Study) -> Metric:
+    """The metric that `study` goes by."""
+    return objective_of(study.user_attrs.get(SETTINGS, {}))
 
 
 def write_note(study: optuna.Study, text: str) -> None:

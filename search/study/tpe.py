@@ -15,6 +15,7 @@ from optuna.samplers._tpe import _truncnorm
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions
 from optuna.samplers._tpe.sampler import default_gamma
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search.study.outline import Columns, Outlines, outlines_of
@@ -25,7 +26,7 @@ _FEW = 8  # NumPy sums fewer numbers sequentially, others pairwise
 
 
 class Sampler(TPESampler):
-    """Optuna's TPE sampler, for a study that maximizes one value."""
+    """Optuna's TPE sampler, for a study of one value."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -52,7 +53,9 @@ class Sampler(TPESampler):
         n_below = default_gamma(int(columns.finished.sum()))
         if len(complete) < n_below:  # pruned trials are among the best ones, too
             return super()._sample(study, trial, search_space)
-        values = columns.value[complete]
+        values = columns.value[complete]  # higher is better from here on
+        if study.direction is StudyDirection.MINIMIZE:
+            values = -values
         last = np.partition(values, -n_below)[-n_below]
         better, equal = complete[values > last], complete[values == last]
         below = np.sort([*better, *equal[: n_below - len(better)]])

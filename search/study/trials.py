@@ -3,8 +3,8 @@
 import contextlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.config.parameter import Value
+from search.data.task import Metric
 from search.errors import printable
 from search.study.outline import outlines_of
 from search.study.postgres import server_storage
@@ -22,12 +23,6 @@ from search.study.storage import BY_ITSELF, OWNER, REASON, RUN_ID, SLOT, close, 
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 LOST = "lost: the worker process died (killed, crashed or powered off)"
-METRICS = {  # Keras' name -> ours
-    "loss": "train_loss",
-    "accuracy": "train_accuracy",
-    "val_loss": "val_loss",
-    "val_accuracy": "val_accuracy",
-}
 
 
 # ---- creating and ending ---------------------------------------------------------------------
@@ -158,14 +153,23 @@ def history_of(trial: FrozenTrial) -> list[dict[str, float]]:
     return found
 
 
-def best_epoch(history: Sequence[Mapping[str, float]], *, stopping: bool) -> int:
+def metrics_in(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are metrics of training or validation data, in their order.
+
+    Studies of earlier versions have stored fewer metrics, so an entry of a history says which.
+    """
+    return [name for name in names if name.startswith(("train_", "val_"))]
+
+
+def best_epoch(history: Sequence[Mapping[str, float]], objective: Metric, *, stopping: bool) -> int:
     """The epoch, from 0, whose weights a training ends with: the last one.
 
-    With early stopping, the first one with the highest val_accuracy.
+    With early stopping, the first one with the best value of the `objective`.
     """
     if not stopping:
         return len(history) - 1
-    return max(range(len(history)), key=lambda epoch: history[epoch]["val_accuracy"])
+    values = [entry[objective.name] for entry in history]
+    return values.index(objective.best(values))
 
 
 # ---- owners ----------------------------------------------------------------------------------
@@ -244,42 +248,47 @@ def has_ended(owner: Mapping[str, Any]) -> bool:
 class TrialSummary:
     """What is reported of a trial.
 
-    val_accuracy: of the weights that a COMPLETE trial ended with; of any other, after its last
-    epoch. hyperparameters: those sampled. seconds: its duration. given_up: it failed by itself, as
-    a trial of its slot had before, so the slot is finished.
+    value: the objective of the weights that a COMPLETE trial ended with; of any other, after its
+    last epoch. hyperparameters: those sampled. seconds: its duration. given_up: it failed by
+    itself, as a trial of its slot had before, so the slot is finished. metrics: all of the same
+    epoch as the value, by name.
     """
 
     number: int
     slot: int
     state: str
-    val_accuracy: float | None
+    value: float | None
     hyperparameters: Mapping[str, Value]
     epochs: int
     seconds: float | None
     run_id: str | None
     failure: str | None
     given_up: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def value(self) -> float | None:
-        """val_accuracy of a COMPLETE trial, by which it is ranked."""
-        return self.val_accuracy if self.state == "COMPLETE" else None
+    def final(self) -> float | None:
+        """The value of a COMPLETE trial, by which it is ranked."""
+        return self.value if self.state == "COMPLETE" else None
 
 
 def summarize(trial: FrozenTrial, *, given_up: bool = False) -> TrialSummary:
     """The summary of `trial`, finished or not."""
     history = history_of(trial)
-    last = history[-1]["val_accuracy"] if history else None
+    reported = trial.intermediate_values
+    last = reported[max(reported)] if reported else None
+    ended_with = history[trial.user_attrs.get("best_epoch", -1)] if history else {}
     failure = trial.user_attrs.get("failure")
     return TrialSummary(
         number=trial.number,
         slot=trial.user_attrs.get(SLOT, trial.number),
         state=trial.state.name,
-        val_accuracy=trial.value if trial.state is TrialState.COMPLETE else last,
+        value=trial.value if trial.state is TrialState.COMPLETE else last,
         hyperparameters=dict(trial.params),
         epochs=len(history),
         seconds=None if trial.duration is None else trial.duration.total_seconds(),
         run_id=trial.user_attrs.get(RUN_ID),
         failure=None if failure is None else printable(failure),
         given_up=given_up,
+        metrics={name: ended_with[name] for name in metrics_in(ended_with)},
     )

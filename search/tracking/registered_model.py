@@ -15,7 +15,7 @@ from search.errors import RunError, one_line
 from search.study.lock import promotion_lock
 from search.study.postgres import connected
 from search.tracking.address import check_tracking, configure_client
-from search.tracking.schema import LINEAGE, MODEL_URI, NUMBER, STUDY
+from search.tracking.schema import LINEAGE, MODEL_URI, NUMBER, STUDY, test_metrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -29,14 +29,17 @@ ALIAS = "production"
 
 @dataclass(frozen=True)
 class Production:
-    """A version of the registered model `model`, with the study, trial and run it comes from."""
+    """A version of the registered model `model`, with the study, trial and run it comes from.
+
+    metrics: of the test examples, by name, as `test_accuracy`.
+    """
 
     model: str
     version: int
     run_id: str
     study: str | None
     trial: int | None
-    test_accuracy: float | None
+    metrics: dict[str, float]
 
 
 def find_production(config: StudyConfig) -> Production | None:
@@ -65,12 +68,16 @@ def _from_tables(connection: sqlalchemy.Connection, name: str) -> Production | N
         text("SELECT key, value FROM model_version_tags WHERE name = :name AND version = :version"),
         {"name": name, "version": found.version},
     )
-    accuracy = connection.execute(
-        text("SELECT value FROM latest_metrics WHERE run_uuid = :run AND key = 'test_accuracy'"),
+    metrics = connection.execute(
+        text("SELECT key, value FROM latest_metrics WHERE run_uuid = :run ORDER BY key"),
         {"run": found.run_id},
-    ).scalar()
+    )
     return _production(
-        name, found.version, found.run_id, {tag.key: tag.value for tag in tags}, accuracy
+        name,
+        found.version,
+        found.run_id,
+        {tag.key: tag.value for tag in tags},
+        {row.key: row.value for row in metrics},
     )
 
 
@@ -89,10 +96,10 @@ def _from_server(config: StudyConfig) -> Production | None:
         ) from None
     if version is None:
         return None
-    accuracy = None
+    metrics: dict[str, float] = {}
     with contextlib.suppress(MlflowException):  # its run may have been deleted
-        accuracy = client.get_run(str(version.run_id)).data.metrics.get("test_accuracy")
-    return _production(version.name, version.version, str(version.run_id), version.tags, accuracy)
+        metrics = client.get_run(str(version.run_id)).data.metrics
+    return _production(version.name, version.version, str(version.run_id), version.tags, metrics)
 
 
 def aliased_version(client: "MlflowClient", name: str) -> "ModelVersion | None":
@@ -108,7 +115,11 @@ def aliased_version(client: "MlflowClient", name: str) -> "ModelVersion | None":
 
 
 def _production(
-    name: str, version: int | str, run_id: str, tags: Mapping[str, str], accuracy: float | None
+    name: str,
+    version: int | str,
+    run_id: str,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float],
 ) -> Production:
     number = tags.get(NUMBER, "")
     return Production(
@@ -117,7 +128,7 @@ def _production(
         run_id=run_id,
         study=tags.get(STUDY),
         trial=int(number) if number.isdigit() else None,
-        test_accuracy=accuracy,
+        metrics=test_metrics(metrics),
     )
 
 

@@ -22,7 +22,7 @@ from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path, sqlite_url
 from search.study.sqlite import create_sqlite, tune_sqlite
 from search.study.storage import RUN_ID, UID
-from search.study.trials import METRICS, history_of
+from search.study.trials import history_of, metrics_in
 from search.tracking import schema
 from search.tracking.address import configure_client, global_uri, in_trash
 
@@ -155,6 +155,11 @@ class Tracking:
         own = tags.get(schema.NOTE, "") in ("", tags.get(schema.SUMMARY))
         self._log(run_id, tags={**({schema.NOTE: text} if own else {}), schema.SUMMARY: text})
 
+    def log_values(self, run_id: str, values: Mapping[str, float]) -> None:
+        """Log metrics that have no epoch."""
+        now = int(time.time() * 1000)
+        self._log(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
+
     # ---- runs of trials ----------------------------------------------------------------------
 
     def create_run(
@@ -284,6 +289,5 @@ def _metrics(history: Iterable[Mapping[str, float]]) -> list[Metric]:
     return [
         Metric(name, entry[name], int(entry["time_ms"]), int(entry["epoch"]))
         for entry in history
-        for name in METRICS.values()
-        if name in entry
+        for name in metrics_in(entry)
     ]

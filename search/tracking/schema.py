@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION, shared
+from search.config.hyperparameters import shared
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
+from search.data.task import METRICS
 from search.errors import printable
 from search.study.ranking import repeats_of
-from search.study.storage import REASON, SEED, VERSION
+from search.study.storage import BASELINES, REASON, SEED, VERSION
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"
@@ -19,11 +21,13 @@ ORPHAN, FINALIST, MODEL = "optuna.orphan", "optuna.finalist", "optuna.model_vers
 BEST_EPOCH = "optuna.best_epoch"  # from 0; of a trial with early stopping
 MODEL_URI = "model_uri"  # of a retraining's run that is complete
 NOT_MADE = "evaluation.failure"  # of a retraining's run: what could not be evaluated, and why
+BASELINE = "evaluation.baseline"  # of a retraining's run: its comparison with the best baseline
 COMMIT = "mlflow.source.git.commit"
 DATASET = "lineage.dataset"  # the digest of the data
 LINEAGE = (  # a model's origin: tags of its run and version, and the model's metadata
     *(STUDY, STUDY_UID, NUMBER),
-    *("lineage.hyperparameters", "lineage.val_accuracy", "lineage.seed", "lineage.settings"),
+    *("lineage.hyperparameters", "lineage.seed", "lineage.settings"),
+    *(f"lineage.{name}" for name in METRICS),  # the objective
     *(DATASET, "lineage.environment", COMMIT),
 )
 NOTE, SUMMARY = "mlflow.note.content", "optuna.summary"
@@ -72,11 +76,26 @@ def params_of(trial: FrozenTrial, metadata: Metadata) -> dict[str, Any]:
     return {**trial.params, **metadata["params"], **attrs}
 
 
+def test_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of the run of a retraining that are of the test examples, as `test_loss`."""
+    return {name: value for name, value in metrics.items() if name.startswith("test_")}
+
+
+def baseline_metrics(study: optuna.Study) -> dict[str, float]:
+    """The metrics of the study's baselines, which its parent run must have."""
+    return {
+        f"baseline_{baseline['name'].replace(' ', '_')}_{name}": value
+        for baseline in study.user_attrs.get(BASELINES, [])
+        for name, value in baseline["metrics"].items()
+    }
+
+
 def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
     """What all trials of a study share, as stored in the study: params, dataset, space."""
     from mlflow.data.numpy_dataset import from_numpy  # slow: pandas
 
     x, y = dataset.train
+    decided = dataset.task.decides
     described = from_numpy(
         features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
     )
@@ -87,14 +106,17 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "validation_split": config.validation_split,
             **({} if dataset.split == "last" else {"split": dataset.split}),
             **({} if dataset.normalization is None else {"normalize": "auto"}),
-            **({} if config.model else {"output_activation": OUTPUT_ACTIVATION}),
+            **({} if config.class_weight == "none" else {"class_weight": config.class_weight}),
+            **({} if config.model else {"output_activation": decided.output_activation}),
             **({"model": config.model} if config.model else {}),
-            "loss": LOSS,
+            "loss": decided.loss,
             "dataset": config.dataset,
+            **config.table,
+            **({} if config.test is None else {"test": config.test}),
             "train_samples": dataset.train_size,
             "validation_samples": len(dataset.x_all) - dataset.train_size,
             "test_samples": len(dataset.x_test),
-            "num_classes": dataset.classes,
+            **({"num_classes": dataset.classes} if dataset.classes else {}),
             **dataset.source,
         },
         "dataset": described.to_dict(),

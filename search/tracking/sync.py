@@ -17,7 +17,7 @@ from search.study import storage
 from search.study.lock import study_lock
 from search.study.ranking import repeat_attr
 from search.study.storage import METADATA, REASON, RUN_ID, SETTINGS
-from search.study.trials import LOST, METRICS, amend_trial, fail_trial, history_of, is_lost
+from search.study.trials import LOST, amend_trial, fail_trial, history_of, is_lost, metrics_in
 from search.tracking import schema
 from search.tracking.address import check_tracking
 from search.tracking.registered_model import follow_alias, wrong_stages
@@ -95,6 +95,7 @@ class Stores:
             *self._lost(trials, None),
             *self._strays(pairs, runs, at_rest),
             *self._mismatches(pairs, runs, at_rest),
+            *self._baselines(),
             *self._stages(),
         ]
 
@@ -175,6 +176,15 @@ class Stores:
                 what = f"{label}: its run differs: {'; '.join(wrong)}"
                 yield Disagreement(what, partial(self._repair, trial, run))
 
+    def _baselines(self) -> Iterator[Disagreement]:
+        """The metrics of the baselines, where the parent run lacks them."""
+        expected = schema.baseline_metrics(self.study)
+        if expected:
+            found = self.tracking.client.get_run(self.parent).data.metrics
+            if expected != {name: found.get(name) for name in expected}:
+                what = "the parent run: its metrics of the baselines differ"
+                yield Disagreement(what, self.write_baselines)
+
     def _stages(self) -> Iterator[Disagreement]:
         """Versions of the model whose stage does not follow the alias."""
         repair = partial(follow_alias, self.tracking, self.config)
@@ -195,8 +205,9 @@ class Stores:
                 if found.get(name) != str(value):
                     yield printable(f"{name} is {found.get(name)}, expected {value}")
         history = history_of(trial)
-        for name in METRICS.values():
-            last = history[-1][name] if history else None
+        expected_names = metrics_in(history[-1] if history else ())
+        for name in dict.fromkeys([*expected_names, *metrics_in(run.data.metrics)]):
+            last = history[-1].get(name) if history else None
             if run.data.metrics.get(name) != last:
                 yield f"{name} is {run.data.metrics.get(name)}, expected {last}"
             elif every_point:
@@ -218,6 +229,10 @@ class Stores:
         )
         self._link(trial, run_id)
         self.tracking.repair(run_id, trial, self._metadata)
+
+    def write_baselines(self) -> None:
+        """Write the metrics of the baselines into the parent run."""
+        self.tracking.log_values(self.parent, schema.baseline_metrics(self.study))
 
     def _link(self, trial: FrozenTrial, run_id: str) -> None:
         if "repeat" not in trial.user_attrs:

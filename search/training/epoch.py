@@ -1,7 +1,8 @@
 """A network whose `train_step` is a whole epoch, in one graph that similar networks share.
 
-Learning rate, dropout rate, weight decay, label smoothing, augmentation strength, training set and
-seeds are variables of the graph, so that only a change of the graph itself requires a new one.
+Learning rate, dropout rate, weight decay, label smoothing, class weights, augmentation strength,
+training set and seeds are variables of the graph, so that only a change of the graph itself
+requires a new one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,11 +12,13 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from search.data.dataset import UINT8_SCALE, Labels
 from search.data.sources import Images
 from search.training import augmentation
 from search.training.fused import Dropout, fused
+from search.training.metrics import compiled_metrics, validation_metrics
 from search.training.network import decay_weights, image_shape, is_of_layers
 
 _ALIGNED = 64  # bytes, of TensorFlow's own memory; its kernels end the process for less
@@ -40,7 +43,8 @@ Examples = tuple[Images, Labels]
 class Plan:
     """Everything, beside the network, that changes the graph.
 
-    dtype: of the examples. decays, smooths: whether there is weight decay, label smoothing.
+    dtype: of the examples. decays, smooths, weighs: whether there is weight decay, label smoothing,
+    weights of the classes.
     schedule: None if the learning rate is constant within an epoch. augmentation: None, or its kind
     for images of `shape`.
     """
@@ -50,12 +54,15 @@ class Plan:
     optimizer: str
     decays: bool
     smooths: bool
+    weighs: bool
     schedule: str | None
     augmentation: str | None
     shape: tuple[int, ...] | None
 
 
-def plan_of(hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]) -> Plan:
+def plan_of(
+    hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...], *, weighs: bool = False
+) -> Plan:
     """The plan for training with the hyperparameters `hp` on `examples` of this shape."""
     distorted = hp["augmentation"] != "none"
     return Plan(
@@ -64,6 +71,7 @@ def plan_of(hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...]) -
         optimizer=hp["optimizer"],
         decays=hp["weight_decay"] > 0,
         smooths=hp["label_smoothing"] > 0,
+        weighs=weighs,
         schedule=hp["schedule"] if hp["schedule"] in _SCHEDULES else None,
         augmentation=hp["augmentation"] if distorted else None,
         shape=image_shape(shape) if distorted else None,
@@ -79,7 +87,9 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         self._plan = plan
         shape = model.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
-        self._y = tf.Variable(np.zeros(0, np.int32), shape=(None,))
+        labels = np.int32 if model.task.classes else np.float32
+        self._y = tf.Variable(np.zeros(0, labels), shape=(None,))
+        self._weights = tf.Variable(np.ones(model.task.classes if plan.weighs else 0, np.float32))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
             tf.Variable(0.0) for _ in range(4)
@@ -87,16 +97,18 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         optimizer = fused(model.optimizer)
         if plan.decays:
             decay_weights(optimizer, self._decay)
-        self.compile(optimizer, model.loss, metrics=["accuracy"], jit_compile=False)
+        self.compile(optimizer, model.loss, metrics=compiled_metrics(model.task), jit_compile=False)
+        self._of_validation = validation_metrics(model.task)
+        self._validates = False  # while the graph of a validation batch is traced
         # Variables created during the first trace of an epoch would require a second trace.
-        probabilities = self(tf.zeros((1, *shape)))
+        outputs = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
-        self.compute_metrics(None, tf.zeros(1, tf.int32), probabilities)
+        self.compute_metrics(None, tf.zeros(1, labels), outputs)
         # All start as zeros except scalars such as Nadam's product of momentums.
         self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
 
     def call(self, x: Any, training: bool = False) -> Any:
-        """Probabilities."""
+        """Probabilities, or standardized numbers."""
         return self.network(x, training=training)
 
     def take(
@@ -106,11 +118,14 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         hp: Mapping[str, Any],
         seed: int,
         epochs: int,
+        class_weights: NDArray[np.float32] | None = None,
     ) -> None:
         """Take over the weights and rates of `model`, with a new optimizer state and this seed.
 
-        epochs: the length of a schedule.
+        epochs: the length of a schedule. class_weights: of shape (classes,), if the plan `weighs`.
         """
+        if class_weights is not None:
+            self._weights.assign(class_weights)
         self._x.assign(tensor_of(examples[0]))
         self._y.assign(examples[1])
         dropouts = 0
@@ -165,7 +180,9 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             else:
                 whole = tf.gather(order, tf.range(first, first + size) % examples)
                 seen = self._augmented(scaled(tf.gather(x, whole)))[: tf.size(batch)]
-            step((seen, tf.gather(y, batch)))
+            labels = tf.gather(y, batch)
+            weights = (tf.gather(self._weights, labels),) if self._plan.weighs else ()
+            step((seen, labels, *weights))
             return first + size
 
         tf.while_loop(
@@ -174,12 +191,24 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             (tf.constant(0),),
             parallel_iterations=1,
         )
-        return self.get_metrics_result()
+        of_validation = self._of_validation.result()
+        results = self.get_metrics_result()
+        return {name: value for name, value in results.items() if name not in of_validation}
 
     def test_step(self, data: Any) -> Any:
         """One validation batch."""
         x, y = data
-        return super().test_step((scaled(x), y))
+        self._validates = True
+        try:
+            return super().test_step((scaled(x), y))
+        finally:
+            self._validates = False
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """The metrics so far; of validation data, all those of the task."""
+        if self._validates:
+            self._of_validation.update_state(y, y_pred)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def compute_loss(
         self,
@@ -198,6 +227,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         classes = y_pred.shape[-1]
         labels = tf.one_hot(y, classes) * (1 - self._smoothing) + self._smoothing / classes
         losses = keras.losses.categorical_crossentropy(labels, y_pred)
+        if sample_weight is not None:
+            losses *= sample_weight
         return tf.reduce_mean(losses) + sum(self.losses)
 
     def _augmented(self, flat: Any) -> Any:

@@ -9,78 +9,109 @@ import keras
 import numpy as np
 
 from search.config.custom_model import CustomModel
-from search.config.hyperparameters import LOSS, OUTPUT_ACTIVATION
-from search.data.dataset import UINT8_SCALE
-from search.data.preprocessing import Normalization
+from search.data.dataset import UINT8_SCALE, Dataset
+from search.data.task import Task
+from search.training.table_layers import embeddings, encoding
 
 MOMENTUM = 0.9  # of sgd, Nesterov's
+_EMBEDDINGS = 200  # added to the seed, as each layer has its own
 _seeding = threading.Lock()
 
 
 def build_network(
     hp: Mapping[str, Any],
     shape: tuple[int, ...],
-    classes: int,
+    task: Task,
     seed: int,
     custom: CustomModel | None = None,
+    embedded: tuple[int, ...] = (),
 ) -> keras.Sequential:
     """The compiled network with the hyperparameters `hp`: all that matter, by name.
 
     shape: of one example; the network takes flat examples, float32 of shape (n, features), and
-    returns probabilities of shape (n, classes). custom: the custom model (`--model`), if any.
-    The initial weights depend on `seed` alone.
+    returns probabilities of shape (n, classes), or in a regression standardized numbers of shape
+    (n, 1). custom: the custom model (`--model`), if any. embedded: the vocabulary sizes of the last
+    features, which are indices; the layers get their embeddings. The initial weights depend on
+    `seed` alone.
     """
+    front: list[keras.Model] = []
+    example = keras.Input((math.prod(shape),), name="example")
+    if embedded:
+        front = [embeddings(math.prod(shape), embedded, seed + _EMBEDDINGS)]
+        shape = front[0].output_shape[1:]
     if custom is None:
-        layers = list(_layers(hp, shape, classes, seed))
+        layers = list(_layers(hp, shape, task, seed))
         name = f"{hp['architecture']}_network"
     else:
-        layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, classes, seed)]
+        layers = [keras.layers.Reshape(shape), _custom_network(custom, hp, shape, task, seed)]
         name = "own_network"
-    model = keras.Sequential([keras.Input((math.prod(shape),), name="example"), *layers], name=name)
+    model = keras.Sequential([example, *front, *layers], name=name)
+    model.task = task
     if custom is not None:
         model.source = custom.fingerprint
     model.compile(
         optimizer=_optimizer(hp),
-        loss=LOSS,
-        metrics=["accuracy"],
+        loss=task.decides.loss,
+        metrics=[task.metrics[1].stem],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
     return model
 
 
-def network_to_register(
-    network: keras.Sequential,
-    normalization: Normalization | None,
-    image: tuple[int, ...] | None = None,
-) -> keras.Model:
-    """The trained `network` as it is registered: it takes raw values and returns NaN for NaN.
+def network_for(
+    dataset: Dataset, hp: Mapping[str, Any], seed: int, custom: CustomModel | None
+) -> keras.Sequential:
+    """The compiled network for `dataset`, as `build_network` builds it."""
+    return build_network(hp, dataset.sample_shape, dataset.task, seed, custom, dataset.embeddings)
 
-    image: the shape of its examples if it takes images of pixels from 0 to 255, not flat.
 
-    The result of a kernel for NaN depends on the processor: ReLU may return 0. So the input times
-    zero is added to the probabilities: 0 for finite numbers, NaN for NaN and infinity.
-    The layers and the optimizer are shared with `network`.
+def network_to_register(network: keras.Sequential, dataset: Dataset) -> keras.Model:
+    """The network, trained on `dataset`, as it is registered: it takes raw values.
+
+    Those are flat examples; images of pixels from 0 to 255; or rows of a table, whose values may be
+    missing. But for those of a table it returns NaN for NaN: the result of a kernel for NaN depends
+    on the processor, as ReLU may return 0, so the input times zero is added to the outputs: 0 for
+    finite numbers, NaN for NaN and infinity. In a regression the last layer gives the target's own
+    unit. The layers and the optimizer are shared.
     """
-    example = keras.Input(image or network.input_shape[1:], name="example")
+    task = dataset.task
+    if dataset.columns is not None:
+        inputs, outputs = encoding(dataset.columns)
+        return _registered(network, inputs, _applied(network, outputs), task)
+    shape = dataset.sample_shape if dataset.pixels else network.input_shape[1:]
+    example = keras.Input(shape, name="example")
     outputs = flat = example
-    if image is not None:
+    if dataset.pixels:
         scale = keras.layers.Rescaling(float(UINT8_SCALE), name="scale")
         outputs = flat = keras.layers.Flatten(name="flat_example")(scale(example))
-    if normalization is not None:
+    if dataset.normalization is not None:
         layer = keras.layers.Normalization(name="normalization")
         layer.build((None, *network.input_shape[1:]))
-        layer.adapt_mean.assign(normalization.mean)
-        layer.adapt_variance.assign(normalization.variance)
+        layer.adapt_mean.assign(dataset.normalization.mean)
+        layer.adapt_variance.assign(dataset.normalization.variance)
         layer.finalize_state()
         outputs = layer(outputs)
-    for layer in network.layers:
-        outputs = layer(outputs)
+    outputs = _applied(network, outputs)
     zero = keras.layers.Dense(
         1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
     )
-    checked = keras.layers.Add(name="probabilities_or_nan")([outputs, zero(flat)])
-    model = keras.Model(example, checked, name=network.name)
-    model.compile(network.optimizer, network.loss, metrics=["accuracy"], jit_compile=False)
+    what = "probabilities" if task.classes else "standardized"
+    checked = keras.layers.Add(name=f"{what}_or_nan")([outputs, zero(flat)])
+    return _registered(network, example, checked, task)
+
+
+def _applied(network: keras.Sequential, values: Any) -> Any:
+    for layer in network.layers:
+        values = layer(values)
+    return values
+
+
+def _registered(network: keras.Sequential, inputs: Any, outputs: Any, task: Task) -> keras.Model:
+    if not task.classes:
+        outputs = keras.layers.Rescaling(task.deviation, task.mean, name="prediction")(outputs)
+    model = keras.Model(inputs, outputs, name=network.name)
+    metrics = [task.metrics[1].stem]
+    model.compile(network.optimizer, network.loss, metrics=metrics, jit_compile=False)
     return model
 
 
@@ -91,9 +122,9 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _layers(
-    hp: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+    hp: Mapping[str, Any], shape: tuple[int, ...], task: Task, seed: int
 ) -> Iterator[keras.layers.Layer]:
-    """Convolutional blocks for a cnn, hidden layers with dropout, and the probabilities.
+    """Convolutional blocks for a cnn, hidden layers with dropout, and the output.
 
     Every layer has its own seed. The weights are initialized as in Glorot and Bengio 2010, Keras'
     default.
@@ -123,10 +154,10 @@ def _layers(
         )
         yield keras.layers.Dropout(hp["dropout_rate"], seed=seed + layer, name=f"dropout{suffix}")
     yield keras.layers.Dense(
-        classes,
-        activation=OUTPUT_ACTIVATION,
+        task.outputs,
+        activation=task.decides.output_activation,
         kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
-        name="probabilities",
+        name="probabilities" if task.classes else "standardized",
     )
 
 
@@ -164,10 +195,10 @@ def decay_weights(optimizer: keras.optimizers.Optimizer, decay: Any) -> None:
 
 
 def _custom_network(
-    custom: CustomModel, hp: Mapping[str, Any], shape: tuple[int, ...], classes: int, seed: int
+    custom: CustomModel, hp: Mapping[str, Any], shape: tuple[int, ...], task: Task, seed: int
 ) -> keras.Model:
     """The network of a custom model. Raises ValueError if it can't be trained and saved."""
-    name = custom.name
+    name, classes = custom.name, task.outputs
     with _seeding:  # layers without a seed draw one from Python's global generator
         keras.utils.set_random_seed(seed)
         network = custom.build({name: hp[name] for name in custom.space}, shape, classes)
@@ -185,14 +216,33 @@ def _custom_network(
             f"{type(error).__name__}: {error}"
         ) from error
     if gives != (None, classes):
+        what = f"a probability for each of {classes} classes" if task.classes else "a number"
         raise ValueError(
-            f"{name} must return a model that gives a probability for each of {classes} classes, "
-            f"shape (None, {classes}), but it gives {gives}"
+            f"{name} must return a model that gives {what}, shape (None, {classes}), but it gives "
+            f"{gives}"
         )
     return network
 
 
-def check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
+def check_output(custom: CustomModel, network: keras.Sequential) -> None:
+    """Raise ValueError if the output of a custom model's network does not fit its task."""
+    if network.task.classes:
+        _check_probabilities(custom, network)
+        return
+    last = network.layers[-1]
+    while is_of_layers(last):
+        last = last.layers[-1]
+    activation = getattr(getattr(last, "activation", None), "__name__", "linear")
+    if isinstance(last, keras.layers.Softmax | keras.layers.ReLU):
+        activation = type(last).__name__
+    if activation != "linear":
+        raise ValueError(
+            f"{custom.name} must return a model whose output is not bounded, since the task is "
+            f"regression, but it ends with {activation}; end it with keras.layers.Dense(1)"
+        )
+
+
+def _check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
     """Raise ValueError if the network of a custom model does not return probabilities.
 
     Tested with a few random examples; this changes neither its variables nor the state of any

@@ -16,9 +16,11 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from search.data.dataset import Labels
 from search.data.sources import Images
+from search.data.task import DEFAULT_OBJECTIVE, Metric
 from search.training.epoch import (
     EpochInGraph,
     Examples,
@@ -72,6 +74,8 @@ def train(
     seed: int,
     shape: tuple[int, ...] = (),
     validation: Examples | None = None,
+    objective: Metric = DEFAULT_OBJECTIVE,
+    class_weights: NDArray[np.float32] | None = None,
     only: int | None = None,
     rates: Sequence[float] = (),
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -81,14 +85,16 @@ def train(
     examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,).
     hp: a value for every hyperparameter of the training. shape: of one example, not flattened,
     for augmentation. seed: determines the order of the examples in every epoch, the dropout masks
-    and the augmentation. Early stopping and plateaus monitor `validation`; without it they are off.
+    and the augmentation. Early stopping monitors the `objective` of `validation`, plateaus its
+    loss; without it they are off.
+    class_weights: of shape (classes,), the weight of an example in the training loss by its class.
     only: stop after this many of the `epochs`, which remain the length of a schedule.
     rates: the learning rate of every epoch, as set by the plateaus of an earlier training.
     Raises TrainingDiverged, and any exception of a callback.
     """
     _clear_regularly()
-    graph = graph_for(model, plan_of(hp, examples, shape))
-    graph.take(model, examples, hp, seed, epochs)
+    graph = graph_for(model, plan_of(hp, examples, shape, weighs=class_weights is not None))
+    graph.take(model, examples, hp, seed, epochs, class_weights)
     try:
         history = graph.fit(
             tf.data.Dataset.from_tensors(0),  # one step per epoch; `take` has set the examples
@@ -98,7 +104,7 @@ def train(
             validation_data=None if validation is None else _batched(*validation),
             callbacks=[
                 _StopAtNaN(),
-                *_monitors(hp, validation is not None),
+                *_monitors(hp, objective, validation is not None),
                 *([keras.callbacks.LearningRateScheduler(lambda e, _: rates[e])] if rates else []),
                 *callbacks,
             ],
@@ -108,7 +114,9 @@ def train(
     return {name: [float(value) for value in values] for name, values in history.history.items()}
 
 
-def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Callback]:
+def _monitors(
+    hp: Mapping[str, Any], objective: Metric, validated: bool
+) -> list[keras.callbacks.Callback]:
     """The callbacks that monitor the validation set; they run before those that record an epoch."""
     callbacks: list[keras.callbacks.Callback] = []
     if validated and hp["schedule"] == "plateau":
@@ -116,16 +124,19 @@ def _monitors(hp: Mapping[str, Any], validated: bool) -> list[keras.callbacks.Ca
     if validated and hp["early_stopping"]:
         callbacks.append(
             keras.callbacks.EarlyStopping(
-                "val_accuracy", mode="max", patience=hp["early_stopping"], restore_best_weights=True
+                objective.name,
+                mode="max" if objective.maximize else "min",
+                patience=hp["early_stopping"],
+                restore_best_weights=True,
             )
         )
     return callbacks
 
 
-def evaluate(model: keras.Model, examples: Examples) -> dict[str, float]:
-    """The loss and the metrics of `model` on `examples`: flat ones, or images that it scales."""
+def evaluate(model: keras.Model, examples: tuple[Any, Labels]) -> dict[str, float]:
+    """The loss and the metrics of `model` on `examples`, as it takes them; flat uint8 is scaled."""
     batches = _batched(*examples)
-    if examples[0].ndim == 2:
+    if getattr(examples[0], "dtype", None) == np.uint8 and examples[0].ndim == 2:
         batches = batches.map(lambda x, y: (scaled(x), y))
     logs = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}
@@ -157,7 +168,9 @@ def _clear_regularly() -> None:
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensor_slices((tensor_of(x), y)).batch(_VALIDATION_BATCH)
+    if isinstance(x, np.ndarray):  # not a table's inputs
+        x = tensor_of(x)
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(_VALIDATION_BATCH)
 
 
 # ---- the cache of graphs -------------------------------------------------------------------------
@@ -178,7 +191,7 @@ _of_thread = _OfThread()
 def graph_for(model: keras.Sequential, plan: Plan) -> EpochInGraph:
     """The cached graph for networks like `model`; drops the least recently used one."""
     source = getattr(model, "source", "")  # of a custom model, whose layers' code may change
-    key = source + _architecture(model) + json.dumps(astuple(plan))
+    key = source + _architecture(model) + json.dumps([astuple(plan), astuple(model.task)])
     graphs = _of_thread.graphs
     if key not in graphs:
         while len(graphs) >= _GRAPHS:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
+from search.data.task import DEFAULT_OBJECTIVE, Metric
 from search.errors import Interrupted, RunError
 from search.signals import EXIT_INTERRUPTED
 from search.study.trials import TrialSummary
@@ -107,6 +108,7 @@ class Executor:
         timeout: float | None,
         patience: "Patience",
         max_failures: int,
+        meanwhile: Callable[[], object] = list,
     ) -> str | None:
         """Run a trial for every slot; returns why it stopped early, if it did.
 
@@ -115,6 +117,7 @@ class Executor:
         on_trial: gets every trial's summary, in the order in which they end.
         on_death: is called when a worker has died; returns the slots that are missing now, because
         a trial may have ended whose summary did not arrive.
+        meanwhile: is called in this process after trials were started, before they are waited for.
         Raises RunError after `max_failures` configurations in a row have failed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -134,7 +137,7 @@ class Executor:
             if trial.state != "FAIL":
                 failures = 0
                 failed.clear()
-                patience.see(trial.value)
+                patience.see(trial.final)
                 return False
             if not (trial.given_up and trial.slot in failed):  # the same configuration
                 failures += 1
@@ -153,7 +156,8 @@ class Executor:
 
         first = [(slot,) for slot in slots]
         task = partial(tasks.call, "run_trial")
-        return self._run(task, first, on_result, missing, lambda: self._why_stop() or why_stop())
+        stop = lambda: self._why_stop() or why_stop()  # noqa: E731
+        return self._run(task, first, on_result, missing, stop, meanwhile)
 
     def _why_stop(self) -> str | None:
         return INTERRUPTED if self._stopping() else None
@@ -223,15 +227,16 @@ def _backend(
 class Patience:
     """Counts the slots finished since the best trial; a pruned or given-up one is not better."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, objective: Metric = DEFAULT_OBJECTIVE) -> None:
         self.limit = limit
+        self._sign = objective.sign
         self._best = float("-inf")
         self._since = 0
 
     def see(self, value: float | None) -> None:
         """Take note of a finished slot: its value, or None where it was pruned or given up."""
-        if value is not None and value > self._best:
-            self._best, self._since = value, 0
+        if value is not None and self._sign * value > self._best:
+            self._best, self._since = self._sign * value, 0
         else:
             self._since += 1
 

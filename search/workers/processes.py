@@ -15,10 +15,9 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from search import signals
+from search import memory, signals
 from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path
-from search.data import memory
 from search.errors import RunError
 from search.training import environment
 from search.workers import tasks

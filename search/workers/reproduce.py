@@ -9,14 +9,15 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from search.config import custom_model
+from search.config.data_settings import TABLE_SETTINGS
 from search.config.hyperparameters import describe
 from search.config.settings import StudyConfig, differences
-from search.data.dataset import load_for_study
+from search.data.load import load_for_study
 from search.errors import InputError
 from search.imports import undisturbed
 from search.study import ranking, storage
 from search.study.storage import ENVIRONMENT, METADATA, SEED, SETTINGS
-from search.study.trials import METRICS, history_of
+from search.study.trials import history_of, metrics_in
 from search.training import environment
 
 
@@ -24,12 +25,14 @@ from search.training import environment
 class Reproduction:
     """A trial trained again.
 
-    values: val_accuracy of every epoch; value: of the weights that it ends with. differences: one
-    line per epoch and metric that differ, empty if all are the same to the last digit. changed: the
-    differences of the environment; None if the original one was not recorded.
+    objective: the metric that the study goes by. values: of every epoch; value: of the weights that
+    it ends with. differences: one line per epoch and metric that differ, empty if all are the same
+    to the last digit. changed: the differences of the environment; None if the original one was not
+    recorded.
     """
 
     trial: int
+    objective: str
     values: list[float]
     value: float
     differences: list[str]
@@ -52,9 +55,13 @@ def reproduce(
         config,
         dataset=name,
         split=None,
+        task="auto",
         normalize="auto",
+        test=metadata["params"].get("test"),
+        objective=storage.objective(study).name,
+        class_weight=settings.get("class_weight", "none"),
         **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
-        **{key: settings[key] for key in ("image_size", "test_split") if key in settings},
+        **{key: settings[key] for key in (*TABLE_SETTINGS, "image_size") if key in settings},
     )
     dataset = load_for_study(config, settings)
     if dataset.digest[:12] not in settings["dataset"]:
@@ -86,7 +93,8 @@ def reproduce(
     recorded = trial.user_attrs.get(ENVIRONMENT)
     return Reproduction(
         trial=trial.number,
-        values=[entry["val_accuracy"] for entry in now],
+        objective=config.objective,
+        values=[entry[config.objective] for entry in now],
         value=value,
         differences=diverged + list(_differences(history, now)),
         changed=differences(recorded, environment.here()) if recorded else None,
@@ -95,7 +103,7 @@ def reproduce(
 
 def _differences(history: list[dict[str, float]], now: list[dict[str, float]]) -> Iterator[str]:
     for old, new in zip(history, now, strict=False):
-        for metric in METRICS.values():
+        for metric in metrics_in(old):
             if old[metric] != new[metric]:
                 epoch = int(old["epoch"])
                 yield f"epoch {epoch}: {metric} is {new[metric]!r}, expected {old[metric]!r}"

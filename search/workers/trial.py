@@ -17,13 +17,13 @@ from optuna_integration import KerasPruningCallback
 
 from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset
+from search.data.dataset import Dataset, class_weights
+from search.data.task import Metric
 from search.errors import one_line, printable
 from search.study import sampling, storage
 from search.study.storage import BY_ITSELF, REASON, RUN_ID, SEED
 from search.study.trials import (
     HISTORY_BLOCK,
-    METRICS,
     SlottedStudy,
     best_epoch,
     history_attr,
@@ -31,7 +31,7 @@ from search.study.trials import (
 )
 from search.tracking.runs import Tracking
 from search.tracking.schema import STATE, Metadata
-from search.training.network import build_network, check_probabilities, trainable_parameters
+from search.training.network import check_output, network_for, trainable_parameters
 from search.training.train import train
 
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
@@ -50,16 +50,16 @@ def train_again(
     """Train the configuration of `trial` as a trial is trained, appending each epoch to `history`.
 
     facts: the metadata that all trials of the study share. only: end after so many epochs.
-    Returns val_accuracy of the final weights.
+    Returns the objective of the final weights.
     """
     tried = complete(trial.params, facts["params"])
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed, config.custom_model)
+    network = network_for(dataset, tried, seed, config.custom_model)
 
     def record(epoch: int, logs: dict[str, float]) -> None:
-        history.append(_entry(epoch, logs))
+        history.append(_entry(dataset, epoch, logs))
 
     _train(config, dataset, tried, network, seed, record, only=only)
-    return _value(tried, history)
+    return _value(dataset.task.objective(config.objective), tried, history)
 
 
 def _train(
@@ -80,19 +80,24 @@ def _train(
         seed=seed,
         shape=dataset.sample_shape,
         validation=dataset.validation,
+        objective=dataset.task.objective(config.objective),
+        class_weights=class_weights(config, dataset),
         only=only,
         callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *more],
     )
 
 
-def _value(tried: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> float:
-    """val_accuracy of the final weights."""
-    return history[best_epoch(history, stopping=bool(tried["early_stopping"]))]["val_accuracy"]
+def _value(
+    objective: Metric, tried: Mapping[str, Any], history: Sequence[Mapping[str, float]]
+) -> float:
+    """The objective of the final weights."""
+    epoch = best_epoch(history, objective, stopping=bool(tried["early_stopping"]))
+    return history[epoch][objective.name]
 
 
-def _entry(epoch: int, logs: dict[str, float]) -> dict[str, float]:
+def _entry(dataset: Dataset, epoch: int, logs: dict[str, float]) -> dict[str, float]:
     """One entry of a trial's history."""
-    measured = {ours: float(logs[keras_name]) for keras_name, ours in METRICS.items()}
+    measured = dataset.task.measured(logs)
     if "learning_rate" in logs:  # of a schedule that depends on the validation loss
         measured["learning_rate"] = float(logs["learning_rate"])
     return {"epoch": epoch, "time_ms": now_ms(), **measured}
@@ -116,15 +121,16 @@ def interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None
 
 
 class _Pruning(KerasPruningCallback):  # type: ignore[misc]
-    """Prunes on val_accuracy after every epoch except the last, where it would save nothing."""
+    """Prunes on the objective after every epoch except the last, where it would save nothing."""
 
-    def __init__(self, trial: optuna.Trial, epochs: int) -> None:
-        super().__init__(sampling.Judged(trial), "val_accuracy")
+    def __init__(self, trial: optuna.Trial, objective: str, epochs: int) -> None:
+        super().__init__(sampling.Judged(trial), objective)
+        self._objective = objective
         self._last = epochs - 1
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         if epoch == self._last or self.model.stop_training:
-            self._trial.report(float((logs or {})["val_accuracy"]), step=epoch)
+            self._trial.report(float((logs or {})[self._objective]), step=epoch)
         else:
             super().on_epoch_end(epoch, logs)
 
@@ -157,7 +163,7 @@ class Attempt:
         self._spent = 0.0
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Train what `trial` suggests; returns val_accuracy of the final weights."""
+        """Train what `trial` suggests; returns the objective of the final weights."""
         try:
             return self._train(trial)
         except optuna.TrialPruned:
@@ -177,23 +183,24 @@ class Attempt:
         self._number = trial.number
         tried, dataset = config.space.suggest(trial), context.dataset
         own = config.custom_model
-        network = build_network(tried, dataset.sample_shape, dataset.classes, seed, own)
+        network = network_for(dataset, tried, seed, own)
         if own is not None:
-            check_probabilities(own, network)
+            check_output(own, network)
         trial.set_user_attr("trainable_parameters", trainable_parameters(network))
         self._mirror(self._open_run, trial)
 
         def record(epoch: int, logs: dict[str, float]) -> None:
             self._record(trial, epoch, logs)
 
-        pruning = _Pruning(trial, config.trial_epochs)
+        objective = dataset.task.objective(config.objective)
+        pruning = _Pruning(trial, objective.name, config.trial_epochs)
         _train(config, dataset, tried, network, seed, record, pruning)
         if tried["early_stopping"]:
-            trial.set_user_attr("best_epoch", best_epoch(self._history, stopping=True))
-        return _value(tried, self._history)
+            trial.set_user_attr("best_epoch", best_epoch(self._history, objective, stopping=True))
+        return _value(objective, tried, self._history)
 
     def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
-        entry = _entry(epoch, logs)
+        entry = _entry(self._context.dataset, epoch, logs)
         self._history.append(entry)
         block = self._history[epoch // HISTORY_BLOCK * HISTORY_BLOCK :]
         trial.set_user_attr(history_attr(epoch), block)

@@ -10,7 +10,8 @@ from search.config import custom_model
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import RunError
-from search.promotion.comparison import Comparison, compare_versions
+from search.promotion.comparison import compare_versions
+from search.promotion.gate import Found
 from search.promotion.retrain import retrain
 from search.study import outline, sampling, storage, trials
 from search.study.storage import ENVIRONMENT, METADATA, OWNER, SEED, SETTINGS, SLOT
@@ -162,6 +163,6 @@ class Worker:
             self.config, self.dataset, self.tracking, self.context.parent_run, self.study, number
         )
 
-    def compare(self, challenger: int, champion: int) -> Comparison | str:
+    def compare(self, challenger: int, champion: int) -> Found:
         """Compare two versions of the registered model on the test examples."""
         return compare_versions(self.config, self.dataset, self.tracking, challenger, champion)

@@ -15,7 +15,8 @@ import keras
 import tensorflow as tf
 
 from search.config.hyperparameters import AUGMENTATIONS, REFERENCE, complete
-from search.data.dataset import Dataset, load_dataset, scaled
+from search.data.dataset import Dataset, scaled
+from search.data.load import load_dataset
 from search.training import augmentation
 from search.training.network import build_network
 from search.training.train import train, use_one_thread_each
@@ -36,7 +37,7 @@ KERAS = {
 def epoch(kind: str, dataset: Dataset) -> float:
     """Seconds of the second of two epochs: the first one carries the tracing."""
     tried = complete({**REFERENCE, "augmentation": kind, "augmentation_strength": 1.0})
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed=0)
+    network = build_network(tried, dataset.sample_shape, dataset.task, seed=0)
     began: list[float] = []
     clock = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda *_: began.append(time.perf_counter()),

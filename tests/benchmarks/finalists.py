@@ -52,14 +52,14 @@ class Clock(Progress):
 
 def judge(params: dict[str, Any], seed: int) -> float:
     """The test accuracy of a configuration, trained on all training data."""
-    from search.data.dataset import load_dataset
+    from search.data.load import load_dataset
     from search.training.network import build_network
     from search.training.train import evaluate, train, use_one_thread_each
 
     use_one_thread_each(1)
     dataset = load_dataset("mnist", 0.1)
     tried = complete(params)
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed)
+    network = build_network(tried, dataset.sample_shape, dataset.task, seed)
     train(network, (dataset.x_all, dataset.y_all), tried, epochs=5, seed=seed)
     return evaluate(network, (dataset.x_test, dataset.y_test))["accuracy"]
 

@@ -37,13 +37,13 @@ def measure(barrier: Any, rounds: int, results: Any) -> None:
     import keras
 
     from search.config.hyperparameters import REFERENCE, complete
-    from search.data.dataset import load_dataset
+    from search.data.load import load_dataset
     from search.training.network import build_network
     from search.training.train import train, use_one_thread_each
 
     use_one_thread_each(1)
     dataset = load_dataset("mnist", 0.1)
-    network = build_network(complete(REFERENCE), dataset.sample_shape, dataset.classes, seed=0)
+    network = build_network(complete(REFERENCE), dataset.sample_shape, dataset.task, seed=0)
     floors: list[float] = []
     loops: list[float] = []
 

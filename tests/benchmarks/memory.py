@@ -25,7 +25,7 @@ def main() -> None:
 
     import search.workers.trial  # noqa: F401  all that a worker imports
     from search.config.hyperparameters import complete
-    from search.data.dataset import load_dataset
+    from search.data.load import load_dataset
     from search.training.network import build_network
     from search.training.train import train, use_one_thread_each
 
@@ -42,7 +42,7 @@ def main() -> None:
     for trial in range(1, trials + 1):
         width = (128, 256, 512, 1024)[trial % 4]
         tried = complete({"hidden_units": width})
-        network = build_network(tried, dataset.sample_shape, 10, trial)
+        network = build_network(tried, dataset.sample_shape, dataset.task, trial)
         train(
             network,
             dataset.train,

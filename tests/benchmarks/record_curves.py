@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from search.config.hyperparameters import REFERENCE, complete
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, load_dataset
+from search.data.dataset import Dataset
+from search.data.load import load_dataset
 from search.training.network import build_network
 from search.training.train import train, use_one_thread_each
 
@@ -48,7 +49,7 @@ def configurations(count: int, repeats: int) -> dict[str, Any]:
 def record(name: str, tried: dict[str, Any], dataset: Dataset) -> dict[str, object]:
     """Train one configuration and return its row."""
     seed = int(name.rsplit("-", 1)[1])
-    network = build_network(tried, dataset.sample_shape, dataset.classes, seed)
+    network = build_network(tried, dataset.sample_shape, dataset.task, seed)
     test: list[float] = []
     batches = tf.data.Dataset.from_tensor_slices((dataset.x_test, dataset.y_test)).batch(2000)
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from servers import MlflowServer, Postgres, free_port
 
 from search import StudyConfig
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.study import sampling, storage
 from search.study.trials import SlottedStudy, owner_of_this_process
 from search.tracking.runs import Tracking

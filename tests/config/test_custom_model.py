@@ -18,10 +18,9 @@ from conftest import ROOT, command, mlflow_at
 
 from search import StudyConfig, run
 from search.config import custom_model
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.errors import InputError, RunError
 from search.tracking.schema import study_metadata
-from search.workers.worker import Worker
 
 PAGE = (ROOT / "docs" / "your-model.md").read_text()
 SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", PAGE, re.DOTALL)
@@ -121,23 +120,6 @@ def test_another_source_is_another_model(folder: Path) -> None:
     assert "mine:build must be the model of the study" in err
     assert "restore its source" in err
     assert invariants.dump(folder) == before
-
-
-@pytest.mark.slow
-def test_a_worker_with_another_source_trains_nothing(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(in_folder)
-    (in_folder / "theirs.py").write_text(DENSE)
-    model = "theirs:build"
-    config = StudyConfig(
-        dataset=str(clouds), model=model, n_trials=1, epochs=1, workers=1, report="none"
-    )
-    result = run(config)
-    (in_folder / "theirs.py").write_text(DENSE.replace("units", "width"))
-    dataset = load_dataset(config.dataset, config.validation_split)
-    with pytest.raises(InputError, match=f"{model} must be the model of the study"):
-        Worker(config, result.parent_run_id, dataset)
 
 
 EDITED = DENSE.replace("4,8", "5,9")  # of the same size
@@ -249,7 +231,7 @@ def build(hyperparameters, shape, classes):
 TRAIN = """
 import sys
 from search import StudyConfig
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.training.train import use_one_thread_each
 from search.workers.trial import train_again
 from types import SimpleNamespace

@@ -154,7 +154,7 @@ def test_finalists_that_stop_early_count_by_their_best_epochs(in_folder: Path, s
     found = invariants.check(in_folder, 1)
     repeats = [found["trials"][0].user_attrs[f"finalist_{index}"] for index in range(2)]
     best = [max(entry["val_accuracy"] for entry in repeat["history"]) for repeat in repeats]
-    assert result.finalists[0].val_accuracies == best
+    assert result.finalists[0].values == best
     assert [repeat["value"] for repeat in repeats] == best
 
 

@@ -1,58 +1,25 @@
-"""Datasets: the bundled digits, .npz files, scaling and splitting."""
+"""A dataset: its size, its split, its scale, its digest, and what is wrong with it."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import arrays
+from conftest import arrays, labelled, load
 from numpy.typing import NDArray
 
+from search import StudyConfig
 from search.data import dataset as data
-from search.data.dataset import Dataset, load_dataset
-from search.data.sources import ARRAYS, MNIST
+from search.data.dataset import Dataset, class_weights
+from search.data.load import load_dataset
+from search.data.sources import MNIST
 from search.errors import InputError
-
-SHA256 = {
-    "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
-    "y_train": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
-    "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
-    "y_test": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
-}
 
 
 @pytest.fixture(scope="module")
 def mnist() -> Dataset:
     return load_dataset("mnist", 0.1)
-
-
-def load(
-    folder: Path,
-    share: float = 0.1,
-    split: str = "last",
-    seed: int = 0,
-    normalize: bool = False,
-    **changed: Any,
-) -> Dataset:
-    path = folder / "data.npz"
-    np.savez(path, **arrays(**changed))
-    return load_dataset(str(path), share, split=split, seed=seed, normalize=normalize)
-
-
-def labelled(*counts: int) -> dict[str, NDArray[Any]]:
-    """Training data sorted by class, so many examples of each; every example is its number."""
-    y = np.repeat(np.arange(len(counts)), counts)
-    return {"x_train": np.arange(len(y), dtype=np.float32)[:, None] * [[1, 1, 1, 1]], "y_train": y}
-
-
-@pytest.mark.parametrize("key", ARRAYS)
-def test_the_bundled_digits_are_the_standard_ones(key: str) -> None:
-    with np.load(MNIST, allow_pickle=False) as archive:
-        array = archive[key]
-    assert array.dtype == np.uint8
-    assert hashlib.sha256(array.tobytes()).hexdigest() == SHA256[key]
 
 
 def test_the_digits_are_split_into_54_6_and_10_thousand(mnist: Dataset) -> None:
@@ -101,19 +68,6 @@ def test_the_split_rounds_as_keras_does(tmp_path: Path, share: float, train: int
     assert load(tmp_path, share).train_size == train == int(40 * (1 - share))
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_numbers_with_a_fraction_stay_as_they_are(tmp_path: Path, kind: type) -> None:
-    x = np.linspace(-300, 300, 160).reshape(40, 4).astype(kind)
-    dataset = load(tmp_path, x_train=x)
-    assert dataset.x_all.dtype == np.float32
-    np.testing.assert_array_equal(dataset.x_all, x.astype(np.float32))
-
-
-def test_whole_numbers_other_than_bytes_stay_as_they_are(tmp_path: Path) -> None:
-    x = np.arange(160).reshape(40, 4)
-    np.testing.assert_array_equal(load(tmp_path, x_train=x).x_all, x)
-
-
 def test_bytes_stay_bytes_until_they_are_scaled(tmp_path: Path) -> None:
     x = np.full((40, 2, 2), 51, dtype=np.uint8)
     dataset = load(tmp_path, x_train=x, x_test=x[:10])
@@ -125,37 +79,6 @@ def test_bytes_stay_bytes_until_they_are_scaled(tmp_path: Path) -> None:
 def test_numbers_with_a_fraction_are_not_scaled(tmp_path: Path) -> None:
     dataset = load(tmp_path, x_train=np.full((40, 4), 255.0))
     np.testing.assert_array_equal(data.scaled(dataset.x_all), np.full((40, 4), 255.0))
-
-
-def test_images_of_any_shape_become_flat(tmp_path: Path) -> None:
-    x = np.zeros((40, 2, 3, 4), dtype=np.float32)
-    dataset = load(tmp_path, x_train=x, x_test=x[:10])
-    assert dataset.features == 24
-    assert dataset.x_all.flags.c_contiguous
-
-
-def test_labels_in_a_column_are_accepted(tmp_path: Path) -> None:
-    column = load(tmp_path, y_train=np.arange(40)[:, None] % 2, y_test=np.arange(10)[:, None] % 2)
-    row = load(tmp_path)
-    assert column.y_all.shape == (40,)
-    np.testing.assert_array_equal(column.y_all, row.y_all)
-    np.testing.assert_array_equal(column.y_test, row.y_test)
-
-
-def test_a_test_set_may_lack_a_class(tmp_path: Path) -> None:
-    assert load(tmp_path, y_test=np.zeros(10, dtype=np.uint8)).classes == 2
-
-
-def test_arrays_in_fortran_order_are_read_like_others(tmp_path: Path) -> None:
-    usual = load(tmp_path)
-    fortran = load(tmp_path, x_train=np.asfortranarray(arrays()["x_train"]))
-    np.testing.assert_array_equal(fortran.x_all, usual.x_all)
-    assert fortran.digest == usual.digest
-
-
-def test_compressed_files_are_read(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "small.npz", **arrays())
-    assert load_dataset(str(tmp_path / "small.npz"), 0.1).digest == load(tmp_path).digest
 
 
 def test_the_digest_depends_on_the_numbers_and_not_on_the_file(tmp_path: Path) -> None:
@@ -177,6 +100,50 @@ def test_the_digest_depends_on_the_type_and_the_shape(tmp_path: Path) -> None:
 
 
 # ---- splits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "part", "lacking"),
+    [
+        ((40, 40, 8), "training", "2"),
+        ((10, 10, 180), "validation", ""),
+        ((25, 300), "validation", "0"),
+    ],
+)
+def test_each_part_is_checked_by_itself(
+    tmp_path: Path, counts: tuple[int, ...], part: str, lacking: str
+) -> None:
+    problem = load(tmp_path, **labelled(*counts)).problem
+    if not lacking:  # classes of ten need no validation
+        assert problem is None
+        return
+    assert problem is not None
+    assert f"the {part} part (last split" in problem
+    assert f"but has none of class {lacking}; give --split stratified" in problem
+
+
+def test_test_examples_that_stand_in_the_training_data_are_counted(tmp_path: Path) -> None:
+    x = arrays()["x_train"]
+    dataset = load(tmp_path, x_test=np.concatenate([x[3:6], x[3:4], x[:6] + 1]))
+    assert dataset.repeated == 4
+    assert str(dataset).endswith("test examples in the training data: 4")
+
+
+# ---- scales ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x",
+    [np.ones((40, 4), np.uint8), np.ones((40, 4, 4), np.float32), np.ones((40, 4, 4, 3), np.int32)],
+    ids=lambda x: f"{x.dtype}{x.shape[1:]}",
+)
+def test_images_are_not_normalized(tmp_path: Path, x: NDArray[Any]) -> None:
+    dataset = load(tmp_path, normalize=True, x_train=x, x_test=x[:10])
+    assert dataset.normalization is None
+    assert (dataset.x_all == 1).all()
+
+
+# ---- splits and normalization --------------------------------------------------------------------
 
 
 def test_a_stratified_split_gives_both_parts_the_same_proportion_of_every_class(
@@ -214,33 +181,6 @@ def test_a_stratified_split_trains_on_every_class_and_validates_what_it_can(
     assert dataset.problem is None
 
 
-@pytest.mark.parametrize(
-    ("counts", "part", "lacking"),
-    [
-        ((40, 40, 8), "training", "2"),
-        ((10, 10, 180), "validation", ""),
-        ((25, 300), "validation", "0"),
-    ],
-)
-def test_each_part_is_checked_by_itself(
-    tmp_path: Path, counts: tuple[int, ...], part: str, lacking: str
-) -> None:
-    problem = load(tmp_path, **labelled(*counts)).problem
-    if not lacking:  # classes of ten need no validation
-        assert problem is None
-        return
-    assert problem is not None
-    assert f"the {part} part (last split" in problem
-    assert f"but has none of class {lacking}; give --split stratified" in problem
-
-
-def test_test_examples_that_stand_in_the_training_data_are_counted(tmp_path: Path) -> None:
-    x = arrays()["x_train"]
-    dataset = load(tmp_path, x_test=np.concatenate([x[3:6], x[3:4], x[:6] + 1]))
-    assert dataset.repeated == 4
-    assert str(dataset).endswith("test examples in the training data: 4")
-
-
 # ---- scales ----------------------------------------------------------------------------------
 
 SCALES = np.array([1e-3, 1, 4e3, 1e6], np.float32)
@@ -276,39 +216,72 @@ def test_a_scale_that_float32_cannot_normalize_is_refused(tmp_path: Path, factor
         load(tmp_path, normalize=True, x_train=x)
 
 
+# ---- regression ----------------------------------------------------------------------------------
+
+
+def numbers(path: Path, **changed: Any) -> str:
+    y = np.random.default_rng(1).normal(50, 8, size=50)
+    np.savez(path, **arrays(**{"y_train": y[:40], "y_test": y[40:], **changed}))
+    return str(path)
+
+
+def test_numbers_are_standardized_by_the_training_part_and_stay_as_they_are_for_the_test(
+    tmp_path: Path,
+) -> None:
+    name = numbers(tmp_path / "numbers.npz")
+    data = load_dataset(name, 0.25, split="stratified", seed=3)
+    assert (data.task.kind, data.task.outputs, data.classes, data.split) == (
+        "regression",
+        1,
+        0,
+        "random",
+    )
+    _, y = data.train
+    assert y.dtype == np.float32 and data.train_size == len(y) == 30
+    assert (y.mean(), y.std()) == pytest.approx((0, 1), abs=1e-5)
+    with np.load(name) as source:
+        restored = data.y_all * data.task.deviation + data.task.mean
+        assert sorted(restored) == pytest.approx(sorted(source["y_train"]), rel=1e-5)
+        assert data.y_test == pytest.approx(source["y_test"], rel=1e-6)
+        assert restored.tolist() != pytest.approx(source["y_train"].tolist())  # in random order
+    again = load_dataset(name, 0.25, split="random", seed=3)
+    assert again.y_all.tolist() == data.y_all.tolist()
+    assert load_dataset(name, 0.25, split="random", seed=4).y_all.tolist() != data.y_all.tolist()
+
+
+def test_whole_numbers_are_classes_unless_the_task_is_a_regression(tmp_path: Path) -> None:
+    name = numbers(tmp_path / "numbers.npz", y_train=np.arange(40) % 3, y_test=np.arange(10) % 3)
+    assert load_dataset(name, 0.25).task.kind == "classification"
+    data = load_dataset(name, 0.25, task="regression")
+    assert (data.task.kind, data.y_test.dtype) == ("regression", np.float32)
+    assert "a number to predict (" in str(data)
+
+
 @pytest.mark.parametrize(
-    "x",
-    [np.ones((40, 4), np.uint8), np.ones((40, 4, 4), np.float32), np.ones((40, 4, 4, 3), np.int32)],
-    ids=lambda x: f"{x.dtype}{x.shape[1:]}",
+    ("changed", "rule"),
+    [
+        ({"y_train": np.full(40, np.nan)}, "y_train must hold finite numbers"),
+        ({"y_test": np.full(10, 1e300)}, "y_test must hold finite numbers"),
+        ({"y_train": np.full(40, 0.1)}, "y_train must hold numbers that differ"),
+        ({"y_train": np.full(40, "0.5")}, "y_train must hold numbers in shape"),
+        ({"y_train": np.ones((40, 2)) / 3}, "y_train must hold numbers in shape"),
+    ],
 )
-def test_images_are_not_normalized(tmp_path: Path, x: NDArray[Any]) -> None:
-    dataset = load(tmp_path, normalize=True, x_train=x, x_test=x[:10])
-    assert dataset.normalization is None
-    assert (dataset.x_all == 1).all()
+def test_numbers_that_cannot_be_learned_are_refused(
+    tmp_path: Path, changed: dict[str, Any], rule: str
+) -> None:
+    name = numbers(tmp_path / "numbers.npz", **changed)
+    with pytest.raises(InputError, match=rule):
+        load_dataset(name, 0.25, task="regression")
 
 
-class Trap:
-    """Unpickling it creates the file `marker`."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, (str(self.marker), "w")
-
-
-@pytest.mark.parametrize("key", ARRAYS)
-def test_objects_are_never_unpickled(tmp_path: Path, key: str) -> None:
-    marker = tmp_path / "marker"
-    trap = np.array([Trap(marker)], dtype=object)
-    with pytest.raises(InputError, match="must hold arrays of numbers, but has an array of obj"):
-        load(tmp_path, **{key: trap})
-    assert not marker.exists()
-    with np.load(tmp_path / "data.npz", allow_pickle=True) as archive:
-        archive[key][0].close()
-    assert marker.exists(), "the trap does not work, so the test above shows nothing"
-
-
-def test_a_name_that_is_neither_a_dataset_nor_a_file_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--dataset must be mnist, .*but got 'emnist'"):
-        load_dataset("emnist", 0.1)
+def test_balanced_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    sklearn = pytest.importorskip("sklearn.utils.class_weight")
+    y = np.repeat([0, 1, 2], [30, 6, 4])
+    np.savez(tmp_path / "rare.npz", **arrays(y_train=y))
+    dataset = load_dataset(str(tmp_path / "rare.npz"), 0.25, split="stratified")
+    _, labels = dataset.train
+    found = class_weights(StudyConfig(class_weight="balanced"), dataset)
+    expected = sklearn.compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert found == pytest.approx(expected)
+    assert class_weights(StudyConfig(), dataset) is None

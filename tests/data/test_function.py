@@ -1,6 +1,5 @@
 """A dataset from the user's own function: what it may return, and what is refused in one line."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from conftest import command
 
 from search.config.settings import StudyConfig
 from search.data import function
-from search.data.dataset import Dataset, load_dataset, load_for_study
+from search.data.dataset import Dataset
+from search.data.load import load_dataset, load_for_study
 from search.errors import InputError
 
 ARRAYS = """
@@ -33,9 +33,9 @@ def pipeline(first, last):
 
 
 @pytest.fixture(autouse=True)
-def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `run` restores it: no module of an earlier test's folder is found."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def _own_path(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own: no module of an earlier test's folder is found."""
+    monkeypatch.syspath_prepend(in_folder)
 
 
 def load(returned: str, source: str = ARRAYS, **settings: Any) -> Dataset:
@@ -52,7 +52,7 @@ def test_arrays_are_those_of_a_file_with_them(in_folder: Path) -> None:
     of_file = load_dataset("mine.npz", 0.2, split="stratified")
     assert found.digest == of_file.digest
     np.testing.assert_array_equal(found.x_all, of_file.x_all)
-    assert (found.split, found.class_names) == ("stratified", ())
+    assert (found.split, found.task.class_names) == ("stratified", ())
 
 
 def test_the_source_is_read_again(in_folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_validation_part_is_the_split(in_folder: Path) -> None:
     own = "return {**arrays, 'x_validation': x[5:9], 'y_validation': y[5:9], 'class_names': 'ab'}"
     own = own.replace("'ab'", "['no', 'yes']")
     found = load(own)
-    assert (found.split, found.train_size, found.class_names) == ("own", 30, ("no", "yes"))
+    assert (found.split, found.train_size, found.task.class_names) == ("own", 30, ("no", "yes"))
     np.testing.assert_array_equal(found.validation[0], found.x_all[5:9])
     assert "30 / 4 / 10 examples to train, validate, test (own split)" in str(found)
     assert found.digest != load("return arrays").digest

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset, load_dataset
+from search.data.dataset import Dataset
 from search.data.images import is_folder, read
+from search.data.load import load_dataset
 from search.errors import InputError
 
 Pixels = NDArray[np.uint8]
@@ -66,11 +67,11 @@ def test_the_names_classes_and_pixels_reach_the_dataset(tmp_path: Path) -> None:
     made = fill(tmp_path / "train", {"cat": 8, "dog": 8})
     fill(tmp_path / "test", {"cat": 1, "dog": 1})
     dataset = load(tmp_path)
-    assert dataset.class_names == ("cat", "dog")
+    assert dataset.task.class_names == ("cat", "dog")
     assert dataset.sample_shape == (4, 5)
     rows = sorted(row.tobytes() for row in dataset.x_all)
     assert rows == sorted(pixels.tobytes() for pixels in made["cat"] + made["dog"])
-    assert dataset.raw_test.shape == (2, 4, 5)
+    assert dataset.test_inputs().shape == (2, 4, 5)
     assert load(tmp_path).digest == dataset.digest
 
 

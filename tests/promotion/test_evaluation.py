@@ -9,8 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from conftest import small_dataset
 
-from search.data.dataset import Dataset, load_dataset
+from search.data.dataset import Dataset
+from search.data.load import load_dataset
 from search.promotion import evaluation
 from search.promotion.evaluation import (
     MOST,
@@ -49,7 +51,13 @@ def test_few_classes_have_a_matrix() -> None:
 def test_a_file_of_few_classes_holds_the_matrix_and_the_mistakes_as_ever() -> None:
     found = evaluated(3)
     kept = json.loads(found.as_json())
-    assert list(kept) == ["confusion", "mistakes"]
+    assert list(kept) == ["confusion", "mistakes", "classes"]
+    assert kept["classes"][0] == {
+        "label": 0,
+        "precision": pytest.approx(1 / 3),
+        "recall": 0.5,
+        "examples": 2,
+    }
     assert kept["confusion"] == MATRIX
     assert list(kept["mistakes"][0]) == ["index", "label", "predicted", "probability"]
     assert load_evaluation(found.as_json()) == found
@@ -58,7 +66,7 @@ def test_a_file_of_few_classes_holds_the_matrix_and_the_mistakes_as_ever() -> No
 def test_many_classes_have_their_most_frequent_confusions_and_no_matrix() -> None:
     assert evaluated(MOST).confusion is not None
     found = evaluated(MOST + 1)
-    assert found == replace(evaluated(3), confusion=None)
+    assert found == replace(evaluated(3), confusion=None, classes=[])
     assert load_evaluation(found.as_json()) == found
     assert "confusion" not in json.loads(found.as_json())
 
@@ -109,7 +117,9 @@ def test_predictions_of_many_classes_are_made_a_few_examples_at_a_time(
         return original(rows, **named)
 
     monkeypatch.setattr(network, "predict", predict)
-    predicted, confidence = evaluation.predict(network, x)
+    predicted, confidence = evaluation.predict(
+        network, small_dataset(x_test=x, y_test=np.zeros(25, np.int32))
+    )
     assert asked == [(10, 10), (10, 10), (5, 10)]
     assert predicted.tolist() == whole.argmax(axis=1).tolist()
     assert confidence == pytest.approx(whole.max(axis=1), abs=1e-6)

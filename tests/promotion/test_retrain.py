@@ -10,12 +10,10 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import copy_databases
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search import pipeline, session
+from search import pipeline
 from search.config.settings import StudyConfig
-from search.errors import RunError
 
 NAME = "MNIST_DNN_Model"
 TRIALS = 2
@@ -120,24 +118,6 @@ def test_a_retraining_stopped_before_its_end_is_done_again(
     found = invariants.check(Path.cwd(), TRIALS)
     assert len(retrainings(found)) == 2
     assert [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")] == [1]
-
-
-@pytest.mark.slow
-def test_an_error_while_registering_is_one_line_and_the_next_run_completes_it(
-    config: StudyConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise MlflowException("the server is down")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session, "_PATIENCE", 1)
-        patch.setattr(MlflowClient, "set_registered_model_alias", refuse)
-        with pytest.raises(RunError, match="the server is down") as caught:
-            pipeline.run(config)
-    assert "\n" not in str(caught.value)
-    assert invariants.check(Path.cwd(), TRIALS, registered=False)["parent"].info.status == "FAILED"
-    pipeline.run(config)
-    assert retrainings(invariants.check(Path.cwd(), TRIALS)) == ["FINISHED"]
 
 
 # ---- production ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from search.config.settings import StudyConfig
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.report import overview
 from search.report.html import draw_charts, write_html
 from search.report.text import markdown, show
@@ -141,28 +141,6 @@ def test_a_study_that_has_hardly_begun_has_a_report(
     assert page.locator("tbody tr").count() == finished_trials + 1
     assert page.get_by_text("<script>alert(1)</script>").count() == 1
     page.close()
-
-
-def test_trials_are_compared_after_the_last_epoch_that_all_of_them_have() -> None:
-    study = optuna.create_study(direction="maximize")
-    distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
-    for number, values in enumerate([(0.1, 0.2, 0.3), (0.4, 0.5), (0.6, 0.7, 0.8)]):
-        study.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if len(values) == 3 else TrialState.PRUNED,
-                value=values[-1] if len(values) == 3 else None,
-                params={"x": number / 10},
-                distributions=distributions,
-                intermediate_values=dict(enumerate(values)),
-            )
-        )
-    epoch, copy = overview.comparable(study)
-    assert epoch == 2
-    assert [(trial.params["x"], trial.value) for trial in copy.trials] == [
-        (0.0, 0.2),
-        (0.1, 0.5),
-        (0.2, 0.7),
-    ]
 
 
 def of_many_kinds(seeds: Iterable[int]) -> tuple[optuna.Study, StudyConfig]:

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import ROOT, TRIALS, command, start_anew
 from optuna.trial import TrialState, create_trial
@@ -18,7 +19,6 @@ from servers import MlflowServer
 from search import StudyConfig
 from search.report import overview
 from search.study import sampling, storage
-from search.tracking.registered_model import find_production
 
 
 def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
@@ -28,17 +28,17 @@ def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
     states = [trial.state for trial in finished["trials"]]
     assert shown["complete"] == states.count(TrialState.COMPLETE)
     assert shown["pruned"] == states.count(TrialState.PRUNED)
-    assert (shown["schema"], shown["study"], shown["failures"]) == (1, "mnist-dnn", [])
+    assert (shown["schema"], shown["study"], shown["failures"]) == (2, "mnist-dnn", [])
     assert (shown["running"], shown["unfinished"]) == (None, 0)
     assert shown["parent_run_id"] == finished["parent"].info.run_id
 
     best = finished["study"].best_trial
     assert shown["best"]["number"] == shown["top"][0]["number"] == best.number
-    assert shown["best"]["val_accuracy"] == best.value
+    assert shown["best"]["value"] == best.value
     assert shown["best"]["hyperparameters"] == best.params
     assert shown["best"]["run_id"] == finished["runs"][best.number].info.run_id
     complete = [t.value for t in finished["trials"] if t.state is TrialState.COMPLETE]
-    assert [row["val_accuracy"] for row in shown["top"]] == sorted(complete, reverse=True)[:10]
+    assert [row["value"] for row in shown["top"]] == sorted(complete, reverse=True)[:10]
     assert shown["reference"]["number"] == 0
     saved = sum(3 - len(trial.intermediate_values) for trial in finished["trials"])
     assert shown["saved"]["epochs"] == saved
@@ -51,8 +51,12 @@ def test_show_is_what_the_databases_hold(finished: dict[str, Any]) -> None:
         "run_id": winner.info.run_id,
         "study": "mnist-dnn",
         "trial": best.number,
-        "test_accuracy": winner.data.metrics["test_accuracy"],
+        "metrics": {k: v for k, v in winner.data.metrics.items() if k.startswith("test_")},
     }
+    assert (shown["objective"], shown["direction"]) == ("val_accuracy", "maximize")
+    history = finished["trials"][best.number].user_attrs["history"]
+    assert shown["best"]["metrics"].items() <= history[-1].items()
+    assert {"train_loss", "val_loss", "val_f1", "val_auc"} < shown["best"]["metrics"].keys()
 
 
 @pytest.mark.slow
@@ -101,19 +105,6 @@ def test_show_changes_nothing(finished: dict[str, Any]) -> None:
     assert (content(), sorted(path.name for path in finished["folder"].iterdir())) == before
 
 
-def test_production_is_the_same_through_a_server(finished: dict[str, Any], tmp_path: Path) -> None:
-    server = MlflowServer(finished["folder"])
-    try:
-        through = find_production(StudyConfig(tracking_uri=server.uri))
-    finally:
-        server.stop()
-    direct = find_production(
-        StudyConfig(tracking_uri=f"sqlite:///{finished['folder'] / 'mlflow.db'}")
-    )
-    assert through == direct
-    assert through is not None
-
-
 def test_the_password_of_a_server_is_shown_nowhere(finished: dict[str, Any]) -> None:
     server = MlflowServer(finished["folder"])
     secret = "hunter2 'of' \"mine\""
@@ -156,6 +147,28 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: --study-name must be a study of this tool")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_are_compared_after_the_last_epoch_that_all_of_them_have() -> None:
+    study = optuna.create_study(direction="maximize")
+    distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    for number, values in enumerate([(0.1, 0.2, 0.3), (0.4, 0.5), (0.6, 0.7, 0.8)]):
+        study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if len(values) == 3 else TrialState.PRUNED,
+                value=values[-1] if len(values) == 3 else None,
+                params={"x": number / 10},
+                distributions=distributions,
+                intermediate_values=dict(enumerate(values)),
+            )
+        )
+    epoch, copy = overview.comparable(study)
+    assert epoch == 2
+    assert [(trial.params["x"], trial.value) for trial in copy.trials] == [
+        (0.0, 0.2),
+        (0.1, 0.5),
+        (0.2, 0.7),
+    ]
 
 
 def test_importances_need_trials_and_something_that_varies() -> None:

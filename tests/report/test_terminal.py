@@ -29,7 +29,7 @@ OUTCOME = TrialSummary(
     number=7,
     slot=7,
     state="COMPLETE",
-    val_accuracy=0.97654,
+    value=0.97654,
     hyperparameters=TRIED,
     epochs=5,
     seconds=12.34,
@@ -50,7 +50,7 @@ def test_a_trial_is_one_line_however_narrow_the_terminal() -> None:
 def test_a_failed_trial_says_why_and_markup_in_it_is_only_text() -> None:
     to, text = lines()
     failure = "ValueError: [red]bad[/blue]"
-    failed = replace(OUTCOME, state="FAIL", val_accuracy=None, epochs=0, failure=failure)
+    failed = replace(OUTCOME, state="FAIL", value=None, epochs=0, failure=failure)
     to.trial(replace(failed, hyperparameters={}), None)
     assert text.getvalue() == (
         f"trial    7  FAIL      val_accuracy     --    0 ep  12.3 s  best --  ({failure})\n"

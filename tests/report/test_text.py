@@ -35,7 +35,7 @@ def trial(number: int, tried: dict[str, Value], value: float) -> FrozenTrial:
 
 
 RESULT = Result(
-    config=StudyConfig(),
+    config=StudyConfig(objective="val_accuracy"),
     best=trial(17, TRIED, 0.98125),
     reference=trial(0, REFERENCE, 0.9785),
     finalists=[],
@@ -43,9 +43,8 @@ RESULT = Result(
         trial=17,
         run_id="r",
         version=3,
-        val_accuracy=0.98125,
-        test_loss=0.06125,
-        test_accuracy=0.9812,
+        value=0.98125,
+        metrics={"test_accuracy": 0.9812, "test_loss": 0.06125, "test_f1": 0.975},
         verdict=Decision(True, "if-better", 0.9812, 2, 0.9801, 0.0425),
         in_production=3,
         new=True,
@@ -74,8 +73,8 @@ def test_the_summary_of_a_whole_run(in_folder: Path) -> None:
         "results, so part of that is luck.",
         "",
         "winner: trial 17, val_accuracy 0.9812, used for the selection, so optimistically biased",
-        "Retrained on training and validation data: test accuracy 0.9812, test loss 0.0612 (the "
-        "test examples are used only here and by the gate).",
+        "Retrained on training and validation data: test accuracy 0.9812, test macro F1 0.9750, "
+        "test loss 0.0612 (the test examples are used only here and by the gate).",
         "Registered as MNIST_DNN_Model version 3: alias production, stage Production.",
         "Gate: promoted: test accuracy 0.9812 against 0.9801 of version 2, exact McNemar p = 0.043 "
         "(significant at 5 %).",
@@ -160,13 +159,17 @@ def test_an_interrupted_run_says_how_to_go_on(best: FrozenTrial | None) -> None:
 
 def test_the_commands_to_look_further_name_the_databases_quoted_and_without_passwords() -> None:
     config = StudyConfig(
-        storage="postgresql://me:hunter2@db/x", tracking_uri="sqlite:///my runs.db"
+        objective="val_accuracy",
+        storage="postgresql://me:hunter2@db/x",
+        tracking_uri="sqlite:///my runs.db",
     )
     text = summary(config=config)
     assert "  mlflow ui --backend-store-uri 'sqlite:///my runs.db'\n" in text
     assert "hunter2" not in text
     assert "me:***@db/x" in text
-    served = summary(config=StudyConfig(tracking_uri="http://me:hunter2@host:5000"))
+    served = summary(
+        config=StudyConfig(objective="val_accuracy", tracking_uri="http://me:hunter2@host:5000")
+    )
     assert "already served at http://me:***@host:5000" in served
 
 

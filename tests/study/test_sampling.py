@@ -5,7 +5,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import pytest
@@ -33,6 +33,9 @@ GRID = {"sampler": "grid", "hidden_units": "8,512", "dropout_rate": "0.1,0.2,0.3
 EPOCHS, SLOTS = 9, 24
 
 
+Direction = Literal["maximize", "minimize"]
+
+
 class Broken(Exception):
     """A trial that fails."""
 
@@ -41,9 +44,11 @@ def config(**changed: Any) -> StudyConfig:
     return StudyConfig(**{"pruner": "none", "epochs": EPOCHS, "n_trials": SLOTS, **changed})
 
 
-def session(settings: StudyConfig, storage: BaseStorage) -> SlottedStudy:
+def session(
+    settings: StudyConfig, storage: BaseStorage, direction: Direction = "maximize"
+) -> SlottedStudy:
     """The study as a worker opens it: a pruner of its own, the sampler of every trial new."""
-    optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
+    optuna.create_study(study_name="s", storage=storage, direction=direction, load_if_exists=True)
     return SlottedStudy(study_name="s", storage=storage, pruner=sampling.pruner(settings))
 
 
@@ -55,16 +60,18 @@ def accuracy(tried: Mapping[str, Any], slot: int, epoch: int) -> float:
 
 
 def run_trial(study: SlottedStudy, settings: StudyConfig, slot: int, *, broken: bool) -> None:
+    sign = 1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else -1
+
     def objective(trial: optuna.Trial) -> float:
         tried = settings.space.suggest(trial)
         judged = sampling.Judged(trial)
         for epoch in range(settings.epochs):
-            judged.report(accuracy(tried, slot, epoch), epoch)
+            judged.report(sign * accuracy(tried, slot, epoch), epoch)
             if broken and epoch == 4:
                 raise Broken
             if judged.should_prune() and not broken:
                 raise optuna.TrialPruned
-        return accuracy(tried, slot, settings.epochs - 1)
+        return sign * accuracy(tried, slot, settings.epochs - 1)
 
     study.attrs = {"place": slot, "seed": sampling.seeds(settings.seed, slot)[1]}
     study.sampler = sampling.sampler(settings, slot)
@@ -79,6 +86,7 @@ def search(
     sessions: Collection[int] = (),
     slots: int = SLOTS,
     storage: BaseStorage | None = None,
+    direction: Direction = "maximize",
 ) -> dict[int, FrozenTrial]:
     """The finished trials by slot.
 
@@ -86,7 +94,7 @@ def search(
     begins. storage: in memory by default.
     """
     storage = storage or InMemoryStorage()
-    study = session(settings, storage)
+    study = session(settings, storage, direction)
     for slot in range(slots):
         if slot in sessions:
             study = session(settings, storage)
@@ -127,6 +135,13 @@ def test_every_slot_has_two_seeds_of_its_own() -> None:
     assert len(set(flat)) == len(flat) == 2000
     assert all(0 <= seed < 2**31 for seed in flat)
     assert pairs == [sampling.seeds(seed, slot) for seed in range(5) for slot in range(200)]
+
+
+def test_fresh_seeds_are_fresh() -> None:
+    used = {seed for place in range(100) for seed in sampling.seeds(0, place)}
+    fresh = [sampling.repeat_seed(0, place, repeat) for place in range(100) for repeat in range(9)]
+    assert len(set(fresh)) == 900
+    assert not used & set(fresh)
 
 
 # ---- proposals ---------------------------------------------------------------------------------
@@ -291,8 +306,9 @@ def test_a_pruner_that_is_shown_little_decides_as_one_that_is_shown_everything(
     ("pruner", "space"),
     [("percentile", {}), ("median", BRANCHING), ("halving", BRANCHING), ("hyperband", {})],
 )
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_what_a_worker_reads_of_a_file_leads_to_the_same_trials_as_all_of_them_in_memory(
-    in_folder: Path, pruner: str, space: dict[str, str]
+    in_folder: Path, pruner: str, space: dict[str, str], direction: Direction
 ) -> None:
     settings = config(pruner=pruner, **space)
     backend = open_storage("sqlite:///study.db")
@@ -301,6 +317,15 @@ def test_what_a_worker_reads_of_a_file_leads_to_the_same_trials_as_all_of_them_i
     in_memory = search(settings, broken=(3,), slots=18)
     assert proposals(trials) == proposals(in_memory)
     assert decisions(trials) == decisions(in_memory)
+
+
+@pytest.mark.parametrize("pruner", ["none", *PRUNERS])
+def test_minimizing_is_maximizing_upside_down(pruner: str) -> None:
+    settings = config(pruner=pruner)
+    up, down = search(settings), search(settings, direction="minimize")
+    assert proposals(down) == proposals(up)
+    assert [state for state, _ in decisions(down)] == [state for state, _ in decisions(up)]
+    assert pruner == "none" or len({state for state, _ in decisions(up)}) > 1
 
 
 def test_without_a_pruner_every_trial_completes() -> None:

@@ -57,6 +57,17 @@ def test_a_study_whose_creation_was_killed_before_it_had_settings_is_adopted(
     assert study.user_attrs["study_uid"]
 
 
+def test_a_study_has_the_direction_of_its_objective(in_folder: Path) -> None:
+    loss = {**SETTINGS, "objective": "val_loss"}
+    study = storage.open_study(StudyConfig(), loss)
+    assert study.direction is optuna.study.StudyDirection.MINIMIZE
+    assert study.metric_names == ["val_loss"]
+    assert storage.objective(study).name == "val_loss"
+    assert storage.stored_settings(StudyConfig()) == loss
+    with pytest.raises(InputError, match="objective: val_loss -> val_accuracy"):
+        storage.check_same(StudyConfig(), SETTINGS)
+
+
 def test_a_study_of_another_program_is_not_adopted(in_folder: Path) -> None:
     study = optuna.create_study(
         study_name="mnist-dnn",

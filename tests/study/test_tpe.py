@@ -103,16 +103,24 @@ def fill(study: optuna.Study, config: StudyConfig, complete: int) -> None:
         )
 
 
-@pytest.fixture(scope="module", params=[("plain", 30), ("plain", 2), ("branching", 30)], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[
+        (space, complete, objective)
+        for objective in ("val_accuracy", "val_loss")  # maximized, minimized
+        for space, complete in (("plain", 30), ("plain", 2), ("branching", 30))
+    ],
+    ids=str,
+)
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[StudyConfig, list[optuna.Study]]]:
     """A study as Optuna reads it, and as a worker does, with a trial of this process last."""
-    space, complete = request.param
+    space, complete, objective = request.param
     folder: Path = tmp_path_factory.mktemp("study")
     options: Mapping[str, Any] = BRANCHING if space == "branching" else {}
     config = StudyConfig(storage=f"sqlite:///{folder / 'study.db'}", **options)
-    study = storage.open_study(config, SETTINGS)
+    study = storage.open_study(config, {**SETTINGS, "objective": objective})
     fill(study, config, complete)
     backend = OutlineStorage(storage.open_storage(config.storage))
     worker = SlottedStudy(study_name=config.study_name, storage=backend)

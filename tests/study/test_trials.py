@@ -13,7 +13,14 @@ from test_sqlite import SETTINGS
 
 from search.config.settings import StudyConfig
 from search.study import storage, trials
-from search.study.trials import fail_trial, given_up, missing_slots, owner_of_this_process
+from search.study.trials import (
+    fail_trial,
+    given_up,
+    history_attr,
+    history_of,
+    missing_slots,
+    owner_of_this_process,
+)
 
 of_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no Linux")
 
@@ -122,3 +129,13 @@ def test_a_lowered_budget_that_is_met_misses_nothing() -> None:
         study.add_trial(create_trial(state=state, user_attrs={"place": slot}))
     assert missing_slots(study, 4) == []
     assert missing_slots(study, 5) == [3]
+
+
+def test_a_history_in_one_attribute_is_read_as_before() -> None:
+    entries = [{"epoch": epoch} for epoch in range(250)]
+    old = create_trial(state=TrialState.PRUNED, user_attrs={"history": entries})
+    assert history_of(old) == entries
+    blocks = {history_attr(at): entries[at : at + 100] for at in (200, 0, 100)}
+    assert list(blocks) == ["history_2", "history", "history_1"]
+    assert history_of(create_trial(state=TrialState.PRUNED, user_attrs=blocks)) == entries
+    assert history_of(create_trial(state=TrialState.FAIL)) == []

@@ -1,6 +1,5 @@
 """Each way to train in the graph is Keras' own, to float precision; graphs are shared correctly."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import default_network
-from test_train import BATCH, CLASSES, FEATURES, RAGGED, WHOLE, examples, moved, same
+from conftest import default_network, small_dataset
+from test_train import BATCH, CLASSES, FEATURES, RAGGED, TASK, WHOLE, examples, moved, same
 
 from search.config import custom_model
 from search.config.parameter import Choice
-from search.data.memory import shared
-from search.training import fused
+from search.data.task import Task
+from search.memory import shared
 from search.training import train as training
-from search.training.epoch import _leaves, epoch_order, tensor_of
-from search.training.network import build_network, check_probabilities
+from search.training.epoch import epoch_order, tensor_of
+from search.training.network import build_network, network_to_register
 from search.training.train import _of_thread, evaluate
 
 RATE = 0.01
@@ -32,7 +31,7 @@ def tried(**changed: Any) -> Tried:
 
 
 def build(what: Tried, shape: tuple[int, ...] = (FEATURES,)) -> keras.Sequential:
-    return build_network(what, shape, CLASSES, seed=3)
+    return build_network(what, shape, TASK, seed=3)
 
 
 def train(net: keras.Sequential, what: Tried, data: Any, epochs: int = 1, **more: Any) -> Any:
@@ -166,21 +165,6 @@ def test_early_stopping_gives_back_the_best_weights() -> None:
 # ---- randomness and graphs -----------------------------------------------------------------------
 
 
-def test_every_dropout_layer_draws_masks_of_its_own(no_graphs: None) -> None:
-    what = tried(hidden_layers=2, dropout_rate=0.5)
-    net = build(what)
-    train(net, what, examples(WHOLE))
-    (kept,) = _of_thread.graphs.values()
-    masks = []
-    for layer in _leaves(kept.network):
-        if isinstance(layer, fused.Dropout):
-            layer.set(0.5, 7, len(masks))
-            masks.append(np.asarray(layer(np.ones((64, 16), np.float32), training=True)))
-    assert len(masks) == 2
-    assert (masks[0] != masks[1]).any()
-    assert 0.4 < np.mean(masks[0] == 0) < 0.6
-
-
 IMAGES = {"shape": (4, 5)}
 
 
@@ -257,10 +241,6 @@ class Scaled(keras.Model):  # type: ignore[misc]
         return self.inner(x * self.scale)
 
 
-class Unknown(keras.layers.Layer):  # type: ignore[misc]
-    """A layer that nobody could load."""
-
-
 @pytest.fixture
 def own() -> Callable[..., keras.Sequential]:
     space = {name: Choice((0.1,)) for name in ("drop", "spatial", "whole")}
@@ -268,7 +248,7 @@ def own() -> Callable[..., keras.Sequential]:
 
     def make(seed: int = 3, **rates: float) -> keras.Sequential:
         what = {**tried(), "drop": 0.1, "spatial": 0.1, "whole": 0.1, **rates}
-        return build_network(what, (FEATURES,), CLASSES, seed, custom=made)
+        return build_network(what, (FEATURES,), TASK, seed, custom=made)
 
     return make
 
@@ -327,7 +307,7 @@ def test_networks_that_differ_share_no_graph(
             return keras.Sequential([keras.Input(shape), *layers(other), last])
 
         found = custom_model.CustomModel("here:made", made, {}, "0")
-        net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
+        net = build_network(tried(), (FEATURES,), TASK, 3, custom=found)
         train(net, tried(), examples(WHOLE))
         assert len(_of_thread.graphs) == count
 
@@ -338,7 +318,7 @@ def test_a_network_within_that_has_weights_of_its_own_learns(no_graphs: None) ->
         return keras.Sequential([keras.Input(shape), Scaled(), last])
 
     found = custom_model.CustomModel("here:made", made, {}, "0")
-    ours, theirs = (build_network(tried(), (FEATURES,), CLASSES, 3, custom=found) for _ in "ab")
+    ours, theirs = (build_network(tried(), (FEATURES,), TASK, 3, custom=found) for _ in "ab")
     before = ours.get_weights()
     train(ours, tried(), examples(WHOLE))
     plain_fit(theirs, examples(WHOLE))
@@ -360,74 +340,53 @@ def test_a_custom_model_learns_and_is_plain_keras(
     assert np.allclose(loaded.predict(x, verbose=0), net.predict(x, verbose=0), atol=1e-6)
 
 
-class Jumps(keras.layers.Layer):  # type: ignore[misc]
-    """Draws, in and out of training, from a generator of its own and from Keras'."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.generator = keras.random.SeedGenerator(1)
-
-    def call(self, x: Any) -> Any:
-        noise = keras.random.normal((CLASSES,), seed=self.generator)
-        return x + noise + keras.random.normal((CLASSES,))
-
-
-keras.saving.register_keras_serializable("here")(Jumps)
-
-
-@pytest.mark.parametrize(
-    ("last", "said"),
-    [
-        (keras.layers.Softmax, None),
-        (lambda: keras.layers.Activation("linear"), "but it gives -"),
-        (lambda: keras.layers.Activation("sigmoid"), "; end it with a softmax, for example"),
-    ],
-)
-def test_a_custom_model_that_gives_no_probabilities_is_refused_and_the_check_changes_nothing(
-    last: Any, said: str | None
-) -> None:
-    def made(_: Any, shape: Any, classes: int) -> keras.Model:
-        dense = keras.layers.Dense(classes)
-        return keras.Sequential([keras.Input(shape), dense, Jumps(), last()])
-
-    def state(net: keras.Model) -> list[Any]:
-        shared = keras.src.random.seed_generator.global_seed_generator().state
-        return [v.numpy().tolist() for v in (*net.variables, shared)]
-
-    found = custom_model.CustomModel("here:made", made, {}, "0")
-    net = build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
-    before = state(net)
-    with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
-        check_probabilities(found, net)
-    assert state(net) == before
+def test_a_network_of_a_regression_learns_as_keras_and_counts_its_metrics(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, FEATURES)).astype(np.float32)
+    y = (x[:, 0] + x[:, 1] / 2).astype(np.float32)
+    task = Task("regression", 1, mean=100, deviation=20)
+    net = build_network(tried(), (FEATURES,), task, 3)
+    history = training.train(
+        net, (x[:150], y[:150]), tried(), epochs=4, seed=1, validation=(x[150:], y[150:])
+    )
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["mae"][-1] < 20
+    given = net.predict(x[150:], verbose=0)[:, 0]
+    error = (given - y[150:]) * 20
+    assert history["val_loss"][-1] == pytest.approx(np.mean(error**2) / 400, rel=1e-4)
+    assert history["val_mae"][-1] == pytest.approx(np.abs(error).mean(), rel=1e-4)
+    assert history["val_rmse"][-1] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-4)
+    spread = np.var(y[150:]) * 400
+    assert history["val_r2"][-1] == pytest.approx(1 - np.mean(error**2) / spread, rel=1e-3)
+    registered = network_to_register(net, small_dataset(task=task, sample_shape=(FEATURES,)))
+    assert registered.predict(x, verbose=0) == pytest.approx(
+        net.predict(x, verbose=0) * 20 + 100, rel=1e-5
+    )
 
 
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (lambda *_: 3, "must return a keras.Sequential or a functional keras.Model"),
-        (
-            lambda _, shape, __: keras.Sequential([keras.Input(shape), keras.layers.Dense(2)]),
-            r"a probability for each of 4 classes, shape \(None, 4\), but it gives \(None, 2\)",
-        ),
-        (
-            lambda *_: keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]),
-            r"takes examples of shape \(20,\)",
-        ),
-        (
-            lambda _, shape, __: keras.Sequential([keras.Input(shape), Unknown()]),
-            "class Unknown is not registered; write @keras.saving.register_keras_serializable",
-        ),
-        (
-            lambda _, s, __: keras.Sequential([keras.Input(s), keras.layers.Lambda(abs)]),
-            "Keras loads no Lambda layer, which may hold any code; write a layer class instead",
-        ),
-    ],
-)
-def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
-    found = custom_model.CustomModel("here:made", made, {}, "0")
-    with pytest.raises(ValueError, match=said):
-        build_network(tried(), (FEATURES,), CLASSES, 3, custom=found)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_train_as_keras_fit_does_with_them(smoothing: float) -> None:
+    data = examples(96, 0)
+    weights = np.array([0.5, 1, 2, 4], np.float32)
+    what = tried(label_smoothing=smoothing, dropout_rate=0.0)
+    ours, theirs = (build_network(what, (FEATURES,), TASK, 3) for _ in "ab")
+    history = training.train(ours, data, what, epochs=1, seed=1, class_weights=weights)
+    (x, y), order = data, np.asarray(epoch_order(96, 1, 0))
+    labels = np.eye(CLASSES, dtype=np.float32)[y] * (1 - smoothing) + smoothing / CLASSES
+    theirs.compile(theirs.optimizer, "categorical_crossentropy", metrics=["accuracy"])
+    fitted = theirs.fit(
+        x[order],
+        labels[order],
+        sample_weight=weights[y[order]],
+        batch_size=what["batch_size"],
+        shuffle=False,
+        verbose=0,
+    ).history
+    assert history["loss"] == pytest.approx(fitted["loss"], rel=1e-4)
+    assert same(ours.get_weights(), theirs.get_weights())
+    plain = build_network(what, (FEATURES,), TASK, 3)
+    alone = training.train(plain, data, what, epochs=1, seed=1)
+    assert alone["loss"] != history["loss"]
 
 
 # ---- memory --------------------------------------------------------------------------------------

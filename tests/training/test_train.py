@@ -13,7 +13,7 @@ from conftest import default_network
 from numpy.typing import NDArray
 
 from search.data.dataset import scaled
-from search.training import environment
+from search.data.task import Task
 from search.training import epoch as graph
 from search.training import train as training
 from search.training.epoch import Examples, plan_of
@@ -31,6 +31,7 @@ from search.training.train import (
 )
 
 FEATURES, CLASSES, BATCH = 20, 4, 32
+TASK = Task("classification", CLASSES)
 WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
 Weights = list[NDArray[Any]]
 
@@ -43,7 +44,7 @@ def examples(count: int, seed: int = 0) -> Examples:
 
 
 def network(dropout: float = 0.0, rate: float = 0.001, units: int = 16) -> keras.Sequential:
-    return build_network(default_network(units, dropout, rate), (FEATURES,), CLASSES, seed=3)
+    return build_network(default_network(units, dropout, rate), (FEATURES,), TASK, seed=3)
 
 
 def train(
@@ -134,12 +135,8 @@ def test_a_batch_larger_than_the_data_is_one_step() -> None:
 def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None:
     ours, held_out = network(rate=0.01), examples(2 * _VALIDATION_BATCH + 1, seed=1)
     history = train(ours, examples(WHOLE), validation=held_out, epochs=2)
-    assert {name: len(values) for name, values in history.items()} == {
-        "loss": 2,
-        "accuracy": 2,
-        "val_loss": 2,
-        "val_accuracy": 2,
-    }
+    names = {"loss", "accuracy", *(metric.name for metric in TASK.metrics)}
+    assert {name: len(values) for name, values in history.items()} == dict.fromkeys(names, 2)
     expected = ours.evaluate(*held_out, verbose=0, return_dict=True)
     found = evaluate(ours, held_out)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -291,21 +288,6 @@ assert int(net.optimizer.iterations) == 102
 # ---- GPUs ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def grown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let TensorFlow see two GPUs; returns those whose memory may grow."""
-    names: list[str] = []
-    gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(2)]
-    monkeypatch.setattr(environment, "gpu_device", lambda: "/dev/nvidia0")
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
-    monkeypatch.setattr(
-        tf.config.experimental, "set_memory_growth", lambda gpu, on: names.append(gpu.name)
-    )
-    details = {"device_name": "NVIDIA H100"}
-    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
-    return names
-
-
 def test_a_worker_takes_of_a_gpus_memory_only_what_it_needs(
     grown: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,16 +296,3 @@ def test_a_worker_takes_of_a_gpus_memory_only_what_it_needs(
     use_one_thread_each(1)
     assert grown == ["/physical_device:GPU:0", "/physical_device:GPU:1"]
     assert gpu_name() == "NVIDIA H100"
-
-
-def test_the_gpu_is_part_of_the_recorded_environment_where_there_is_one(
-    grown: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = environment.here.__wrapped__
-    assert here()["gpu"] == "NVIDIA H100"
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
-    without = here()
-    assert "gpu" not in without
-    monkeypatch.setattr(environment, "gpu_device", lambda: None)
-    monkeypatch.setattr(training, "gpu_name", None)  # is not called
-    assert here() == without

@@ -206,6 +206,8 @@ def test_a_study_on_a_cluster_is_the_study_of_one_process_to_the_last_digit(
     hearing = Hearing()
     result = pipeline.run(config, hearing)
     assert (result.complete, result.failed, result.ran) == (TRIALS, 0, TRIALS)
+    assert len(result.baselines) == 2
+    assert result.against_baseline is not None
     assert hearing.lines == [f"{whole.dask.address}: 2 workers, 3 trials at once"]
     found = check(whole, in_folder, config)
     assert results(found) == alone

@@ -1,4 +1,3 @@
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -8,19 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import invariants
-import mlflow
 import pytest
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Engine
 
 from search import StudyConfig, run
+from search.data.task import KINDS
 from search.errors import Interrupted, RunError
 from search.report.progress import Progress
-from search.study.trials import HISTORY_BLOCK, METRICS, TrialSummary, history_attr, history_of
+from search.study.trials import HISTORY_BLOCK, TrialSummary, history_of
 from search.workers.tasks import load_trial
 
 
@@ -64,17 +62,6 @@ def test_a_trial_outlives_a_failing_tracking_server_and_its_run_is_written_later
     assert [outcome.state for outcome in outcomes.seen] == ["COMPLETE"] * 3
     assert any("trial 1" in line for line in result.repaired)
     invariants.check(in_folder, 3)
-
-
-def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> None:
-    outcomes = Outcomes()
-    run(config(clouds), outcomes)
-    for outcome, trial in zip(outcomes.seen, invariants.check(in_folder, 3)["trials"], strict=True):
-        assert (outcome.number, outcome.slot) == (trial.number, trial.user_attrs["place"])
-        assert outcome.value == outcome.val_accuracy == trial.value
-        assert outcome.hyperparameters
-        assert outcome.hyperparameters == trial.params
-        assert (outcome.epochs, outcome.failure) == (2, None)
 
 
 class Traffic:
@@ -123,7 +110,7 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
         for epoch in range(epochs if longest else 2):
             model.stop_training = not longest
             traffic.rows = traffic.characters = 0
-            logs = dict.fromkeys(METRICS, 0.5)
+            logs = dict.fromkeys(["loss", "accuracy", *KINDS["classification"].metrics], 0.5)
             for callback in callbacks:
                 callback.on_epoch_end(epoch, logs)
             if longest:
@@ -146,33 +133,6 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
     study = invariants.check(in_folder, trials, registered=False)
     assert len(history_of(study["trials"][-1])) == epochs
     assert len(study["trials"][-1].user_attrs["history"]) == HISTORY_BLOCK
-
-
-def test_a_history_in_one_attribute_is_read_as_before() -> None:
-    entries = [{"epoch": epoch} for epoch in range(250)]
-    old = create_trial(state=TrialState.PRUNED, user_attrs={"history": entries})
-    assert history_of(old) == entries
-    blocks = {history_attr(at): entries[at : at + 100] for at in (200, 0, 100)}
-    assert list(blocks) == ["history_2", "history", "history_1"]
-    assert history_of(create_trial(state=TrialState.PRUNED, user_attrs=blocks)) == entries
-    assert history_of(create_trial(state=TrialState.FAIL)) == []
-
-
-@pytest.mark.parametrize("known", [None, "sqlite:///elsewhere.db"])
-def test_a_run_leaves_no_address_behind(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, known: str | None
-) -> None:
-    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", known)
-
-    def addresses() -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
-
-    before, default = addresses(), mlflow.get_tracking_uri()
-    run(config(clouds))
-    assert addresses() == before
-    assert mlflow.get_tracking_uri() == (known or default)
-    mlflow.set_tracking_uri("sqlite:///another.db")
-    assert mlflow.get_registry_uri() == "sqlite:///another.db"
 
 
 def test_a_failure_is_kept_and_shown_without_control_characters(

@@ -2,17 +2,13 @@
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, command, start_anew
-
-from search.config.options import flag
-from search.config.settings import options
+from conftest import ROOT
 
 PACKAGE = ROOT / "search"
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
@@ -98,11 +94,3 @@ def test_a_verb_loads_nothing_that_it_does_not_need(verb: str, finished: dict[st
     assert "optuna" in loaded
     assert ("mlflow" in loaded) == (verb == "doctor")
     assert not loaded & {*KERAS, "sklearn", "pandas", "matplotlib", "plotly"}
-
-
-def test_help_names_every_option(tmp_path: Path) -> None:
-    code, out, err = command(tmp_path, "--help", by=start_anew)
-    assert (code, err) == (0, "")
-    shown = set(re.findall(r"--[a-z][a-z0-9-]*", out))
-    assert {flag(name) for name in options()} | {"--config", "--help"} <= shown
-    assert list(tmp_path.iterdir()) == []

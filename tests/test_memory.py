@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from conftest import arrays
 
-from search.data import memory, preprocessing
-from search.data.dataset import Dataset, load_dataset
-from search.data.memory import empty, free, hand_over, moved, opened, partition, shared
+from search import memory
+from search.data.dataset import Dataset, fit
+from search.data.load import load_dataset
 from search.errors import InputError
+from search.memory import empty, free, hand_over, moved, opened, partition, shared
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="memfd_create is Linux'")
 
@@ -34,7 +35,7 @@ def test_another_process_maps_the_arrays_and_gets_no_copy(dataset: Dataset) -> N
     handed = pickle.dumps(hand_over(dataset))
     assert len(handed) < 3_000
     code = (
-        "import pickle, sys; from search.data.memory import opened; "
+        "import pickle, sys; from search.memory import opened; "
         "data = opened(pickle.load(sys.stdin.buffer)); data.x_all[0] = 7; "
         "sys.stdout.buffer.write(pickle.dumps((data.x_all[1:], data.y_all, data.x_test)))"
     )
@@ -125,9 +126,9 @@ def test_rows_move_to_the_end_in_their_order(monkeypatch: pytest.MonkeyPatch, ch
 def test_statistics_of_some_features_at_a_time_are_those_of_all(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(preprocessing, "CHUNK", 100)
+    monkeypatch.setattr(memory, "CHUNK", 100)
     x = (np.random.default_rng(0).normal(size=shape) * 3 + 1).astype(np.float32)
-    found = preprocessing.fit("x", x)
+    found = fit("x", x)
     np.testing.assert_array_equal(found.mean, x.mean(axis=0, dtype=float).astype(np.float32))
     variance = x.std(axis=0, dtype=float) ** 2
     np.testing.assert_array_equal(found.variance, variance.astype(np.float32))

@@ -1,0 +1,141 @@
+"""The metrics of the validation data, as Keras metrics that count in the graph, batch by batch."""
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from search.data.task import Task
+
+_SPREAD = 4.0  # bins are narrowest for logits below 1 / 4
+_RANGE = math.asinh(-90 * _SPREAD), math.asinh(17 * _SPREAD)  # where float32 tells them apart
+_BINS, _MOST_CELLS = 4096, 2**22  # of a class; of all classes
+
+
+def compiled_metrics(task: Task) -> list[Any]:
+    """What an epoch is compiled with: the metric of both training and validation data."""
+    return ["accuracy"] if task.classes else [AbsoluteError(task.deviation)]
+
+
+def validation_metrics(task: Task) -> keras.metrics.Metric:
+    """The other metrics of the task, in one."""
+    return OfClasses(task.outputs) if task.classes else OfNumbers(task.deviation)
+
+
+class OfClasses(keras.metrics.Metric):  # type: ignore[misc]
+    """AUC, macro F1 and balanced accuracy of class probabilities, as scikit-learn defines them.
+
+    auc: the area under the ROC curve of each class against all others, averaged over the classes
+    that have both examples and others (macro, one-vs-rest; Hanley and McNeil 1982: the probability
+    that an example of the class gets a higher probability for it than another example, ties
+    counting half). Probabilities are counted in up to 4,096 bins by their logit, and those in one
+    bin are ties, so it can differ from the exact area in the fourth decimal.
+    f1: the mean F1 over the classes that occur as a label or are predicted.
+    balanced_accuracy: the mean recall over the classes that occur as a label.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(name="of_classes")
+        self._classes = classes
+        self._bins = max(8, min(_BINS, _MOST_CELLS // classes))
+        shapes = {
+            "right": (classes,),
+            "labelled": (classes,),
+            "predicted": (classes,),
+            "scores": (classes * self._bins,),
+            "own_scores": (classes * self._bins,),
+        }
+        self._counts = {
+            name: self.add_variable(shape, "zeros", name=name) for name, shape in shapes.items()
+        }
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Count a batch: labels of shape (n,), probabilities of shape (n, classes)."""
+        label, one = tf.cast(y_true, tf.int32), tf.ones(tf.shape(y_true)[0])
+        predicted = tf.argmax(y_pred, axis=1, output_type=tf.int32)
+        low, high = _RANGE
+        logit = tf.math.log(y_pred) - tf.math.log1p(-y_pred)  # infinite at the ends
+        share = (tf.clip_by_value(tf.asinh(_SPREAD * logit), low, high) - low) / (high - low)
+        score = tf.cast(share * (self._bins - 1), tf.int32)
+        cell = score + tf.range(self._classes) * self._bins
+        own = tf.gather(cell, label, batch_dims=1)
+        cells = self._classes * self._bins
+        for name, values, index, size in (
+            ("right", tf.cast(predicted == label, tf.float32), label, self._classes),
+            ("labelled", one, label, self._classes),
+            ("predicted", one, predicted, self._classes),
+            ("scores", tf.ones(tf.size(cell)), tf.reshape(cell, [-1]), cells),
+            ("own_scores", one, own, cells),
+        ):
+            self._counts[name].assign_add(tf.math.unsorted_segment_sum(values, index, size))
+
+    def result(self) -> dict[str, Any]:
+        """Each metric by its name; 0.5 and 0 where no class has what it takes."""
+        counts = {name: tf.cast(kept.value, tf.float64) for name, kept in self._counts.items()}
+        labelled, right = counts["labelled"], counts["right"]
+        either = labelled + counts["predicted"]
+        return {
+            "auc": self._area(counts["scores"], counts["own_scores"]),
+            "f1": _mean_where(either > 0, tf.math.divide_no_nan(2 * right, either)),
+            "balanced_accuracy": _mean_where(labelled > 0, tf.math.divide_no_nan(right, labelled)),
+        }
+
+    def _area(self, scores: Any, own_scores: Any) -> Any:
+        own = tf.reshape(own_scores, [self._classes, self._bins])
+        other = tf.reshape(scores, [self._classes, self._bins]) - own
+        below = tf.cumsum(other, axis=1, exclusive=True)
+        pairs = tf.reduce_sum(own, axis=1) * tf.reduce_sum(other, axis=1)
+        won = tf.reduce_sum(own * (below + other / 2), axis=1)
+        area = _mean_where(pairs > 0, tf.math.divide_no_nan(won, pairs))
+        return tf.where(tf.reduce_any(pairs > 0), area, 0.5)
+
+
+def _mean_where(counted: Any, values: Any) -> Any:
+    share = tf.cast(counted, values.dtype)
+    return tf.cast(
+        tf.math.divide_no_nan(tf.reduce_sum(values * share), tf.reduce_sum(share)), tf.float32
+    )
+
+
+class AbsoluteError(keras.metrics.Mean):  # type: ignore[misc]
+    """The mean absolute error in the unit of the target, which has been divided by `deviation`."""
+
+    def __init__(self, deviation: float) -> None:
+        super().__init__(name="mae")
+        self._deviation = deviation
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Add a batch: targets of shape (n,), predictions of shape (n, 1)."""
+        error = tf.abs(tf.reshape(y_pred, [-1]) - y_true) * self._deviation
+        super().update_state(error, sample_weight=sample_weight)
+
+
+class OfNumbers(keras.metrics.Metric):  # type: ignore[misc]
+    """The root mean squared error, in the unit of the target, and R2.
+
+    r2: 1 - the squared error / the squared deviation of the targets from their mean; 0 where all
+    targets are equal.
+    """
+
+    def __init__(self, deviation: float) -> None:
+        super().__init__(name="of_numbers")
+        self._deviation = deviation
+        self._sums = self.add_variable((4,), "zeros", name="sums")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Add a batch: standardized targets of shape (n,), predictions of shape (n, 1)."""
+        error = tf.reshape(y_pred, [-1]) - y_true
+        terms = tf.stack([tf.ones_like(error), tf.square(error), y_true, tf.square(y_true)])
+        self._sums.assign_add(tf.reduce_sum(terms, axis=1))
+
+    def result(self) -> dict[str, Any]:
+        """Each metric by its name."""
+        count, squared, total, squares = tf.unstack(tf.cast(self._sums.value, tf.float64))
+        spread = squares - tf.math.divide_no_nan(tf.square(total), count)
+        mean = tf.math.divide_no_nan(squared, count)
+        r2 = tf.where(spread > 0, 1 - tf.math.divide_no_nan(squared, spread), 0.0)
+        return {
+            "rmse": tf.cast(tf.sqrt(mean) * self._deviation, tf.float32),
+            "r2": tf.cast(r2, tf.float32),
+        }

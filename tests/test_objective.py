@@ -1,0 +1,169 @@
+"""A study by another objective than accuracy: in its direction, in both stores, to the end."""
+
+import json
+from pathlib import Path
+
+import invariants
+import numpy as np
+import pytest
+from conftest import command, mlflow_at
+
+OPTIONS = ("--dataset", "clouds.npz", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")
+
+
+@pytest.fixture
+def folder(in_folder: Path, clouds: Path) -> Path:
+    (in_folder / "clouds.npz").write_bytes(clouds.read_bytes())
+    return in_folder
+
+
+@pytest.mark.slow
+def test_a_study_goes_by_the_loss(folder: Path) -> None:
+    options = (*OPTIONS, "--objective", "val_loss", "--early-stopping", "1", "--n-trials", "4")
+    code, out, err = command(folder, *options, "--finalists", "1", "--repeats", "2")
+    assert (code, err) == (0, "")
+    found = invariants.check(folder, 4)
+    losses = [trial.value for trial in found["trials"] if trial.value is not None]
+    assert found["study"].best_value == min(losses)
+    assert f"best {min(losses):.4f}\n" in out
+    assert "val_accuracy" not in out
+    shown = json.loads(command(folder, "show", "--json")[1])
+    assert (shown["objective"], shown["direction"]) == ("val_loss", "minimize")
+    assert [row["value"] for row in shown["top"]] == sorted(losses)
+    assert command(folder, "doctor")[0] == 0
+    assert "the same to the last digit: val_loss " in command(folder, "reproduce")[1]
+    assert "val_loss" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_stored_study_keeps_its_objective(folder: Path) -> None:
+    assert command(folder, *OPTIONS, "--objective", "val_auc", "--n-trials", "1")[0] == 0
+    code, out, err = command(folder, *OPTIONS, "--n-trials", "2")
+    assert (code, err) == (0, "")
+    assert "val_auc" in out
+    code, _, err = command(folder, *OPTIONS, "--objective", "val_f1", "--n-trials", "3")
+    assert code == 2
+    assert "objective: val_auc -> val_f1; give another --study-name" in err
+
+
+@pytest.fixture
+def cancer(in_folder: Path) -> Path:
+    """Scikit-learn's breast cancer data, of the malignant ones only every fourth."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_breast_cancer(return_X_y=True)
+    kept = (y == 1) | (np.arange(len(y)) % 4 == 0)
+    x, y = x[kept], y[kept]
+    np.savez(
+        in_folder / "cancer.npz", x_train=x[:300], y_train=y[:300], x_test=x[300:], y_test=y[300:]
+    )
+    return in_folder
+
+
+@pytest.mark.slow
+def test_rare_classes_are_weighed_and_measured(cancer: Path) -> None:
+    options = ("--dataset", "cancer.npz", "--hidden-units", "16", "--epochs", "3", "--workers", "1")
+    options = (*options, "--class-weight", "balanced", "--objective", "val_balanced_accuracy")
+    code, out, err = command(cancer, *options, "--n-trials", "2")
+    assert (code, err) == (0, "")
+    found = invariants.check(cancer, 2)
+    assert found["runs"][0].data.params["class_weight"] == "balanced"
+    assert found["study"].user_attrs["settings"]["class_weight"] == "balanced"
+    assert "the same to the last digit" in command(cancer, "reproduce")[1]
+    assert "class_weight balanced" in command(cancer, "show")[1]
+    metrics = found["winner"].data.metrics
+    assert f"test balanced accuracy {metrics['test_balanced_accuracy']:.4f}" in out
+    path = found["client"].download_artifacts(
+        found["winner"].info.run_id, "evaluation.json", str(cancer)
+    )
+    classes = json.loads(Path(path).read_text())["classes"]
+    recalls = [score["recall"] for score in classes]
+    assert np.mean(recalls) == pytest.approx(metrics["test_balanced_accuracy"])
+    assert "Each class on the test examples" in (cancer / "report.html").read_text()
+    code, _, err = command(cancer, *options, "--class-weight", "none", "--n-trials", "2")
+    assert code == 2 and "class_weight: balanced -> none" in err
+
+
+@pytest.fixture
+def diabetes(in_folder: Path) -> Path:
+    """Scikit-learn's diabetes data: 442 patients, ten features, progression after a year."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_diabetes(return_X_y=True)
+    y = y + 0.5  # as it is, all numbers are whole
+    np.savez(
+        in_folder / "diabetes.npz", x_train=x[:350], y_train=y[:350], x_test=x[350:], y_test=y[350:]
+    )
+    return in_folder
+
+
+NUMBERS = ("--dataset", "diabetes.npz", "--hidden-units", "16", "--workers", "1", "--epochs", "9")
+
+
+@pytest.mark.slow
+def test_a_regression_to_the_model_in_production(diabetes: Path) -> None:
+    options = (*NUMBERS, "--learning-rate", "0.003:0.01", "--n-trials", "2")
+    code, out, err = command(diabetes, *options)
+    assert (code, err) == (0, "")
+    assert "a number to predict (" in out and "random split" in out
+    found = invariants.check(diabetes, 2)
+    trial, run = found["trials"][0], found["runs"][0]
+    assert found["study"].metric_names == ["val_rmse"]
+    assert "num_classes" not in run.data.params
+    assert run.data.params["loss"] == "mean_squared_error"
+    assert run.data.params["output_activation"] == "linear"
+    (last,) = trial.user_attrs["history"][-1:]
+    names = ("train_loss", "train_mae", "val_loss", "val_mae", "val_rmse", "val_r2")
+    assert tuple(last)[2:] == names
+    with np.load("diabetes.npz") as data, mlflow_at(diabetes):
+        import mlflow.keras
+
+        model = mlflow.keras.load_model("models:/MNIST_DNN_Model@production")
+        x, y = data["x_test"].astype("float32"), data["y_test"]
+        error = model.predict(x, verbose=0)[:, 0] - y
+    assert type(model.layers[-1]).__name__ == "Rescaling"
+    metrics = found["winner"].data.metrics
+    assert metrics["test_rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-5)
+    assert metrics["test_mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
+    assert metrics["test_r2"] == pytest.approx(1 - np.mean(error**2) / y.var(), rel=1e-4)
+    assert metrics["test_rmse"] < 1.2 * y.std()
+    page = (diabetes / "report.html").read_text()
+    assert "Predictions of the winner" in page and "Confusion matrix" not in page
+    files = {entry.path for entry in found["client"].list_artifacts(found["winner"].info.run_id)}
+    assert {"residuals.png", "evaluation.json"} < files
+    assert command(diabetes, "doctor")[0] == 0
+    assert "the same to the last digit: val_rmse" in command(diabetes, "reproduce")[1]
+
+    code, out, err = command(diabetes, *NUMBERS, "--n-trials", "1", "--study-name", "again")
+    assert (code, err) == (0, "")
+    tags = found["client"].get_model_version("MNIST_DNN_Model", "2").tags
+    assert tags["gate.objective"] == "val_rmse"
+    better = float(tags["gate.test_rmse"]) < float(tags["gate.champion_test_rmse"])
+    assert tags["promoted"] == str(better).lower()
+    assert 0 < float(tags["gate.bootstrap_p_value"]) <= 1
+    assert float(tags["gate.difference_low"]) <= float(tags["gate.difference_high"])
+    assert "paired bootstrap, 95 % interval of the difference " in out
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--label-smoothing", "0.1"), "--label-smoothing needs classes, but the task of "),
+        (("--split", "stratified"), "--split stratified needs classes, but the task of "),
+        (("--class-weight", "balanced"), "--class-weight balanced needs classes, but the task of "),
+        (("--objective", "val_auc"), "--objective must be a metric of the task, for regression "),
+        (("--task", "classification"), "--dataset diabetes.npz: y_train must hold whole numbers"),
+    ],
+)
+def test_what_makes_no_sense_in_a_regression_is_refused(
+    diabetes: Path, options: tuple[str, ...], why: str
+) -> None:
+    code, out, err = command(diabetes, *NUMBERS, *options)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {why}") and err.count("\n") == 1
+    assert [path.name for path in diabetes.iterdir()] == ["diabetes.npz"]
+
+
+def test_an_objective_of_another_task_is_refused(folder: Path) -> None:
+    code, out, err = command(folder, *OPTIONS, "--objective", "val_rmse")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --objective must be a metric of the task, for classification ")
+    assert [path.name for path in folder.iterdir()] == ["clouds.npz"]

@@ -1,0 +1,30 @@
+"""The dropout that a graph shares among rates and seeds."""
+
+import numpy as np
+import pytest
+from test_epoch import build, train, tried
+from test_train import WHOLE, examples
+
+from search.training import fused
+from search.training.epoch import _leaves
+from search.training.train import _of_thread
+
+
+@pytest.fixture
+def no_graphs() -> None:
+    _of_thread.graphs.clear()
+
+
+def test_every_dropout_layer_draws_masks_of_its_own(no_graphs: None) -> None:
+    what = tried(hidden_layers=2, dropout_rate=0.5)
+    net = build(what)
+    train(net, what, examples(WHOLE))
+    (kept,) = _of_thread.graphs.values()
+    masks = []
+    for layer in _leaves(kept.network):
+        if isinstance(layer, fused.Dropout):
+            layer.set(0.5, 7, len(masks))
+            masks.append(np.asarray(layer(np.ones((64, 16), np.float32), training=True)))
+    assert len(masks) == 2
+    assert (masks[0] != masks[1]).any()
+    assert 0.4 < np.mean(masks[0] == 0) < 0.6
