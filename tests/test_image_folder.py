@@ -20,7 +20,7 @@ from PIL import Image
 from servers import free_port, wait_for
 from test_serve import SHELL
 
-from search.data.dataset import load_dataset
+from search.data.load import load_dataset
 from search.report import publish
 
 PAGE = (ROOT / "docs" / "your-data.md").read_text().split("## A folder of images")[1]
