@@ -155,5 +155,7 @@ def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(photos: Path
     answered = ask_server(photos)
     (answer,) = json.loads(answered)["predictions"]
     expected = model.predict(np.array(Image.open(photos / "photos/cat/0000.png"))[None], verbose=0)
-    np.testing.assert_allclose(answer, expected[0], rtol=1e-5, atol=1e-6)
+    assert answer.pop("prediction") == NAMES[expected[0].argmax()]
+    assert list(answer) == [f"probability_{name}" for name in NAMES]
+    np.testing.assert_allclose(list(answer.values()), expected[0], rtol=1e-5, atol=1e-6)
     (photos / "photos/cat/0001.png").unlink()

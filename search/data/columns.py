@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from search.data.table_rows import (
+from search.data.serving import (
     PARTS,
     Field,
     as_words,

@@ -13,7 +13,7 @@ from search.config.data_settings import names_in
 from search.config.settings import StudyConfig
 from search.data.columns import class_names, numbered
 from search.data.dataset import Labels, held_out, kept
-from search.data.table_rows import as_words, dates_of
+from search.data.serving import as_words, dates_of
 from search.data.task import KINDS
 from search.errors import InputError, nearest, one_line
 from search.memory import check_fits

@@ -26,7 +26,7 @@ from search.data.load import class_weights
 from search.promotion.comparison import compare_with_baseline
 from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
 from search.promotion.measures import measure_all
-from search.promotion.table_model import log_table_model
+from search.promotion.served_model import log_served_model
 from search.study.storage import BASELINES_CORRECT, METADATA, SEED, SETTINGS, UID, objective
 from search.study.trials import best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
@@ -154,15 +154,14 @@ def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -
     """Log `model` to the active run; returns its URI."""
     from mlflow.models import Model, infer_signature
 
-    if dataset.columns is not None:
-        return log_table_model(model, dataset, origin, _requirements())
+    if dataset.columns is not None or dataset.task.class_names:
+        return log_served_model(model, dataset, origin, _requirements())
     example = dataset.test_inputs(slice(2))
-    names = {"class_names": list(dataset.task.class_names)} if dataset.task.class_names else {}
     info = Model.log(
         artifact_path=None,
         name="model",
         flavor=_KerasFlavor,
-        metadata={**origin, **names},
+        metadata=origin,
         validate_serving_input=False,  # by loading the model once more, which takes a second
         model=model,
         signature=infer_signature(example, np.asarray(model(example))),

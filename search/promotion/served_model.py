@@ -1,4 +1,4 @@
-"""The model of a table as MLflow stores it: it takes rows and answers classes or numbers."""
+"""A model that is served with the names of its classes or columns, as MLflow stores it."""
 
 import json
 import os
@@ -13,45 +13,57 @@ from search.data.dataset import Dataset
 
 if TYPE_CHECKING:
     import keras
+    from mlflow.types import Schema
 
 
-def log_table_model(
+def log_served_model(
     model: "keras.Model", dataset: Dataset, origin: dict[str, str], requirements: list[str]
 ) -> str:
-    """Log the Keras model of raw rows, `model`, to the active run; returns its URI.
-
-    Any column may be missing or hold integers where there were decimals, so the signature names the
-    columns but leaves their types open: MLflow would refuse both.
-    """
+    """Log `model` to the active run, to be served by the module `serving`; returns its URI."""
     from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, Schema
+    from mlflow.types.schema import ColSpec, Schema
 
-    assert dataset.columns is not None
     names = dataset.task.class_names
     prediction = ColSpec("string" if names else "double", "prediction")
     probabilities = [ColSpec("float", f"probability_{name}") for name in names]
-    anything = AnyType()  # type: ignore[no-untyped-call]
-    columns = [ColSpec(anything, name, required=False) for name in dataset.columns.sources]
+    schema: dict[str, Any] = {"classes": list(names) or None}
+    example = dataset.example
+    if dataset.columns is not None:
+        schema |= {"numbers": dataset.columns.numbers, "words": dataset.columns.words}
+    else:
+        example = dataset.test_inputs(slice(2))
     info = Model.log(
         artifact_path=None,
         name="model",
-        flavor=_TableFlavor,
-        metadata=origin,
+        flavor=_ServedFlavor,
+        metadata={**origin, **({"class_names": list(names)} if names else {})},
         model=model,
-        signature=ModelSignature(Schema([*columns]), Schema([prediction, *probabilities])),
-        input_example=dataset.example,
-        schema={
-            "numbers": dataset.columns.numbers,
-            "words": dataset.columns.words,
-            "classes": list(names) or None,
-        },
+        signature=ModelSignature(_inputs(dataset), Schema([prediction, *probabilities])),
+        input_example=example,
+        schema=schema,
         pip_requirements=requirements,
     )
     return str(info.model_uri)
 
 
-class _TableFlavor:
-    """`mlflow.keras`, served by the module `table_rows`, a copy of which is saved with the model.
+def _inputs(dataset: Dataset) -> "Schema":
+    """What the served model takes: columns of a table by name, or a tensor.
+
+    A column may be missing, or hold integers where there were decimals, so the types of columns are
+    left open: MLflow would refuse both.
+    """
+    import numpy as np
+    from mlflow.types.schema import AnyType, ColSpec, Schema, TensorSpec
+
+    if dataset.columns is None:
+        shape = dataset.sample_shape if dataset.pixels else (dataset.features,)
+        return Schema([TensorSpec(np.dtype(np.float32), (-1, *shape))])
+    anything = AnyType()  # type: ignore[no-untyped-call]
+    return Schema([ColSpec(anything, name, required=False) for name in dataset.columns.sources])
+
+
+class _ServedFlavor:
+    """`mlflow.keras`, served by the module `serving`, a copy of which is saved with the model.
 
     `mlflow.keras.load_model` loads the Keras model alone.
     """
@@ -62,15 +74,15 @@ class _TableFlavor:
     def save_model(
         path: str, mlflow_model: Any, signature: Any, schema: dict[str, Any], **arguments: Any
     ) -> None:
-        from search.data import table_rows
+        from search.data import serving
 
         os.makedirs(path)
         arguments.pop("validate_serving_input", None)
         mlflow.keras.save_model(path=path, mlflow_model=mlflow_model, **arguments)
         text = json.dumps(schema, ensure_ascii=False)
-        (Path(path) / "data" / table_rows.SCHEMA).write_text(text, encoding="utf-8")
+        (Path(path) / "data" / serving.SCHEMA).write_text(text, encoding="utf-8")
         mlflow_model.signature = signature
-        _serve_by(table_rows, Path(path), mlflow_model)
+        _serve_by(serving, Path(path), mlflow_model)
 
 
 def _serve_by(module: ModuleType, path: Path, mlflow_model: Any) -> None:

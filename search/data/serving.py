@@ -1,8 +1,9 @@
-"""Rows of a table as the arrays that a model takes; a copy is saved with every model of a table.
+"""Rows of a table as the arrays that a model takes; and the model that MLflow serves.
 
-With that copy MLflow loads and serves the model without this package: it takes rows, a pandas
-DataFrame with the columns of the signature, and answers a class and its probabilities, or a number.
-Columns may be missing, and so may values.
+A copy of this file is saved with every model of a table or of named classes, so that MLflow loads
+and serves it without this package: it takes rows, a pandas DataFrame with the columns of the
+signature, or examples, an array; and answers a class and its probabilities, or a number. Columns of
+rows may be missing, and so may values.
 """
 
 import json
@@ -20,7 +21,7 @@ PARTS: dict[str, Callable[[Any], Any]] = {
     "weekday": lambda dates: dates.dt.day_of_week,  # 0 is Monday
     "hour": lambda dates: dates.dt.hour,
 }
-SCHEMA, MODEL = "table.json", "model.keras"
+SCHEMA, MODEL = "serving.json", "model.keras"
 Field = tuple[str, str | None]  # a column, or a part of the dates in it
 
 
@@ -89,27 +90,31 @@ def _word(value: Any) -> str:
 # ---- the served model ----------------------------------------------------------------------------
 
 
-class TableModel:
-    """A model of a table, as MLflow calls it."""
+class ServedModel:
+    """A model as MLflow calls it."""
 
     def __init__(self, model: Any, schema: dict[str, Any]) -> None:
         self._model = model
         self._schema = schema
 
-    def predict(self, rows: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """For each row its class and the probability of every class, or its number.
+    def predict(self, given: Any, params: Any = None) -> pd.DataFrame:
+        """For each row or example its class and the probability of every class, or its number.
 
-        Raises ValueError, in one line, for a value that is no number or no date.
+        given: rows of a table, a DataFrame; or examples, an array. Raises ValueError, in one line,
+        for a value in a row that is no number or no date.
         """
-        answers = np.asarray(self._model.predict(self._inputs(rows), verbose=0))
+        is_table = "numbers" in self._schema
+        inputs = self._rows(given) if is_table else np.asarray(given, np.float32)
+        answers = np.asarray(self._model.predict(inputs, verbose=0))
+        index = given.index if is_table else None
         names = self._schema["classes"]
         if names is None:
-            return pd.DataFrame({"prediction": answers[:, 0]}, index=rows.index)
+            return pd.DataFrame({"prediction": answers[:, 0]}, index=index)
         chosen = np.array(names, object)[answers.argmax(axis=1)]
         probabilities = {f"probability_{name}": answers[:, i] for i, name in enumerate(names)}
-        return pd.DataFrame({"prediction": chosen, **probabilities}, index=rows.index)
+        return pd.DataFrame({"prediction": chosen, **probabilities}, index=index)
 
-    def _inputs(self, rows: pd.DataFrame) -> dict[str, Any]:
+    def _rows(self, rows: pd.DataFrame) -> dict[str, Any]:
         numbers, words = ([tuple(f) for f in self._schema[key]] for key in ("numbers", "words"))
         return model_inputs(numbers_of(rows, numbers), words_of(rows, words))
 
@@ -126,9 +131,9 @@ def model_inputs(numbers: NDArray[np.float32], words: NDArray[np.object_]) -> di
     return inputs
 
 
-def _load_pyfunc(path: str) -> TableModel:
+def _load_pyfunc(path: str) -> ServedModel:
     """Called by MLflow with the folder that holds MODEL and SCHEMA."""
     import keras
 
     schema = json.loads((Path(path) / SCHEMA).read_text(encoding="utf-8"))
-    return TableModel(keras.saving.load_model(Path(path) / MODEL), schema)
+    return ServedModel(keras.saving.load_model(Path(path) / MODEL), schema)
