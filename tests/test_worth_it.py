@@ -18,10 +18,11 @@ from sklearn.linear_model import LogisticRegression
 from search import StudyConfig, run
 from search.data.dataset import scaled
 from search.data.load import load_dataset
+from search.promotion import baselines
+from search.promotion.baselines import Baseline, BestBaseline
 from search.promotion.comparison import Comparison
 from search.report.progress import Progress, Result
-from search.training import baselines
-from search.training.baselines import Baseline, Limit, unpack
+from search.training.simple_models import MODELS, Limit
 
 SMALL = ("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")
 
@@ -71,6 +72,8 @@ def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -
     metrics = found["parent"].data.metrics
     assert f"{metrics['baseline_majority_class_val_accuracy']:.4f}" == shown[1]
     assert f"{metrics['baseline_logistic_regression_val_accuracy']:.4f}" == shown[2]
+    for metric in ("val_loss", "val_f1", "test_auc", "test_balanced_accuracy"):
+        assert f"baseline_logistic_regression_{metric}" in metrics
     theirs = metrics["baseline_logistic_regression_test_accuracy"]
     assert theirs == pytest.approx(test, abs=0.011)
 
@@ -81,16 +84,17 @@ def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -
     ]
     against = told["against_baseline"]
     winner = found["winner"].data.metrics["test_accuracy"]
-    assert against["test_accuracy"] == pytest.approx(winner, abs=1e-6)
-    assert against["baseline_test_accuracy"] == theirs
+    assert against["value"] == pytest.approx(winner, abs=1e-6)
+    assert against["baseline_value"] == theirs
+    assert (against["metric"], against["test"]) == ("test_accuracy", "exact McNemar")
     counts = against["only_winner"], against["only_baseline"]
     p_value = Comparison(winner, theirs, *counts).p_value
     assert against["p_value"] == p_value
     examples = len(np.load(f"{name}.npz")["y_test"])
     assert (counts[0] - counts[1]) / examples == pytest.approx(winner - theirs, abs=1e-6)
     assert f"{winner:.4f} against {theirs:.4f}, exact McNemar p = {p_value:.2g}." in sentence
-    kept = found["study"].user_attrs["baselines_correct"]["logistic regression"]
-    assert unpack(kept, examples).mean() == theirs
+    kept = BestBaseline(**found["study"].user_attrs["best_baseline"])
+    assert kept.correct(examples).mean() == theirs
 
     assert sentence in command(in_folder, "show")[1]
     page = (in_folder / "report.html").read_text()
@@ -182,7 +186,7 @@ def test_one_that_fails_is_a_warning(
     def fit(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setitem(baselines._MODELS["classification"], "logistic regression", fit)
+    monkeypatch.setitem(MODELS["classification"], "logistic regression", fit)
     told = Told()
     result = do(clouds, told)
     assert told.warnings == [
@@ -200,13 +204,13 @@ def test_a_stop_meanwhile_leaves_them_to_the_next_run(
 ) -> None:
     told = Told()
 
-    def fit(_: Any, __: Any, limit: Limit) -> Any:
+    def fit(_: Any, __: Any, ___: int, limit: Limit) -> Any:
         told.stop()  # the first Ctrl-C
         limit.stop.wait(60)
         limit.is_over()
 
     with monkeypatch.context() as patch:
-        patch.setitem(baselines._MODELS["classification"], "logistic regression", fit)
+        patch.setitem(MODELS["classification"], "logistic regression", fit)
         stopped = do(clouds, told)
     assert (stopped.winner, stopped.baselines, stopped.ran) == (None, [], 0)
     assert told.found == []
@@ -238,13 +242,13 @@ def test_metrics_that_mlflow_lacks_are_repaired(
 WITH_A_SLOW_ONE = """
 import sys
 from search import cli
-from search.training import baselines
+from search.training.simple_models import MODELS
 
-def fit(x, y, limit):
+def fit(x, y, outputs, limit):
     print("fitting", flush=True)
     limit.stop.wait(60)
 
-baselines._MODELS["classification"]["logistic regression"] = fit
+MODELS["classification"]["logistic regression"] = fit
 sys.exit(cli.main(sys.argv[1:]))
 """
 
