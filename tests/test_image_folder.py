@@ -147,7 +147,7 @@ def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(photos: Path
         version = client.get_model_version_by_alias("Photos", "production")
         tested = client.get_run(version.run_id).data.metrics["test_accuracy"]
         model = mlflow.keras.load_model("models:/Photos@production")
-    probabilities = model.predict(dataset.raw_test, verbose=0)  # uint8, as read
+    probabilities = model.predict(dataset.test_inputs(), verbose=0)  # uint8, as read
     assert (probabilities.argmax(axis=1) == dataset.y_test).mean() == pytest.approx(tested)
     (photos / "photos/cat/0001.png").symlink_to("0000.png")  # an example's name on the page
     example = EXAMPLE.replace("(64, 64)", "(6, 6)")

@@ -12,8 +12,7 @@ import pytest
 from conftest import arrays
 
 from search import memory
-from search.data import dataset as data
-from search.data.dataset import Dataset
+from search.data.dataset import Dataset, fit
 from search.data.load import load_dataset
 from search.errors import InputError
 from search.memory import empty, free, hand_over, moved, opened, partition, shared
@@ -127,9 +126,9 @@ def test_rows_move_to_the_end_in_their_order(monkeypatch: pytest.MonkeyPatch, ch
 def test_statistics_of_some_features_at_a_time_are_those_of_all(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(data, "CHUNK", 100)
+    monkeypatch.setattr(memory, "CHUNK", 100)
     x = (np.random.default_rng(0).normal(size=shape) * 3 + 1).astype(np.float32)
-    found = data.fit("x", x)
+    found = fit("x", x)
     np.testing.assert_array_equal(found.mean, x.mean(axis=0, dtype=float).astype(np.float32))
     variance = x.std(axis=0, dtype=float) ** 2
     np.testing.assert_array_equal(found.variance, variance.astype(np.float32))

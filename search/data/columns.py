@@ -23,6 +23,7 @@ from search.data.table_rows import (
 FEW = 10  # different whole numbers up to which a column is a category
 MANY = 50  # words from which on a category has an embedding instead of a feature per word
 _MANY_CLASSES = 50  # whole numbers above which a target is a number to predict
+_PLURALS = {"number": "numbers", "category": "categories", "date": "dates"}
 _NEARLY_ALL = 0.9  # fraction of the rows with a word of their own from which on a column is no use
 
 
@@ -128,11 +129,15 @@ class Columns:
     def __str__(self) -> str:
         dates = {column for column, part in (*self.numbers, *self.words) if part}
         kinds = {
-            "numbers": len({c for c, part in self.numbers if not part}),
-            "categories": len({c for c, part in self.words if not part}),
-            "dates": len(dates),
+            "number": len({c for c, part in self.numbers if not part}),
+            "category": len({c for c, part in self.words if not part}),
+            "date": len(dates),
         }
-        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        counted = ", ".join(
+            f"{count} {kind}" if count == 1 else f"{count} {_PLURALS[kind]}"
+            for kind, count in kinds.items()
+            if count
+        )
         return f"{counted}, left out {self.reasons}" if self.left_out else counted
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from search.data.sources import Images
 from search.data.task import Task
 from search.errors import InputError
-from search.memory import CHUNK
+from search.memory import statistics
 
 if TYPE_CHECKING:
     from search.data.columns import Columns, Rows
@@ -20,7 +20,6 @@ OWN_SPLIT = "own"  # the validation part came with the data
 _CHANNELS = (1, 3)
 _ALL = slice(None)
 ENOUGH = 20  # a class with this many examples must also be in the validation part
-_FEWEST = 16  # features at a time: NumPy adds the rows of one alone in another order
 _DEVIATIONS = 1e-7, 1e19  # Keras divides by at least 1e-7; a variance must fit into float32
 Labels = NDArray[np.int32] | NDArray[np.float32]
 Seed = int | tuple[int, ...]
@@ -268,7 +267,7 @@ def stratified(y: NDArray[np.int32], size: int, seed: Seed) -> NDArray[np.bool_]
 
 def fit(name: str, x: NDArray[np.float32]) -> Normalization:
     """The normalization for the training part `x`. Raises InputError if float32 can't hold it."""
-    mean, deviation, largest = _statistics(x)
+    mean, deviation, largest = statistics(x)
     constant = deviation <= 2 * np.finfo(np.float32).eps * largest
     deviation[constant] = 1
     wrong = np.flatnonzero((deviation < _DEVIATIONS[0]) | (deviation > _DEVIATIONS[1]))
@@ -280,18 +279,3 @@ def fit(name: str, x: NDArray[np.float32]) -> Normalization:
             "give it another unit, or --normalize none"
         )
     return Normalization(mean.astype(np.float32), (deviation**2).astype(np.float32))
-
-
-def _statistics(x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Mean, standard deviation and largest absolute value of every feature.
-
-    Of some features at a time, because NumPy works on copies in float64; to the same digits.
-    """
-    width = max(_FEWEST, CHUNK // max(1, 8 * len(x)))
-    parts = []
-    for first in range(0, x.shape[1], width):
-        some = x[:, first : first + width]
-        largest = np.maximum(some.max(axis=0), -some.min(axis=0))
-        parts.append((some.mean(axis=0, dtype=float), some.std(axis=0, dtype=float), largest))
-    mean, deviation, largest = (np.concatenate(values) for values in zip(*parts, strict=True))
-    return mean, deviation, largest

@@ -221,8 +221,8 @@ def load_dataset(
     normalization = None
     if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
         normalization = fit(name, scaled(x_all[:train_size]))
-        for part in chunks(x_all):
-            x_all[part] = normalization.apply(scaled(x_all[part]))
+        for rows in chunks(x_all):
+            x_all[rows] = normalization.apply(scaled(x_all[rows]))
     described, y_all = describe(kind, y_all, train_size, source.class_names)
     return Dataset(
         name=name,

@@ -110,9 +110,9 @@ def examples(name: str, arrays: Arrays, part: str) -> Images:
 
 
 def targets(arrays: Arrays, part: str, has_classes: bool) -> NDArray[Any]:
-    """The labels, int32, or numbers, float32, of the same examples."""
+    """The labels (int32), or the numbers (float32), of the same examples."""
     keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
-    kind = np.int32 if has_classes else np.float32
+    kind: Any = np.int32 if has_classes else np.float32
     return shared(np.concatenate([arrays[key].ravel().astype(kind) for key in keys]))
 
 

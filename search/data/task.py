@@ -99,7 +99,7 @@ DEFAULT_OBJECTIVE = METRICS["val_accuracy"]  # of studies that did not store ano
 
 def objective_of(settings: Mapping[str, Any]) -> Metric:
     """The objective of the study with these stored settings."""
-    return METRICS[settings.get("objective", DEFAULT_OBJECTIVE.name)]
+    return METRICS.get(str(settings.get("objective")), DEFAULT_OBJECTIVE)
 
 
 @dataclass(frozen=True)

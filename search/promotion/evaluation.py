@@ -101,12 +101,8 @@ def predict(model: Any, dataset: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _outputs(model: Any, dataset: Dataset) -> Iterator[NDArray[Any]]:
-    """What `model` gives for the test examples, in parts.
-
-    So the scaled examples and the probabilities of all classes fit into memory.
-    """
-    widest = max(model.output_shape[-1], dataset.features)
-    rows = max(1, _AT_ONCE // widest)
+    """What `model` gives for the test examples, in parts that fit in memory as float32."""
+    rows = max(1, _AT_ONCE // max(model.output_shape[-1], dataset.features))
     rows -= rows % _BATCH if rows > _BATCH else 0  # whole batches
     for first in range(0, len(dataset.y_test), rows):
         part = dataset.test_inputs(slice(first, first + rows))

@@ -86,8 +86,9 @@ def stored_settings(config: StudyConfig) -> dict[str, Any] | None:
             return None
         settings: dict[str, Any] | None = study.user_attrs.get(SETTINGS)
         wanted = METRICS.get(config.objective)  # None: auto, which depends on the data
-        stored = objective_of(settings) if isinstance(settings, Mapping) else wanted
-        _refuse_foreign(study, config, stored)
+        if isinstance(settings, dict):
+            wanted = objective_of(settings)
+        _refuse_foreign(study, config, wanted)
         return settings
 
 

@@ -136,7 +136,7 @@ def _monitors(
 def evaluate(model: keras.Model, examples: tuple[Any, Labels]) -> dict[str, float]:
     """The loss and the metrics of `model` on `examples`, as it takes them; flat uint8 is scaled."""
     batches = _batched(*examples)
-    if getattr(examples[0], "ndim", None) == 2:
+    if getattr(examples[0], "dtype", None) == np.uint8 and examples[0].ndim == 2:
         batches = batches.map(lambda x, y: (scaled(x), y))
     logs = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}
@@ -168,7 +168,8 @@ def _clear_regularly() -> None:
 
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensor_slices((tensor_of(x), y)).batch(_VALIDATION_BATCH)
+    values = x if isinstance(x, dict) else tensor_of(x)  # a dict: rows of a table
+    return tf.data.Dataset.from_tensor_slices((values, y)).batch(_VALIDATION_BATCH)
 
 
 # ---- the cache of graphs -------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import replay
 
 from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
+from search.data.task import METRICS
 from search.report.progress import Progress
 from search.study import ranking, sampling, storage
 
@@ -94,7 +95,7 @@ def study(seed: int) -> list[dict[str, Any]]:
             "finalist_seconds": round(clock.compared - clock.searched, 1),
             **trials[finalist.number].params,
             "val_accuracy": trials[finalist.number].value,
-            "repeats": json.dumps(finalist.val_accuracies),
+            "repeats": json.dumps(finalist.values),
             "tests": json.dumps(accuracies),
         }
         for finalist, accuracies in zip(result.finalists, tests, strict=True)
@@ -182,7 +183,7 @@ def replayed(studies: int) -> None:
         for count in counts:
             chosen = ranking.candidates(study, StudyConfig(finalists=count))
             for repeat in repeats if count else (0,):
-                best = ranking.ranked(trials)[0]
+                best = ranking.ranked(trials, METRICS["val_accuracy"])[0]
                 if count:
                     best = max(chosen, key=lambda t: mean(values[t.number][:repeat]))
                 tests.setdefault((count, repeat), []).append(test[best.number])

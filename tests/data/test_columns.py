@@ -27,7 +27,7 @@ def test_every_column_gets_its_kind() -> None:
         "name": "a different word in nearly every row",
         "country": "one value",
     }
-    assert str(columns).startswith("1 numbers, 3 categories, 1 dates, left out name (a different")
+    assert str(columns).startswith("1 number, 3 categories, 1 date, left out name (a different")
 
 
 def test_the_user_overrules_a_kind() -> None:

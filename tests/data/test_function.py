@@ -1,6 +1,5 @@
 """A dataset from the user's own function: what it may return, and what is refused in one line."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ def pipeline(first, last):
 
 
 @pytest.fixture(autouse=True)
-def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `run` restores it: no module of an earlier test's folder is found."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def _own_path(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own: no module of an earlier test's folder is found."""
+    monkeypatch.syspath_prepend(in_folder)
 
 
 def load(returned: str, source: str = ARRAYS, **settings: Any) -> Dataset:
