@@ -25,7 +25,7 @@ def test_the_exact_mcnemar_test(one: int, other: int, p: float) -> None:
     assert Comparison(0.9, 0.9, one, other).p_value == pytest.approx(p)
 
 
-def tested_on(y: np.ndarray, kind: str) -> Dataset:
+def dataset_of(y: np.ndarray, kind: str) -> Dataset:
     """A dataset of which the comparison needs the test examples alone."""
     task, _ = describe(kind, y, len(y))
     x = np.zeros((len(y), 2), np.float32)
@@ -37,7 +37,7 @@ def test_a_model_is_compared_with_a_baseline_by_its_accuracy() -> None:
     y = np.arange(100, dtype=np.int32) % 2
     outputs = np.eye(2)[np.where(np.arange(100) < 8, 1 - y, y)]  # 8 mistakes
     baseline = BestBaseline("simple", "val_accuracy", pack(np.arange(100) < 78))  # 22 others
-    found = compare_with_baseline(None, tested_on(y, "classification"), outputs, baseline, 0)
+    found = compare_with_baseline(None, dataset_of(y, "classification"), outputs, baseline, 0)
     assert found == {
         "baseline": "simple",
         "metric": "test_accuracy",
@@ -61,7 +61,7 @@ def test_a_model_is_compared_with_a_baseline_by_the_bootstrap(
         (y + random.normal(0, size, 200))[:, np.newaxis].astype(np.float32) for size in (1, error)
     )
     baseline = BestBaseline("simple", "val_rmse", pack(theirs))
-    found = compare_with_baseline(None, tested_on(y, "regression"), mine, baseline, 0)
+    found = compare_with_baseline(None, dataset_of(y, "regression"), mine, baseline, 0)
     for outputs, name in ((mine, "value"), (theirs, "baseline_value")):
         assert found[name] == pytest.approx(np.sqrt(((outputs[:, 0] - y) ** 2).mean()), rel=1e-4)
     assert (found["metric"], found["test"]) == ("test_rmse", "paired bootstrap")
