@@ -15,6 +15,7 @@ from search.data.load import choose_epochs, choose_objective, load_for_study
 from search.data.sources import is_own
 from search.errors import InputError, one_line
 from search.imports import undisturbed
+from search.promotion.baselines import Computation
 from search.report import publish
 from search.report.overview import baselines_of
 from search.report.progress import Progress, Result
@@ -26,7 +27,6 @@ from search.tracking.address import check_experiment, check_tracking
 from search.tracking.runs import TRACKING_ERRORS
 from search.tracking.schema import study_metadata
 from search.tracking.sync import Stores
-from search.training.baselines import Computation
 from search.workers.executor import Executor
 
 
@@ -140,7 +140,7 @@ def _open_session(
         if storage.BASELINES in study.user_attrs:
             progress.baselines(baselines_of(study))
         elif config.baselines == "auto" and is_own(config.dataset):
-            session.baselines = Computation(dataset, config.seed)
+            session.baselines = Computation(dataset, session.objective, config.seed)
             stack.callback(session.baselines.cancel)
         session.workers = Executor(
             config, stores.parent, dataset, progress.stopping, progress.workers, renew_lock

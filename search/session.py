@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config.settings import StudyConfig
 from search.errors import RunError, one_line
+from search.promotion.baselines import LIMIT, Computation
 from search.promotion.gate import Found, Winner, promote
 from search.promotion.retrain import find_retrained
 from search.report import overview, publish
@@ -22,7 +23,6 @@ from search.tracking.registered_model import aliased_version
 from search.tracking.runs import TRACKING_ERRORS
 from search.tracking.schema import BASELINE, NOT_MADE, test_metrics
 from search.tracking.sync import Stores
-from search.training.baselines import LIMIT, Computation, pack
 from search.workers.executor import INTERRUPTED, Executor, Patience
 from search.workers.processes import trains_here
 
@@ -87,8 +87,8 @@ class Session:
         self.baselines = None
         for line in found.failures:
             self.progress.warning(line)
-        packed = {name: pack(correct) for name, correct in found.correct.items()}
-        self.study.set_user_attr(storage.BASELINES_CORRECT, packed)
+        best = None if found.best is None else asdict(found.best)
+        self.study.set_user_attr(storage.BEST_BASELINE, best)
         kept = [asdict(baseline) for baseline in found.baselines]
         self.study.set_user_attr(storage.BASELINES, kept)  # last: the rest is done
         with contextlib.suppress(*TRACKING_ERRORS):  # the next sync writes them

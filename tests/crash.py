@@ -39,7 +39,7 @@ FIRST_START = {
     "parent run created": Point(CLIENT, "create_run"),
 }
 BASELINES = {
-    "baselines half stored": Point("optuna:Study", "set_user_attr", word="baselines_correct"),
+    "baselines half stored": Point("optuna:Study", "set_user_attr", word="best_baseline"),
     "baselines stored, not in MLflow": Point(
         "search.tracking.sync:Stores", "write_baselines", before=True
     ),

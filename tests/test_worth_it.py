@@ -13,15 +13,17 @@ import optuna
 import pytest
 from conftest import command
 from sklearn import datasets
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from search import StudyConfig, run
 from search.data.dataset import scaled
 from search.data.load import load_dataset
+from search.data.task import METRICS
+from search.promotion import baselines
+from search.promotion.baselines import Baseline, BestBaseline
 from search.promotion.comparison import Comparison
 from search.report.progress import Progress, Result
-from search.training import baselines
-from search.training.baselines import Baseline, Limit, unpack
+from search.training.simple_models import MODELS, Limit
 
 SMALL = ("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")
 
@@ -71,6 +73,8 @@ def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -
     metrics = found["parent"].data.metrics
     assert f"{metrics['baseline_majority_class_val_accuracy']:.4f}" == shown[1]
     assert f"{metrics['baseline_logistic_regression_val_accuracy']:.4f}" == shown[2]
+    for metric in ("val_loss", "val_f1", "test_auc", "test_balanced_accuracy"):
+        assert f"baseline_logistic_regression_{metric}" in metrics
     theirs = metrics["baseline_logistic_regression_test_accuracy"]
     assert theirs == pytest.approx(test, abs=0.011)
 
@@ -81,16 +85,17 @@ def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -
     ]
     against = told["against_baseline"]
     winner = found["winner"].data.metrics["test_accuracy"]
-    assert against["test_accuracy"] == pytest.approx(winner, abs=1e-6)
-    assert against["baseline_test_accuracy"] == theirs
+    assert against["value"] == pytest.approx(winner, abs=1e-6)
+    assert against["baseline_value"] == theirs
+    assert (against["metric"], against["test"]) == ("test_accuracy", "exact McNemar")
     counts = against["only_winner"], against["only_baseline"]
     p_value = Comparison(winner, theirs, *counts).p_value
     assert against["p_value"] == p_value
     examples = len(np.load(f"{name}.npz")["y_test"])
     assert (counts[0] - counts[1]) / examples == pytest.approx(winner - theirs, abs=1e-6)
     assert f"{winner:.4f} against {theirs:.4f}, exact McNemar p = {p_value:.2g}." in sentence
-    kept = found["study"].user_attrs["baselines_correct"]["logistic regression"]
-    assert unpack(kept, examples).mean() == theirs
+    kept = BestBaseline(**found["study"].user_attrs["best_baseline"])
+    assert kept.correct(examples).mean() == theirs
 
     assert sentence in command(in_folder, "show")[1]
     page = (in_folder / "report.html").read_text()
@@ -106,6 +111,64 @@ def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -
     assert command(in_folder, "doctor")[0] == 0
     code, out, _ = command(in_folder, "reproduce", "--dataset", f"{name}.npz", "--trial", "1")
     assert (code, "the same to the last digit" in out) == (0, True)
+
+
+@pytest.mark.slow
+def test_a_regression_is_compared_by_its_objective_in_the_unit_of_its_target(
+    in_folder: Path,
+) -> None:
+    given = ("--dataset", write("diabetes"), "--task", "regression", *SMALL)
+    code, out, err = command(in_folder, *given)
+    assert (code, err) == (0, "")
+    data = load_dataset("diabetes.npz", 0.1, split="random", normalize=True, task="regression")
+    (x, y), (x_val, y_val) = data.train, data.validation
+    errors = (Ridge().fit(x, y).predict(x_val) - y_val) * data.task.deviation
+    lines = out.splitlines()
+    shown = re.fullmatch(
+        r"baselines: mean [\d.]+, ridge regression ([\d.]+) \(validation RMSE\)", lines[2]
+    )
+    assert shown is not None, out
+    assert float(shown[1]) == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-3)
+    assert f"\nridge regression       val_rmse {shown[1]}\n" in out
+
+    found = invariants.check(in_folder, 2)
+    metrics = found["parent"].data.metrics
+    names = ("loss", "mae", "rmse", "r2")
+    assert {f"baseline_mean_{part}_{name}" for part in ("val", "test") for name in names} <= {
+        *metrics
+    }
+    against = json.loads(command(in_folder, "show", "--json")[1])["against_baseline"]
+    assert (against["baseline"], against["metric"]) == ("ridge regression", "test_rmse")
+    assert against["value"] == pytest.approx(found["winner"].data.metrics["test_rmse"])
+    assert against["baseline_value"] == metrics["baseline_ridge_regression_test_rmse"]
+    assert against["significant"]  # a network of so few epochs predicts little but the mean
+    sentence = (
+        "The network is significantly worse than ridge regression on the test examples: RMSE "
+        f"{against['value']:.5g} against {against['baseline_value']:.5g}, paired bootstrap "
+        f"p = {against['p_value']:.2g}."
+    )
+    assert sentence in lines
+    assert sentence in command(in_folder, "show")[1]
+    assert sentence in (in_folder / "report.html").read_text()
+    before = invariants.dump(in_folder)
+    assert sentence in command(in_folder, *given)[1]
+    assert invariants.dump(in_folder) == before
+
+
+@pytest.mark.slow
+def test_a_column_of_many_words_is_no_obstacle(in_folder: Path) -> None:
+    """The word alone tells the class; above 50 different words it is an index."""
+    random = np.random.default_rng(0)
+    words = random.integers(0, 60, 1200)
+    rows = [f"w{word},{random.normal():.3f},{'even' if word % 2 else 'odd'}" for word in words]
+    Path("words.csv").write_text("\n".join(["word,size,kind", *rows]))
+    given = ("--dataset", "words.csv", "--target", "kind", "--objective", "val_auc")
+    code, out, err = command(in_folder, *given, *SMALL)
+    assert (code, err) == (0, "")
+    assert ", logistic regression 1.0000 (validation AUC)\n" in out
+    against = json.loads(command(in_folder, "show", "--json")[1])["against_baseline"]
+    assert (against["baseline"], against["metric"]) == ("logistic regression", "test_auc")
+    assert against["baseline_value"] > 0.99
 
 
 @pytest.mark.slow
@@ -176,13 +239,27 @@ def test_a_study_without_them_gets_them_with_its_next_trial(in_folder: Path, clo
     invariants.check(in_folder, 2)
 
 
+@pytest.mark.parametrize("objective", ["val_loss", "val_auc", "val_balanced_accuracy"])
+def test_they_are_compared_by_the_objective(objective: str, in_folder: Path, clouds: Path) -> None:
+    result = do(clouds, objective=objective)
+    metric, against = METRICS[objective], result.against_baseline
+    assert against is not None and result.winner is not None
+    name = f"test_{metric.stem}"
+    assert (against["metric"], against["test"]) == (name, "paired bootstrap")
+    assert against["value"] == pytest.approx(result.winner.metrics[name], rel=1e-5)
+    values = {baseline.name: baseline.metrics[name] for baseline in result.baselines}
+    assert against["baseline_value"] == values[against["baseline"]]
+    assert against["baseline_value"] == metric.best(values.values())
+    assert "only_winner" not in against
+
+
 def test_one_that_fails_is_a_warning(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fit(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setitem(baselines._MODELS["classification"], "logistic regression", fit)
+    monkeypatch.setitem(MODELS["classification"], "logistic regression", fit)
     told = Told()
     result = do(clouds, told)
     assert told.warnings == [
@@ -200,13 +277,13 @@ def test_a_stop_meanwhile_leaves_them_to_the_next_run(
 ) -> None:
     told = Told()
 
-    def fit(_: Any, __: Any, limit: Limit) -> Any:
+    def fit(_: Any, __: Any, ___: int, limit: Limit) -> Any:
         told.stop()  # the first Ctrl-C
         limit.stop.wait(60)
         limit.is_over()
 
     with monkeypatch.context() as patch:
-        patch.setitem(baselines._MODELS["classification"], "logistic regression", fit)
+        patch.setitem(MODELS["classification"], "logistic regression", fit)
         stopped = do(clouds, told)
     assert (stopped.winner, stopped.baselines, stopped.ran) == (None, [], 0)
     assert told.found == []
@@ -238,13 +315,13 @@ def test_metrics_that_mlflow_lacks_are_repaired(
 WITH_A_SLOW_ONE = """
 import sys
 from search import cli
-from search.training import baselines
+from search.training.simple_models import MODELS
 
-def fit(x, y, limit):
+def fit(x, y, outputs, limit):
     print("fitting", flush=True)
     limit.stop.wait(60)
 
-baselines._MODELS["classification"]["logistic regression"] = fit
+MODELS["classification"]["logistic regression"] = fit
 sys.exit(cli.main(sys.argv[1:]))
 """
 

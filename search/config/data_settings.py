@@ -100,9 +100,9 @@ class DataSettings:
     )
     baselines: str = _data(
         "auto",
-        "Simple models that the network is compared with: the majority class and scikit-learn's "
-        "logistic regression, on the same data. auto: for your own file; none for MNIST and "
-        "Keras' datasets.",
+        "Simple models that the network is compared with, on the same data: the majority class and "
+        "scikit-learn's logistic regression, or the mean and ridge regression. auto: for your own "
+        "data; none for MNIST and Keras' datasets.",
         choices=("auto", "none"),
     )
 

@@ -1,7 +1,6 @@
 """Compare two versions of the registered model on the same test examples, in a worker."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +11,14 @@ from requests import RequestException
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
-from search.data.task import DEFAULT_OBJECTIVE
+from search.data.task import DEFAULT_OBJECTIVE, METRICS
 from search.errors import RunError, one_line
 from search.promotion import bootstrap
+from search.promotion.baselines import BestBaseline
 from search.promotion.bootstrap import PairedBootstrap
 from search.promotion.evaluation import outputs_of, predict
 from search.tracking.address import global_uri
 from search.tracking.runs import Tracking
-from search.training.baselines import unpack
 
 SIGNIFICANT = 0.05
 SMALLEST_P = 1e-300  # stored and shown instead of smaller ones, which floats round to 0
@@ -80,29 +79,35 @@ def compare_versions(
 
 
 def compare_with_baseline(
-    model: Any, dataset: Dataset, correct: Mapping[str, str]
-) -> dict[str, Any] | None:
-    """Compare a Keras model with the best baseline on the test examples; None if there is none.
+    model: Any, dataset: Dataset, outputs: NDArray[Any] | None, baseline: BestBaseline, seed: int
+) -> dict[str, Any]:
+    """Compare a Keras model with a baseline on the test examples, as two versions are compared.
 
-    correct: by the name of a baseline, which test examples it classifies correctly (`pack`).
-    Returns what a study stores of it: the name, both accuracies, how many examples only one of them
-    classifies correctly, the p-value of the exact McNemar test, and whether it is significant.
+    outputs: those of the model, if they fit into memory. seed: of the bootstrap. Returns what a
+    study stores of it: the baseline's name, the metric and both values, the test, its p-value and
+    whether it is significant; of McNemar's test, also how many examples only one of them classifies
+    correctly.
     """
-    masks = {name: unpack(text, len(dataset.y_test)) for name, text in correct.items()}
-    if not masks:
-        return None
-    name = max(reversed(masks), key=lambda name: int(masks[name].sum()))
-    theirs = masks[name]
-    mine = predict(model, dataset)[0] == dataset.y_test
-    found = _compare(mine, theirs)
+    examples, metric = len(dataset.y_test), METRICS[baseline.metric]
+    found: Comparison | PairedBootstrap
+    counts = {}
+    if metric == DEFAULT_OBJECTIVE:
+        called = predict(model, dataset)[0] if outputs is None else outputs.argmax(axis=1)
+        found = _compare(called == dataset.y_test, baseline.correct(examples))
+        counts = {"only_winner": found.only_challenger, "only_baseline": found.only_champion}
+    else:
+        assert outputs is not None  # there are few if those of the baseline were kept
+        theirs = baseline.outputs(examples)
+        found = bootstrap.compare(dataset.task, metric, dataset.y_test, outputs, theirs, seed)
     return {
-        "baseline": name,
-        "test_accuracy": found.challenger,
-        "baseline_test_accuracy": found.champion,
-        "only_winner": found.only_challenger,
-        "only_baseline": found.only_champion,
+        "baseline": baseline.name,
+        "metric": f"test_{metric.stem}",
+        "value": found.challenger,
+        "baseline_value": found.champion,
+        "test": "paired bootstrap" if isinstance(found, PairedBootstrap) else "exact McNemar",
         "p_value": found.p_value,
         "significant": found.p_value < SIGNIFICANT,
+        **counts,
     }
 
 

@@ -23,11 +23,12 @@ from search.config.hyperparameters import complete, unusual
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.data.load import class_weights
+from search.promotion.baselines import BestBaseline
 from search.promotion.comparison import compare_with_baseline
 from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
 from search.promotion.measures import measure_all
 from search.promotion.served_model import log_served_model
-from search.study.storage import BASELINES_CORRECT, METADATA, SEED, SETTINGS, UID, objective
+from search.study.storage import BEST_BASELINE, METADATA, SEED, SETTINGS, UID, objective
 from search.study.trials import best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
 from search.tracking.schema import (
@@ -104,9 +105,8 @@ def retrain(
         kept = evaluate(model, (dataset.raw_test, dataset.y_test))
         test.update({f"test_{name}": kept[name] for name in _TESTED})
     tracking.log_result(run_id, history, test)
-    correct = study.user_attrs.get(BASELINES_CORRECT, {})
-    against = compare_with_baseline(model, dataset, correct)
-    if against is not None:
+    if (best := study.user_attrs.get(BEST_BASELINE)) is not None:
+        against = compare_with_baseline(model, dataset, outputs, BestBaseline(**best), config.seed)
         tracking.client.set_tag(run_id, BASELINE, json.dumps(against))
     loading.join()
     with tracking.active(run_id), _silence():

@@ -13,13 +13,13 @@ from search.config.settings import StudyConfig
 from search.data.task import METRICS, Metric
 from search.errors import redact
 from search.imports import undisturbed
+from search.promotion.baselines import Baseline
 from search.study import ranking, storage
 from search.study.lock import find_holder, holds_study
 from search.study.ranking import Finalist
 from search.study.trials import FINISHED, TrialSummary, summarize
 from search.tracking.address import check_uri
 from search.tracking.registered_model import Production, find_production
-from search.training.baselines import Baseline
 
 SCHEMA = 2
 _TOP = 10

@@ -10,10 +10,10 @@ if TYPE_CHECKING:  # only types, so that the first line is printed before the li
 
     from search.config.settings import StudyConfig
     from search.data.dataset import Dataset
+    from search.promotion.baselines import Baseline
     from search.promotion.gate import Winner
     from search.study.ranking import Finalist
     from search.study.trials import TrialSummary
-    from search.training.baselines import Baseline
 
 
 class Progress:

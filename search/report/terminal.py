@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from search.data.dataset import Dataset
+    from search.promotion.baselines import Baseline
     from search.study.trials import TrialSummary
-    from search.training.baselines import Baseline
 
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 

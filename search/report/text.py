@@ -13,11 +13,11 @@ from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric, metric_among
 from search.errors import redact
 
 if TYPE_CHECKING:  # only types: a run loads this before it prints its first line
+    from search.promotion.baselines import Baseline
     from search.promotion.gate import Winner
     from search.report.overview import Overview
     from search.report.progress import Result
     from search.study.trials import TrialSummary
-    from search.training.baselines import Baseline
 
 _BAR = 24  # characters
 LOSS = METRICS["val_loss"]
@@ -74,12 +74,7 @@ def sentences(found: "Overview") -> list[str]:
 
 def listed(baselines: "list[Baseline]", objective: Metric) -> str:
     """The name of each baseline and how good it is."""
-    metric = metric_among(baselines[0].metrics, objective)
-    return ", ".join(
-        f"{baseline.name} {metric.text(baseline.metrics[metric.name])}"
-        + ("" if baseline.converged else " (not converged)")
-        for baseline in baselines
-    )
+    return ", ".join(baseline.text(objective) for baseline in baselines)
 
 
 def _baselines(baselines: "list[Baseline]", objective: Metric) -> list[str]:
@@ -96,13 +91,16 @@ def _baselines(baselines: "list[Baseline]", objective: Metric) -> list[str]:
 
 def against_baseline(found: Mapping[str, Any]) -> str:
     """Whether the winner is better than the best baseline, in a sentence."""
-    mine, theirs = found["test_accuracy"], found["baseline_test_accuracy"]
-    compared = "significantly worse" if mine < theirs else "significantly better"
+    metric = METRICS[found["metric"].replace("test_", "val_", 1)]
+    mine, theirs = found["value"], found["baseline_value"]
+    worse = metric.sign * mine < metric.sign * theirs
+    compared = "significantly worse" if worse else "significantly better"
     if not found["significant"]:
         compared = "not significantly better"
     return (
-        f"The network is {compared} than {found['baseline']} on the test examples: accuracy "
-        f"{mine:.4f} against {theirs:.4f}, exact McNemar p = {found['p_value']:.2g}."
+        f"The network is {compared} than {found['baseline']} on the test examples: {metric.label} "
+        f"{metric.text(mine)} against {metric.text(theirs)}, {found['test']} "
+        f"p = {found['p_value']:.2g}."
     )
 
 

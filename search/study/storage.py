@@ -35,7 +35,7 @@ UID, RUN_ID = "study_uid", "mlflow_run_id"  # the latter is a trial's run or the
 SLOT, OWNER, SEED, ENVIRONMENT = "place", "owner", "seed", "environment"
 REASON, BY_ITSELF = "failure", "failed_by_itself"  # of a FAIL trial; its own training raised
 VERSION = "model_version"  # of the registered model
-BASELINES, BASELINES_CORRECT = "baselines", "baselines_correct"  # the latter: which test examples
+BASELINES, BEST_BASELINE = "baselines", "best_baseline"  # the latter: its test, None if not kept
 AGAINST = "against_baseline"  # of the winner: its comparison with the best baseline
 _OPTUNA_TABLES = {"studies", "trials", "version_info"}
 

@@ -10,7 +10,10 @@ from mlflow.tracking import MlflowClient
 from registry import BAD, GOOD, NAME, config, in_production, verdict, versions
 
 from search import pipeline
-from search.promotion.comparison import Comparison
+from search.data.dataset import Dataset
+from search.data.task import describe
+from search.promotion.baselines import BestBaseline, pack
+from search.promotion.comparison import Comparison, compare_with_baseline
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,50 @@ from search.promotion.comparison import Comparison
 )
 def test_the_exact_mcnemar_test(one: int, other: int, p: float) -> None:
     assert Comparison(0.9, 0.9, one, other).p_value == pytest.approx(p)
+
+
+def dataset_of(y: np.ndarray, kind: str) -> Dataset:
+    """A dataset of which the comparison needs the test examples alone."""
+    task, _ = describe(kind, y, len(y))
+    x = np.zeros((len(y), 2), np.float32)
+    sizes = {"train_size": 1, "classes": task.classes, "sample_shape": (2,)}
+    return Dataset("mine", "0", x, y, x, y, **sizes, task=task)
+
+
+def test_a_model_is_compared_with_a_baseline_by_its_accuracy() -> None:
+    y = np.arange(100, dtype=np.int32) % 2
+    outputs = np.eye(2)[np.where(np.arange(100) < 8, 1 - y, y)]  # 8 mistakes
+    baseline = BestBaseline("simple", "val_accuracy", pack(np.arange(100) < 78))  # 22 others
+    found = compare_with_baseline(None, dataset_of(y, "classification"), outputs, baseline, 0)
+    assert found == {
+        "baseline": "simple",
+        "metric": "test_accuracy",
+        "value": 0.92,
+        "baseline_value": 0.78,
+        "test": "exact McNemar",
+        "p_value": Comparison(0.92, 0.78, 22, 8).p_value,
+        "significant": True,
+        "only_winner": 22,
+        "only_baseline": 8,
+    }
+
+
+@pytest.mark.parametrize(("error", "significant"), [(1.0, False), (3.0, True)])
+def test_a_model_is_compared_with_a_baseline_by_the_bootstrap(
+    error: float, significant: bool
+) -> None:
+    random = np.random.default_rng(0)
+    y = random.normal(1000, 10, 200).astype(np.float32)
+    mine, theirs = (
+        (y + random.normal(0, size, 200))[:, np.newaxis].astype(np.float32) for size in (1, error)
+    )
+    baseline = BestBaseline("simple", "val_rmse", pack(theirs))
+    found = compare_with_baseline(None, dataset_of(y, "regression"), mine, baseline, 0)
+    for outputs, name in ((mine, "value"), (theirs, "baseline_value")):
+        assert found[name] == pytest.approx(np.sqrt(((outputs[:, 0] - y) ** 2).mean()), rel=1e-4)
+    assert (found["metric"], found["test"]) == ("test_rmse", "paired bootstrap")
+    assert found["significant"] is significant
+    assert "only_winner" not in found
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from rich.console import Console
 from search.config.hyperparameters import REFERENCE
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
+from search.data.task import METRICS
+from search.promotion.baselines import Baseline
 from search.promotion.gate import Decision, Winner
 from search.report import overview
 from search.report import text as display
@@ -208,3 +210,49 @@ def test_a_study_without_a_finished_trial_is_shown(
     assert "No trial has completed yet." in out
     assert "  trial 0: ValueError: too [bold]much\n" in out
     assert "Nothing is in production." in out
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "baseline_value", "significant", "expected"),
+    [
+        ("test_accuracy", 0.98, 0.95, True, "significantly better"),
+        ("test_accuracy", 0.9, 0.95, True, "significantly worse"),
+        ("test_accuracy", 0.9, 0.95, False, "not significantly better"),
+        ("test_rmse", 50.0, 60.0, True, "significantly better"),
+        ("test_rmse", 60.0, 50.0, True, "significantly worse"),
+    ],
+)
+def test_whether_the_network_beats_the_best_baseline_is_said(
+    metric: str, value: float, baseline_value: float, significant: bool, expected: str
+) -> None:
+    found = {
+        "baseline": "a simple model",
+        "metric": metric,
+        "value": value,
+        "baseline_value": baseline_value,
+        "test": "paired bootstrap",
+        "p_value": 0.0123,
+        "significant": significant,
+    }
+    shown = "RMSE {:g} against {:g}"
+    if metric == "test_accuracy":
+        shown = "accuracy {:.4f} against {:.4f}"
+    assert display.against_baseline(found) == (
+        f"The network is {expected} than a simple model on the test examples: "
+        f"{shown.format(value, baseline_value)}, paired bootstrap p = 0.012."
+    )
+
+
+def test_baselines_are_shown_by_the_objective() -> None:
+    metrics = {"val_accuracy": 0.9, "val_f1": 0.8}
+    baselines = [
+        Baseline("simple", metrics, 100, True),
+        Baseline("slow", {**metrics, "val_f1": 0.75}, 100, False),
+    ]
+    config = StudyConfig(objective="val_f1")
+    lines = display.summary(replace(RESULT, config=config, baselines=baselines)).splitlines()
+    assert "simple                 val_f1 0.8000" in lines
+    assert "slow                   val_f1 0.7500  not converged" in lines
+    listed = display.listed(baselines, METRICS["val_f1"])
+    assert listed == "simple 0.8000, slow 0.7500 (not converged)"
+    assert display.listed(baselines, METRICS["val_loss"]).startswith("simple 0.9000, ")
