@@ -26,6 +26,7 @@ TITLES = [
     "All hyperparameters together",
     "Timeline",
     "Confusion matrix of the winner",
+    "Each class on the test examples",
     "The winner's worst mistakes",
     "All trials",
 ]
@@ -101,7 +102,9 @@ def test_the_table_holds_every_trial_and_sorts(finished: dict[str, Any], browser
     page = opened(browser, finished["folder"] / "report.html")
 
     def column(index: int) -> list[str]:
-        return page.locator(f"tbody tr td:nth-child({index})").all_inner_texts()
+        return page.locator(
+            f"[aria-labelledby=trials] tbody td:nth-child({index})"
+        ).all_inner_texts()
 
     assert column(1) == [str(number) for number in range(TRIALS)]
     assert set(column(9)) >= {run.info.run_id for run in finished["runs"].values()} - {""}
