@@ -10,6 +10,8 @@ import pytest
 import requests
 from conftest import EPOCHS, TRIALS, start
 
+from search.data.task import KINDS
+
 
 @pytest.fixture(scope="module")
 def served(finished: dict[str, Any]) -> Iterator[dict[str, Any]]:
