@@ -73,6 +73,7 @@ LIBRARIES = (  # what commands import, and in their order, and what tests' own p
     "flask",
     "graphene",
 )
+OF_OWN_DATA = ("sklearn.linear_model", "search.data.table", "pyarrow.csv", "pyarrow.parquet")
 AT_THE_START = ("PYTHON", "LC_", "LANG", "TF_", "KERAS_", "MALLOC_", "LD_", "OMP_")
 ADDRESS = "SEARCH_TESTS_FORKS"  # names the server's socket to the processes of pytest
 FOLDER = "SEARCH_TESTS_FOLDER"  # a folder for what they share, which ends with the server
@@ -246,6 +247,8 @@ def _import_libraries() -> None:
     with hidden("sklearn"), silent_stderr():  # as the command does
         for name in LIBRARIES:
             importlib.import_module(name)
+    for name in OF_OWN_DATA:  # scikit-learn, too
+        importlib.import_module(name)
     import templates
 
     templates.use()
