@@ -6,7 +6,11 @@ from pathlib import Path
 import invariants
 import numpy as np
 import pytest
-from conftest import command, mlflow_at
+from conftest import command, mlflow_at, small_dataset
+
+from search import StudyConfig
+from search.data.load import choose_objective
+from search.errors import InputError
 
 OPTIONS = ("--dataset", "clouds.npz", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")
 
@@ -167,3 +171,14 @@ def test_an_objective_of_another_task_is_refused(folder: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: --objective must be a metric of the task, for classification ")
     assert [path.name for path in folder.iterdir()] == ["clouds.npz"]
+
+
+def test_an_objective_of_more_outputs_than_fit_into_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = small_dataset(x_test=np.zeros((40, 5), np.float32))
+    assert choose_objective(StudyConfig(objective="val_f1"), data, None).name == "val_f1"
+    monkeypatch.setattr("search.data.load.MOST_OUTPUTS", 100)
+    assert choose_objective(StudyConfig(), data, None).name == "val_accuracy"
+    with pytest.raises(InputError, match=r"40 examples of 3 classes have more; give --objective"):
+        choose_objective(StudyConfig(objective="val_f1"), data, None)

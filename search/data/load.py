@@ -23,7 +23,7 @@ from search.data.dataset import (
     scaled,
 )
 from search.data.sources import Source, is_own
-from search.data.task import KINDS, Metric, describe, objective_of
+from search.data.task import KINDS, MOST_OUTPUTS, Metric, describe, objective_of
 from search.errors import InputError, one_line
 from search.memory import chunks, moved, partition
 
@@ -160,9 +160,17 @@ def choose_objective(
     Raises InputError if it is not a metric of the task.
     """
     known = None if stored is None else objective_of(stored).name
-    return dataset.task.objective(
+    chosen = dataset.task.objective(
         known or "auto" if config.objective == "auto" else config.objective
     )
+    outputs = len(dataset.x_test) * dataset.task.outputs
+    if outputs > MOST_OUTPUTS and chosen.name not in ("val_accuracy", "val_loss"):
+        raise InputError(
+            f"--objective {chosen.name} needs at most {MOST_OUTPUTS:,} outputs for the test set",
+            f"{len(dataset.x_test):,} examples of {dataset.task.outputs:,} classes have more",
+            "give --objective val_accuracy, or a smaller test set",
+        )
+    return chosen
 
 
 # ---- arrays -----------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ KINDS = {
         objective="val_rmse",
     ),
 }
+MOST_OUTPUTS = 100_000_000  # of all test examples that fit into memory
 _SIMPLE = ("val_accuracy", "val_rmse")  # metrics that every model of a task has
 DEFAULT_OBJECTIVE = METRICS["val_accuracy"]  # of studies that did not store another one
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.data.dataset import Dataset, is_image
+from search.data.task import MOST_OUTPUTS
 from search.errors import one_line
 from search.promotion.residuals import RESIDUALS, Residuals, draw_residuals, residuals_of
 
@@ -161,7 +162,7 @@ def _scores(matrix: NDArray[Any]) -> list[ClassScore]:
 
 def outputs_of(model: Any, dataset: Dataset) -> NDArray[Any] | None:
     """What `model` gives for all test examples; None if it is too much for the memory."""
-    if len(dataset.x_test) * dataset.task.outputs > 4 * _AT_ONCE:
+    if len(dataset.x_test) * dataset.task.outputs > MOST_OUTPUTS:
         return None
     return np.concatenate(list(_outputs(model, dataset)))
 
