@@ -60,7 +60,7 @@ def mixed() -> pd.DataFrame:
         + 0.8 * np.sin(city)
         + np.where(channel == "shop", 1.5, 0) * (balance > 0)
         - 0.5 * (duration > 400) * (visits > 2)
-        + 0.4 * (since.dayofweek >= 5)
+        + 0.4 * (since.day_of_week >= 5)
     )
     classes = np.digitize(score, np.quantile(score, [0.4, 0.75]))
     noisy = random.random(ROWS) < 0.1
