@@ -78,7 +78,9 @@ def _read(path: str, option: str) -> pd.DataFrame:
         size = Path(path).stat().st_size
     except OSError as error:
         found = str(error.strerror).lower()
-        raise InputError(f"{option} must be a readable file", f"{path}: {found}", "check") from None
+        raise InputError(
+            f"{option} must be a readable file", f"{path}: {found}", "check the path"
+        ) from None
     check_fits(path, size * _COPIES, "take a sample of the rows, or write fewer columns")
     try:
         table = _arrow(path)
@@ -93,7 +95,9 @@ def _read(path: str, option: str) -> pd.DataFrame:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or "" in names:
         found = f"{twice[0]!r} occurs twice" if twice else "one has no name"
-        raise InputError(f"{option} {path}: the columns must have different names", found, "rename")
+        raise InputError(
+            f"{option} {path}: the columns must have different names", found, "rename one"
+        )
     if not table.num_rows:
         raise InputError(f"{option} {path}: a table must have rows", "has none", "check the file")
     frame: pd.DataFrame = table.to_pandas(date_as_object=False)
