@@ -19,6 +19,7 @@ from search.data.serving import (
     numbers_of,
     words_of,
 )
+from search.errors import InputError
 
 FEW = 10  # different whole numbers up to which a column is a category
 MANY = 50  # words from which on a category has an embedding instead of a feature per word
@@ -261,3 +262,20 @@ def _is_number(text: str) -> bool:
 def numbered(labels: NDArray[np.object_], names: tuple[str, ...]) -> NDArray[np.int32]:
     """The index of each label among the names; -1 where it is none of them."""
     return np.asarray(pd.Index(names).get_indexer(labels), np.int32)
+
+
+def check_classes(target: str, names: tuple[str, ...], tested: NDArray[np.object_]) -> None:
+    """Raise InputError for a single class, and for one that is only in the test set."""
+    if len(names) < 2:
+        raise InputError(
+            f"--target {target} must have two classes or more",
+            f"all rows have {names[0]!r}",
+            "name another column",
+        )
+    new = sorted(set(tested) - set(names))
+    if new:
+        raise InputError(
+            f"--target {target}: every class must be in the training data",
+            f"{new[0]!r} is in the test set alone",
+            "give more rows of it, or leave these out",
+        )

@@ -18,7 +18,7 @@ MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 Images = NDArray[np.uint8] | NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
-_Refuse = Callable[[str, str, str], InputError]
+Refuse = Callable[[str, str, str], InputError]
 _REMEDIES = {
     "np.savez": "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)",
     "path": "check the path",
@@ -185,7 +185,7 @@ def check(name: str, arrays: Arrays, kind: str) -> None:
     for part in parts[1:]:
         _check_alike(part, x_train, arrays[f"x_{part}"], refuse)
     if kind == "regression":
-        _check_numbers({f"y_{part}": arrays[f"y_{part}"] for part in parts}, refuse)
+        check_numbers({f"y_{part}": arrays[f"y_{part}"] for part in parts}, refuse)
         return
     present = np.unique(y_train)
     if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
@@ -201,7 +201,7 @@ def check(name: str, arrays: Arrays, kind: str) -> None:
             )
 
 
-def _check_alike(part: str, x_train: NDArray[Any], x: NDArray[Any], refuse: _Refuse) -> None:
+def _check_alike(part: str, x_train: NDArray[Any], x: NDArray[Any], refuse: Refuse) -> None:
     same_type = (x_train.dtype == np.uint8) == (x.dtype == np.uint8)
     if x_train.shape[1:] != x.shape[1:] or not same_type:
         raise refuse(
@@ -211,9 +211,12 @@ def _check_alike(part: str, x_train: NDArray[Any], x: NDArray[Any], refuse: _Ref
         )
 
 
-def _check_numbers(targets: Arrays, refuse: _Refuse) -> None:
-    """Raise InputError unless a network can learn these targets in float32."""
-    y_train = targets["y_train"]
+def check_numbers(targets: Arrays, refuse: Refuse) -> None:
+    """Raise what `refuse` makes unless a network can learn these targets in float32.
+
+    targets: by what they are called; those of the training data first.
+    """
+    name, y_train = next(iter(targets.items()))
     for key, y in targets.items():
         with np.errstate(over="ignore"):
             if not np.isfinite(y.astype(np.float32)).all():
@@ -221,10 +224,10 @@ def _check_numbers(targets: Arrays, refuse: _Refuse) -> None:
                 raise refuse(rule, "NaN or infinity", "rows")
     if float(y_train.std(dtype=float)) <= 1e-6 * float(np.abs(y_train).max()):
         found = f"only {float(y_train.flat[0]):g}, or numbers too close to it for float32"
-        raise refuse("y_train must hold numbers that differ", found, "rows")
+        raise refuse(f"{name} must hold numbers that differ", found, "rows")
 
 
-def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], kind: str, refuse: _Refuse) -> None:
+def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], kind: str, refuse: Refuse) -> None:
     if x.dtype.kind not in "buif" or x.ndim < 2:
         rule = f"x_{part} must hold numbers in shape (n, ...)"
         raise refuse(rule, f"{x.dtype}{x.shape}", "numeric")

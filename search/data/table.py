@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from search.config.data_settings import names_in
 from search.config.settings import StudyConfig
-from search.data.columns import class_names, numbered
-from search.data.dataset import Labels, held_out, kept
+from search.data.columns import check_classes, class_names, numbered
+from search.data.dataset import Labels, Seed, held_out, kept
 from search.data.serving import as_words, dates_of
+from search.data.sources import check_numbers
 from search.data.task import KINDS
 from search.errors import InputError, nearest, one_line
 from search.memory import check_fits
@@ -159,14 +160,16 @@ def _check_columns(config: StudyConfig, split_column: str, known: list[str]) -> 
 
 def _target(config: StudyConfig, frame: pd.DataFrame, path: str) -> "pd.Series[Any]":
     labels = frame[config.target]
-    missing = int(labels.isna().sum())
-    if missing:
-        raise InputError(
-            f"--target {config.target} must have a value in every row of {path}",
-            f"{missing:,} of {len(frame):,} are missing",
-            "leave these rows out",
-        )
+    _check_complete(f"--target {config.target} must have a value in every row of {path}", labels)
     return labels
+
+
+def _check_complete(rule: str, values: "pd.Series[Any]") -> None:
+    """Raise InputError, by this rule, if values are missing."""
+    missing = int(values.isna().sum())
+    if missing:
+        found = f"{missing:,} of {len(values):,} are missing"
+        raise InputError(rule, found, "leave these rows out")
 
 
 def _check_alike(config: StudyConfig, frame: pd.DataFrame, test: pd.DataFrame) -> None:
@@ -212,7 +215,7 @@ def divide(config: StudyConfig, table: Table, split: str, kind: str) -> Parts:
     if table.test is None:
         _, codes = np.unique(words.astype(str), return_inverse=True)
         size = len(words) - kept("--test-split", config.test_split, len(words), "test")
-        held = held_out(how, codes, size, (config.seed, 1), column)
+        held = _held_out(split, codes, size, (config.seed, 1), column)
         test, everything = np.flatnonzero(held), np.flatnonzero(~held)
     given = table.target[test] if table.test_target is None else table.test_target
     y, y_test, names = _targets(config, table.target, given, everything, kind)
@@ -220,8 +223,22 @@ def divide(config: StudyConfig, table: Table, split: str, kind: str) -> Parts:
         "--validation-split", config.validation_split, len(everything), "validate"
     )
     chosen = None if column is None else column[everything]
-    held = held_out(how, y[everything], size, config.seed, chosen)
+    held = _held_out(split, y[everything], size, config.seed, chosen)
     return Parts(everything[~held], everything[held], test, y, y_test, names)
+
+
+def _held_out(
+    split: str, y: NDArray[Any], size: int, seed: Seed, column: NDArray[Any] | None
+) -> NDArray[np.bool_]:
+    """As `held_out`. Raises InputError if it leaves a part without rows."""
+    held = held_out(split.partition(":")[0], y, size, seed, column)
+    if held.all() or not held.any():
+        raise InputError(
+            f"--split {split} must leave groups to train, to validate and to test",
+            "there are too few",
+            "give another split, or a file of its own to --test",
+        )
+    return held
 
 
 def _targets(
@@ -233,10 +250,13 @@ def _targets(
 ) -> tuple[Labels, Labels, tuple[str, ...]]:
     """`target` and the target of the test set, as numbers; and the classes of the training rows."""
     if not KINDS[kind].has_classes:
-        return _numbers(config, target), _numbers(config, tested), ()
+        y, y_test = _numbers(config, target), _numbers(config, tested)
+        name = f"--target {config.target}"
+        check_numbers({name: y[training], f"{name} of the test set": y_test}, _refusal)
+        return y, y_test, ()
     words, expected = as_words(target), as_words(tested)
     names = class_names(words[training])
-    _check_classes(config, names, expected)
+    check_classes(str(config.target), names, expected)
     return numbered(words, names), numbered(expected, names), names
 
 
@@ -244,13 +264,7 @@ def _split_by(values: "pd.Series[Any]", kind: str) -> NDArray[Any]:
     """The groups or times to split by."""
     if kind == "group":
         return as_words(values)
-    missing = int(values.isna().sum())
-    if missing:
-        raise InputError(
-            f"--split time:{values.name} must have a time in every row",
-            f"{missing:,} of {len(values):,} are missing",
-            "leave these rows out",
-        )
+    _check_complete(f"--split time:{values.name} must have a time in every row", values)
     if pd.api.types.is_numeric_dtype(values):
         return np.asarray(values.to_numpy())
     try:
@@ -263,38 +277,18 @@ def _split_by(values: "pd.Series[Any]", kind: str) -> NDArray[Any]:
         ) from None
 
 
-def _check_classes(
-    config: StudyConfig, names: tuple[str, ...], tested: NDArray[np.object_]
-) -> None:
-    """Raise InputError for a single class, and for one that is only in the test set."""
-    if len(names) < 2:
-        raise InputError(
-            f"--target {config.target} must have two classes or more",
-            f"all rows have {names[0]!r}",
-            "name another column",
-        )
-    new = sorted(set(tested) - set(names))
-    if new:
-        raise InputError(
-            f"--target {config.target}: every class must be in the training data",
-            f"{new[0]!r} is in the test set alone",
-            "give more rows of it, or leave these out",
-        )
-
-
 def _numbers(config: StudyConfig, target: "pd.Series[Any]") -> NDArray[np.float32]:
     try:
-        numbers = np.asarray(pd.to_numeric(target), np.float32)
+        with np.errstate(over="ignore"):
+            numbers = np.asarray(pd.to_numeric(target), np.float32)
     except (ValueError, TypeError) as error:
         raise InputError(
             f"--target {config.target} must hold numbers in a regression",
             one_line(error),
             "name another column, or give --task classification",
         ) from None
-    if not np.isfinite(numbers).all():
-        raise InputError(
-            f"--target {config.target} must hold finite numbers (float32)",
-            "has infinity",
-            "leave these rows out",
-        )
     return numbers
+
+
+def _refusal(rule: str, found: str, _: str) -> InputError:
+    return InputError(rule, f"has {found}", "check the column, or name another one")

@@ -27,6 +27,7 @@ def people(rows: int = ROWS) -> pd.DataFrame:
             "job": random.choice(["nurse", "pilot", None], rows),
             "since": pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(rows), unit="D"),
             "house": np.arange(rows) // 5,
+            "town": ["one"] * rows,
             "answer": np.where(np.nan_to_num(age, nan=40) > 45, "yes", "no"),
         }
     )
@@ -155,8 +156,9 @@ def test_a_file_that_is_no_table_is_refused(
         ({"numeric": "city"}, "column 'city' must hold numbers"),
         ({"split": "time:job"}, "--split time:job must have a time in every row"),
         ({"split": "time:city"}, "must name a column of numbers or dates"),
+        ({"split": "group:town"}, "--split group:town must leave groups to train, .* too few"),
         ({"split": "group:hous"}, "--split must name columns.*did you mean house?"),
-        ({"ignore": "id,age,city,job,since,house"}, "must have a column to learn from"),
+        ({"ignore": "id,age,city,job,since,house,town"}, "must have a column to learn from"),
         ({"test": "nowhere.csv"}, "--test must be a readable file.*no such file"),
         ({"test_split": 0.999}, "--test-split must leave examples to train and to test"),
     ],
@@ -181,6 +183,22 @@ def test_a_target_that_can_not_be_learnt_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=found):
         load(people().assign(answer=answers))
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ([7.5] * ROWS, "must hold numbers that differ, but has only 7.5"),
+        ([1.5, float("inf")] * (ROWS // 2), "must hold finite numbers .float32., but has NaN or"),
+        ([1.5, 1e300] * (ROWS // 2), "must hold finite numbers .float32., but has NaN or"),
+    ],
+)
+def test_numbers_that_can_not_be_learnt_are_refused(
+    load: Callable[..., Dataset], answers: list[float], found: str
+) -> None:
+    with pytest.raises(InputError, match=found) as error:
+        load(people().assign(answer=answers))
+    assert "--target answer" in str(error.value)
 
 
 def test_a_class_in_the_test_set_alone_is_refused(load: Callable[..., Dataset]) -> None:
