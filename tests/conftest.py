@@ -78,7 +78,7 @@ def small_dataset(**changed: Any) -> Dataset:
     """A dataset of no examples, of 5 features and 3 classes, but for what is `changed`."""
     x, y = np.zeros((0, 5), np.float32), np.zeros(0, np.int32)
     parts = {"x_all": x, "y_all": y, "x_test": x, "y_test": y, "train_size": 0}
-    rest = {"name": "small", "digest": "", "classes": 3, "sample_shape": (5,)}
+    rest = {"name": "small", "digest": "", "sample_shape": (5,)}
     return Dataset(**{**parts, **rest, "task": Task("classification", 3), **changed})
 
 

@@ -65,7 +65,6 @@ class Dataset:
     x_test: Images
     y_test: Labels
     train_size: int
-    classes: int
     sample_shape: tuple[int, ...]
     split: str = "last"
     normalization: Normalization | None = None
@@ -77,6 +76,11 @@ class Dataset:
     columns: "Columns | None" = None
     test_rows: "Rows | None" = None
     example: Any = None
+
+    @property
+    def classes(self) -> int:
+        """The number of classes; 0 in a regression."""
+        return self.task.classes
 
     @property
     def features(self) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
-import os
 import tempfile
 import threading
 import time
@@ -14,8 +13,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlflow
-import numpy as np
 from mlflow.entities import Run
 from numpy.typing import NDArray
 
@@ -27,7 +24,7 @@ from search.promotion.baselines import BestBaseline
 from search.promotion.comparison import compare_with_baseline
 from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
 from search.promotion.measures import measure_all
-from search.promotion.served_model import log_served_model
+from search.promotion.served_model import log_model
 from search.study.storage import BEST_BASELINE, METADATA, SEED, SETTINGS, UID, objective
 from search.study.trials import best_epoch, history_of, read_trial
 from search.tracking.runs import Tracking
@@ -110,7 +107,7 @@ def retrain(
         tracking.client.set_tag(run_id, BASELINE, json.dumps(against))
     loading.join()
     with tracking.active(run_id), _silence():
-        model_uri = _log_model(model, dataset, origin)
+        model_uri = log_model(model, dataset, origin, _requirements())
         _log_files(model, dataset, outputs, tracking.client, run_id)
         tracking.client.set_tag(run_id, MODEL_URI, model_uri)
     return run_id
@@ -150,27 +147,6 @@ def _train(
     ]
 
 
-def _log_model(model: "keras.Model", dataset: Dataset, origin: dict[str, str]) -> str:
-    """Log `model` to the active run; returns its URI."""
-    from mlflow.models import Model, infer_signature
-
-    if dataset.columns is not None or dataset.task.class_names:
-        return log_served_model(model, dataset, origin, _requirements())
-    example = dataset.test_inputs(slice(2))
-    info = Model.log(
-        artifact_path=None,
-        name="model",
-        flavor=_KerasFlavor,
-        metadata=origin,
-        validate_serving_input=False,  # by loading the model once more, which takes a second
-        model=model,
-        signature=infer_signature(example, np.asarray(model(example))),
-        input_example=example,
-        pip_requirements=_requirements(),
-    )
-    return str(info.model_uri)
-
-
 def _log_files(
     model: "keras.Model",
     dataset: Dataset,
@@ -178,7 +154,7 @@ def _log_files(
     client: "MlflowClient",
     run_id: str,
 ) -> None:
-    """Log the model as HDF5 and its evaluation, once `_log_model` is done.
+    """Log the model as HDF5 and its evaluation, once `log_model` is done.
 
     Writing HDF5 (Keras 3.15) drops the optimizer from the model's own compile configuration, and a
     .keras file written afterwards would lack it.
@@ -203,18 +179,6 @@ def _load() -> None:
         importlib.import_module("matplotlib.backends.backend_agg")
         requirements_utils = importlib.import_module("mlflow.utils.requirements_utils")
         requirements_utils.warn_dependency_requirement_mismatches(_requirements())  # lists packages
-
-
-class _KerasFlavor:
-    """`mlflow.keras`, whose save_model (3.17) needs the folder to exist for an input example."""
-
-    __name__ = "mlflow.keras"
-
-    @staticmethod
-    def save_model(path: str, **arguments: Any) -> None:
-        os.makedirs(path)
-        del arguments["validate_serving_input"]  # meant for `log`, which passes on all it gets
-        mlflow.keras.save_model(path=path, **arguments)
 
 
 @contextlib.contextmanager

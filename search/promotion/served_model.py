@@ -1,4 +1,4 @@
-"""A model that is served with the names of its classes or columns, as MLflow stores it."""
+"""The model as MLflow stores and serves it."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+import numpy as np
 
 from search.data.dataset import Dataset
 
@@ -16,34 +17,54 @@ if TYPE_CHECKING:
     from mlflow.types import Schema
 
 
-def log_served_model(
+def log_model(
     model: "keras.Model", dataset: Dataset, origin: dict[str, str], requirements: list[str]
 ) -> str:
-    """Log `model` to the active run, to be served by the module `serving`; returns its URI."""
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import ColSpec, Schema
+    """Log `model` to the active run; returns its URI.
 
-    names = dataset.task.class_names
-    prediction = ColSpec("string" if names else "double", "prediction")
-    probabilities = [ColSpec("float", f"probability_{name}") for name in names]
-    schema: dict[str, Any] = {"classes": list(names) or None}
-    example = dataset.example
-    if dataset.columns is not None:
-        schema |= {"numbers": dataset.columns.numbers, "words": dataset.columns.words}
-    else:
+    A model of a table or of named classes is served by the module `serving`, any other by MLflow.
+    """
+    from mlflow.models import Model, ModelSignature, infer_signature
+
+    names, example = dataset.task.class_names, dataset.example
+    if dataset.columns is None:
         example = dataset.test_inputs(slice(2))
+    if dataset.columns is not None or names:
+        kind: dict[str, Any] = {
+            "flavor": _ServedFlavor,
+            "schema": _schema(dataset),
+            "signature": ModelSignature(_inputs(dataset), _answers(names)),
+        }
+    else:
+        signature = infer_signature(example, np.asarray(model(example)))
+        kind = {"flavor": _KerasFlavor, "signature": signature}
     info = Model.log(
         artifact_path=None,
         name="model",
-        flavor=_ServedFlavor,
         metadata={**origin, **({"class_names": list(names)} if names else {})},
+        validate_serving_input=False,  # by loading the model once more, which takes a second
         model=model,
-        signature=ModelSignature(_inputs(dataset), Schema([prediction, *probabilities])),
         input_example=example,
-        schema=schema,
         pip_requirements=requirements,
+        **kind,
     )
     return str(info.model_uri)
+
+
+def _schema(dataset: Dataset) -> dict[str, Any]:
+    """What the module `serving` needs to know of the model."""
+    schema: dict[str, Any] = {"classes": list(dataset.task.class_names) or None}
+    if dataset.columns is not None:
+        schema |= {"numbers": dataset.columns.numbers, "words": dataset.columns.words}
+    return schema
+
+
+def _answers(names: tuple[str, ...]) -> "Schema":
+    """What the served model answers: a class and the probability of each, or a number."""
+    from mlflow.types.schema import ColSpec, Schema
+
+    prediction = ColSpec("string" if names else "double", "prediction")
+    return Schema([prediction, *(ColSpec("float", f"probability_{name}") for name in names)])
 
 
 def _inputs(dataset: Dataset) -> "Schema":
@@ -52,7 +73,6 @@ def _inputs(dataset: Dataset) -> "Schema":
     A column may be missing, or hold integers where there were decimals, so the types of columns are
     left open: MLflow would refuse both.
     """
-    import numpy as np
     from mlflow.types.schema import AnyType, ColSpec, Schema, TensorSpec
 
     if dataset.columns is None:
@@ -62,8 +82,20 @@ def _inputs(dataset: Dataset) -> "Schema":
     return Schema([ColSpec(anything, name, required=False) for name in dataset.columns.sources])
 
 
+class _KerasFlavor:
+    """`mlflow.keras`, whose save_model (3.17) needs the folder to exist for an input example."""
+
+    __name__ = "mlflow.keras"
+
+    @staticmethod
+    def save_model(path: str, **arguments: Any) -> None:
+        os.makedirs(path)
+        del arguments["validate_serving_input"]  # meant for `log`, which passes on all it gets
+        mlflow.keras.save_model(path=path, **arguments)
+
+
 class _ServedFlavor:
-    """`mlflow.keras`, served by the module `serving`, a copy of which is saved with the model.
+    """The same, served by the module `serving`, a copy of which is saved with the model.
 
     `mlflow.keras.load_model` loads the Keras model alone.
     """
@@ -76,9 +108,7 @@ class _ServedFlavor:
     ) -> None:
         from search.data import serving
 
-        os.makedirs(path)
-        arguments.pop("validate_serving_input", None)
-        mlflow.keras.save_model(path=path, mlflow_model=mlflow_model, **arguments)
+        _KerasFlavor.save_model(path, mlflow_model=mlflow_model, **arguments)
         text = json.dumps(schema, ensure_ascii=False)
         (Path(path) / "data" / serving.SCHEMA).write_text(text, encoding="utf-8")
         mlflow_model.signature = signature

@@ -34,7 +34,6 @@ def dataset_of(kind: str, x: Any, y: Any) -> Dataset:
     return Dataset(
         *("mine", "0", x[:b], targets, x[b:], y[b:]),
         train_size=a,
-        classes=task.classes,
         sample_shape=(x.shape[1],),
         task=task,
     )
