@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,40 @@ class MlflowServer:
         """It goes on where it was."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGCONT)
+
+
+# As in a shell in which the virtual environment is active.
+SHELL = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@contextlib.contextmanager
+def model_server(folder: Path, commands: str) -> Iterator[str]:
+    """The port of the model's server that a page's `commands` start, there on port 5001."""
+    port = str(free_port())
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", commands.replace("5001", port)],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=SHELL,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", process, folder / "server.log")
+        yield port
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask_model_server(folder: Path, commands: str, port: str) -> str:
+    """What the page's `commands` print that ask it."""
+    ask = ["bash", "-ec", commands.replace("5001", port)]
+    return subprocess.run(
+        ask, cwd=folder, capture_output=True, text=True, check=True, env=SHELL
+    ).stdout
 
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))

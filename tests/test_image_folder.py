@@ -1,11 +1,9 @@
 """The real command on a folder of images: as on its arrays, with class names, and served."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +15,7 @@ import optuna
 import pytest
 from conftest import ROOT, command, mlflow_at
 from PIL import Image
-from servers import free_port, wait_for
-from test_serve import SHELL
+from servers import ask_model_server, model_server
 
 from search.data.load import load_dataset
 from search.report import publish
@@ -118,28 +115,6 @@ def test_the_study_is_resumed_and_reproduced(photos: Path) -> None:
     assert "image_size: 6 -> 5" in err
 
 
-def ask_server(folder: Path) -> str:
-    """What the page's commands print, with the server on a free port."""
-    port = str(free_port())
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            ["bash", "-c", SERVE.replace("5001", port)],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=SHELL,
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/ping", process, folder / "server.log")
-        ask = ["bash", "-ec", ASK.replace("5001", port)]
-        return subprocess.run(ask, cwd=folder, capture_output=True, text=True, check=True).stdout
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(photos: Path) -> None:
     dataset = load_dataset(str(photos / "photos"), 0.1, split="stratified")
@@ -152,7 +127,8 @@ def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(photos: Path
     (photos / "photos/cat/0001.png").symlink_to("0000.png")  # an example's name on the page
     example = EXAMPLE.replace("(64, 64)", "(6, 6)")
     subprocess.run([sys.executable, "-c", example], cwd=photos, check=True)
-    answered = ask_server(photos)
+    with model_server(photos, SERVE) as port:
+        answered = ask_model_server(photos, ASK, port)
     (answer,) = json.loads(answered)["predictions"]
     expected = model.predict(np.array(Image.open(photos / "photos/cat/0000.png"))[None], verbose=0)
     assert answer.pop("prediction") == NAMES[expected[0].argmax()]

@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +13,9 @@ import numpy as np
 import pytest
 import requests
 from conftest import ROOT
-from servers import free_port, wait_for
+from servers import ask_model_server, model_server
 
 PAGE = (ROOT / "docs" / "results.md").read_text()
-# As in a shell in which the virtual environment is active.
-SHELL = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SERVE, ASK = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -30,30 +24,16 @@ def served(finished: dict[str, Any], tmp_path: Path) -> Iterator[tuple[Path, str
     """The first block of the page, on a copy of the finished study and a free port."""
     folder = tmp_path / "study"
     shutil.copytree(finished["folder"], folder)
-    port = str(free_port())
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            ["bash", "-c", SERVE.replace("5001", port)],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=SHELL,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_for(f"{address}/ping", process, folder / "server.log")
-        yield folder, address
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with model_server(folder, SERVE) as port:
+        yield folder, port
 
 
-def ask(address: str, inputs: Any) -> tuple[int, Any]:
+def ask(port: str, inputs: Any) -> tuple[int, Any]:
     body = json.dumps({"inputs": inputs})
     headers = {"Content-Type": "application/json"}
-    answer = requests.post(f"{address}/invocations", body, headers=headers, timeout=60)
+    answer = requests.post(
+        f"http://127.0.0.1:{port}/invocations", body, headers=headers, timeout=60
+    )
     return answer.status_code, answer.json()
 
 
@@ -62,16 +42,8 @@ def ask(address: str, inputs: Any) -> tuple[int, Any]:
 def test_the_pages_commands_get_what_the_model_predicts(
     served: tuple[Path, str], finished: dict[str, Any]
 ) -> None:
-    folder, address = served
-    done = subprocess.run(
-        ["bash", "-ec", ASK.replace("5001", address.rsplit(":", 1)[1])],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=SHELL,
-    )
-    assert done.returncode == 0, done.stderr
-    answered = np.array(json.loads(done.stdout)["predictions"], np.float32)
+    folder, port = served
+    answered = np.array(json.loads(ask_model_server(folder, ASK, port))["predictions"], np.float32)
     (file,) = finished["folder"].rglob("model.keras")
     model = keras.saving.load_model(file)
     digits = np.array(json.loads((folder / "digits.json").read_text())["inputs"], np.float32)
@@ -83,10 +55,10 @@ def test_the_pages_commands_get_what_the_model_predicts(
         ([[0.5, 0.5]], "does not match expected shape (-1, 784)"),
         ([["seven"] * 784], "could not convert string to float"),
     ):
-        code, answer = ask(address, inputs)
+        code, answer = ask(port, inputs)
         assert (code, message in answer["message"], message in PAGE) == (400, True, True)
     for value in (math.nan, None):
-        code, answer = ask(address, [[value] + [0.5] * 783, [0.5] * 784])
+        code, answer = ask(port, [[value] + [0.5] * 783, [0.5] * 784])
         assert code == 200
         assert all(math.isnan(probability) for probability in answer["predictions"][0])
         assert sum(answer["predictions"][1]) == pytest.approx(1, abs=1e-3)
