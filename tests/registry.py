@@ -15,7 +15,14 @@ BAD = {"epochs": 1, "learning_rate": "0.0001"}
 
 
 def config(dataset: Path, **changed: Any) -> StudyConfig:
-    settings = {"epochs": 1, "n_trials": 1, "workers": 1, "hidden_units": "16", "report": "none"}
+    settings = {
+        "epochs": 1,
+        "n_trials": 1,
+        "workers": 1,
+        "hidden_units": "16",
+        "report": "none",
+        "baselines": "none",
+    }
     return StudyConfig(dataset=str(dataset), **{**settings, **changed})
 
 

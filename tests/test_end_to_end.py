@@ -127,7 +127,7 @@ def test_rerun_after_the_end_changes_nothing(finished: dict[str, Any]) -> None:
 def test_a_larger_budget_adds_the_difference(finished: dict[str, Any], tmp_path: Path) -> None:
     shutil.copy(finished["folder"] / "digits.npz", tmp_path)
     copy_databases(finished["folder"], tmp_path)  # others look at the study itself
-    more = (*finished["options"][:-1], str(TRIALS + 2), "--report", "none")
+    more = (*finished["options"][:-1], str(TRIALS + 2), "--report", "none", "--baselines", "none")
     code, _, err = command(tmp_path, *more)
     assert (code, err) == (0, "")
     found = invariants.check(tmp_path, TRIALS + 2)
@@ -156,7 +156,7 @@ def test_a_run_and_a_killed_and_resumed_one_are_the_same_to_the_last_digit(
     tmp_path: Path, digits: Path
 ) -> None:
     options = ("--dataset", str(digits), "--epochs", "2", "--n-trials", "9", "--workers", "1")
-    options += ("--report", "none", "--hidden-units", "64,128")
+    options += ("--report", "none", "--baselines", "none", "--hidden-units", "64,128")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()

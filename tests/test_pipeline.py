@@ -31,7 +31,8 @@ from search.workers import reproduce, tasks
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
     base = {"dataset": str(clouds), "epochs": 2, "n_trials": 3, "hidden_units": "8,16"}
-    return StudyConfig(**{**base, "workers": 1, "report": "none", **settings})  # type: ignore[arg-type]
+    base |= {"workers": 1, "report": "none", "baselines": "none"}
+    return StudyConfig(**{**base, **settings})  # type: ignore[arg-type]
 
 
 def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds(

@@ -22,7 +22,9 @@ def config(in_folder: Path, clouds: Path) -> StudyConfig:
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
     settings = {"epochs": 1, "n_trials": TRIALS, "workers": 1, "hidden_units": "8,16"}
-    return StudyConfig(dataset=str(dataset), report="none", **{**settings, **changed})
+    return StudyConfig(
+        dataset=str(dataset), report="none", baselines="none", **{**settings, **changed}
+    )
 
 
 def retrainings(found: dict[str, Any]) -> list[str]:

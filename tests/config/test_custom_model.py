@@ -36,7 +36,10 @@ def build(hyperparameters, shape, classes):
     return keras.Sequential([keras.Input(shape), hidden, keras.layers.Dense(classes, "softmax")])
 """
 OF_A_TRIAL = {"seed", "trainable_parameters"}  # what each trial's run says of itself
-SMALL = ("--dataset", "digits.npz", "--n-trials", "4", "--epochs", "2", "--report", "none")
+SMALL = (
+    *("--dataset", "digits.npz", "--n-trials", "4", "--epochs", "2"),
+    *("--report", "none", "--baselines", "none"),
+)
 
 
 @pytest.fixture
@@ -165,7 +168,9 @@ def test_settings_keep_the_model_that_they_were_created_with_and_refuse_to_run_a
 ) -> None:
     monkeypatch.syspath_prepend(in_folder)
     (in_folder / "edited_later.py").write_text(DENSE)
-    config = StudyConfig(dataset=str(clouds), model="edited_later:build", report="none")
+    config = StudyConfig(
+        dataset=str(clouds), model="edited_later:build", report="none", baselines="none"
+    )
     (in_folder / "edited_later.py").write_text(EDITED)
     assert loaded_units(config) == 4
     before = sorted(in_folder.iterdir())
@@ -182,7 +187,7 @@ def test_an_edited_layer_trains_as_it_is_now(
     losses = []
     for name, factor in (("first", "1.0"), ("second", "0.0"), ("third", "1.0")):
         (in_folder / "with_layer.py").write_text(LAYERED.replace("FACTOR", factor))
-        small = {"n_trials": 1, "epochs": 1, "workers": 1, "report": "none"}
+        small = {"n_trials": 1, "epochs": 1, "workers": 1, "report": "none", "baselines": "none"}
         config = StudyConfig(
             dataset=str(clouds), study_name=name, model="with_layer:build", **small
         )
@@ -285,7 +290,14 @@ def test_a_network_of_logits_fails_its_trials_with_the_remedy(
 ) -> None:
     monkeypatch.syspath_prepend(in_folder)
     (in_folder / "of_logits.py").write_text(DENSE.replace(', "softmax"', ""))
-    small = {"n_trials": 1, "epochs": 1, "workers": 1, "report": "none", "max_failures": 1}
+    small = {
+        "n_trials": 1,
+        "epochs": 1,
+        "workers": 1,
+        "report": "none",
+        "baselines": "none",
+        "max_failures": 1,
+    }
     with pytest.raises(RunError, match=r'end it with a softmax.*Dense\(3, activation="softmax"\)'):
         run(StudyConfig(dataset=str(clouds), model="of_logits:build", **small))
 

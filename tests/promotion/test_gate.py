@@ -308,7 +308,7 @@ def test_two_studies_that_end_together_leave_one_in_production(
     client: MlflowClient, clouds: Path
 ) -> None:
     options = ("--dataset", str(clouds), "--n-trials", "1", "--epochs", "2", "--workers", "1")
-    options += ("--hidden-units", "8", "--report", "none", "--study-name")
+    options += ("--hidden-units", "8", "--report", "none", "--baselines", "none", "--study-name")
     processes = [start(Path.cwd(), *options, name) for name in ("one", "other")]
     for process in processes:
         out, err = process.communicate(timeout=200)

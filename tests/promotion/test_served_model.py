@@ -12,7 +12,7 @@ from conftest import command, mlflow_at
 OPTIONS = (
     *("--dataset", "people.csv", "--target", "answer", "--study-name", "people"),
     *("--model-name", "People", "--n-trials", "2", "--epochs", "3", "--workers", "1"),
-    *("--hidden-units", "8,16", "--report", "none"),
+    *("--hidden-units", "8,16", "--report", "none", "--baselines", "none"),
 )
 ROWS = 300
 

@@ -36,7 +36,7 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 def options(dataset: Path, trials: int, workers: str = "2") -> list[str]:
     return [
         *(str(ROOT / "study.py"), "--dataset", str(dataset), "--n-trials", str(trials)),
-        *("--epochs", "3", "--workers", workers, "--report", "none"),
+        *("--epochs", "3", "--workers", workers, "--report", "none", "--baselines", "none"),
     ]
 
 

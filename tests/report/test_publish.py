@@ -94,7 +94,13 @@ def test_the_descriptions_name_each_other_and_the_users_own_words_stay(
     from optuna_dashboard import get_note, save_note
 
     config = StudyConfig(
-        dataset=str(clouds), epochs=2, n_trials=3, hidden_units="8", workers=1, report="none"
+        dataset=str(clouds),
+        epochs=2,
+        n_trials=3,
+        hidden_units="8",
+        workers=1,
+        report="none",
+        baselines="none",
     )
     result = pipeline.run(config)
     study = storage.load_study(config)

@@ -102,7 +102,7 @@ def test_without_a_terminal_there_is_a_line_a_trial(finished: dict[str, Any]) ->
 @pytest.mark.slow
 def test_a_run_that_nobody_reads_is_interrupted(in_folder: Path, clouds: Path) -> None:
     options = ("--dataset", str(clouds), "--n-trials", "500", "--epochs", "3", "--workers", "1")
-    process = start(in_folder, *options, "--report", "none")
+    process = start(in_folder, *options, "--report", "none", "--baselines", "none")
     assert process.stdout is not None
     while not process.stdout.readline().startswith("trial "):
         pass

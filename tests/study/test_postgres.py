@@ -374,6 +374,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
         epochs=25,
         hidden_units="8",
         report="none",
+        baselines="none",
         workers=1,
         storage=url,
     )

@@ -140,6 +140,7 @@ def config(clouds: Path, **changed: Any) -> StudyConfig:
         "workers": 1,
         "pruner": "none",
         "report": "none",
+        "baselines": "none",
         "finalists": 2,
         "repeats": REPEATS,
     }

@@ -176,7 +176,9 @@ def test_the_second_attempt_at_a_slot_is_not_another_configuration_in_a_row(
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
     settings = {"epochs": 1, "n_trials": 200, "workers": 1, "hidden_units": "8"}
-    return StudyConfig(dataset=str(dataset), report="none", **{**settings, **changed})
+    return StudyConfig(
+        dataset=str(dataset), report="none", baselines="none", **{**settings, **changed}
+    )
 
 
 def test_patience_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:
@@ -219,7 +221,8 @@ def workers(process: Process) -> list[psutil.Process]:
 def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
     return (
         *("--dataset", str(dataset), "--n-trials", str(trials), "--epochs", str(epochs)),
-        *("--workers", "2", "--hidden-units", "8,16", "--pruner", "none", "--report", "none"),
+        *("--workers", "2", "--hidden-units", "8,16", "--pruner", "none"),
+        *("--report", "none", "--baselines", "none"),
     )
 
 

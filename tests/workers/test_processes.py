@@ -156,7 +156,9 @@ def test_tensorflow_is_asked_for_a_gpu_in_a_process_of_its_own(
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
     settings = {"epochs": 1, "n_trials": 200, "workers": 1, "hidden_units": "8"}
-    return StudyConfig(dataset=str(dataset), report="none", **{**settings, **changed})
+    return StudyConfig(
+        dataset=str(dataset), report="none", baselines="none", **{**settings, **changed}
+    )
 
 
 def test_tensorflow_is_imported_ahead_where_trials_are_missing(
@@ -199,7 +201,7 @@ for method in ("spawn", "forkserver"):
 FROM_STDIN = """
 from search import StudyConfig, run
 
-result = run(StudyConfig(dataset="clouds.npz", epochs=1, n_trials=2, workers=2, report="none"))
+result = run(StudyConfig(dataset="clouds.npz", epochs=1, n_trials=2, workers=2, baselines="none"))
 print(result.complete + result.pruned, "finished")
 """
 IMPORTED = """

@@ -20,7 +20,13 @@ TRIALS = 4
 
 
 def config(clouds: Path, **changed: Any) -> StudyConfig:
-    settings = {"epochs": 3, "n_trials": TRIALS, "hidden_units": "8,16", "report": "none"}
+    settings = {
+        "epochs": 3,
+        "n_trials": TRIALS,
+        "hidden_units": "8,16",
+        "report": "none",
+        "baselines": "none",
+    }
     return StudyConfig(dataset=str(clouds), **{**settings, **changed})
 
 

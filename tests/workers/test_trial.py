@@ -39,6 +39,7 @@ def config(clouds: Path) -> StudyConfig:
         workers=1,
         pruner="none",
         report="none",
+        baselines="none",
     )
 
 

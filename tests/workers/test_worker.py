@@ -31,7 +31,13 @@ def test_a_worker_with_another_source_trains_nothing(
     (in_folder / "theirs.py").write_text(DENSE)
     model = "theirs:build"
     config = StudyConfig(
-        dataset=str(clouds), model=model, n_trials=1, epochs=1, workers=1, report="none"
+        dataset=str(clouds),
+        model=model,
+        n_trials=1,
+        epochs=1,
+        workers=1,
+        report="none",
+        baselines="none",
     )
     result = run(config)
     (in_folder / "theirs.py").write_text(DENSE.replace("units", "width"))
