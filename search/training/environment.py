@@ -1,5 +1,6 @@
 """The environment of a training, which its digits depend on: package versions and hardware."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -9,12 +10,26 @@ from pathlib import Path
 PACKAGES = ("tensorflow", "keras", "numpy", "optuna", "optuna-integration", "mlflow")
 
 
+def names(package: str) -> tuple[str, ...]:
+    """What a package may be called where it is installed: TensorFlow without GPUs is another."""
+    return (package, "tensorflow-cpu") if package == "tensorflow" else (package,)
+
+
+def version(package: str) -> str:
+    """The version of an installed package. Raises PackageNotFoundError."""
+    *others, last = names(package)
+    for name in others:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return importlib.metadata.version(last)
+
+
 @functools.cache
 def here() -> dict[str, str]:
     """The environment of this process: the versions of Python and packages, and the hardware."""
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
         "search": importlib.metadata.version("search"),
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
