@@ -197,7 +197,7 @@ def test_the_addresses_to_look_further_are_those_of_the_readers_browser() -> Non
 
 @pytest.mark.parametrize("page", ["localhost:5000", "http://", "http://me:hunter2@host"])
 def test_an_address_that_no_browser_opens_is_refused(page: str) -> None:
-    with pytest.raises(InputError, match="^--mlflow-page must be an address"):
+    with pytest.raises(InputError, match=r"^--mlflow-page must be an address"):
         StudyConfig(mlflow_page=page)
 
 
