@@ -1,6 +1,5 @@
 """The environment of a training, which its digits depend on: package versions and hardware."""
 
-import contextlib
 import functools
 import importlib.metadata
 import os
@@ -11,17 +10,26 @@ PACKAGES = ("tensorflow", "keras", "numpy", "optuna", "optuna-integration", "mlf
 
 
 def names(package: str) -> tuple[str, ...]:
-    """What a package may be called where it is installed: TensorFlow without GPUs is another."""
-    return (package, "tensorflow-cpu") if package == "tensorflow" else (package,)
+    """What a package may be called, the name by which it is installed here first.
+
+    TensorFlow without support for GPUs is a package of another name.
+    """
+    if package != "tensorflow":
+        return (package,)
+    return tuple(sorted(("tensorflow", "tensorflow-cpu"), key=lambda name: not _is_installed(name)))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def version(package: str) -> str:
     """The version of an installed package. Raises PackageNotFoundError."""
-    *others, last = names(package)
-    for name in others:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return importlib.metadata.version(last)
+    return importlib.metadata.version(names(package)[0])
 
 
 @functools.cache
