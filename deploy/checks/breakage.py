@@ -6,7 +6,7 @@ from pathlib import Path
 
 from checks.images import CHECKS
 from checks.podman import Failure, await_that, expect_exit, is_running, kill, log, podman, step
-from checks.stack import STUDY, Stack, container
+from checks.stack import STUDY, Stack, await_health, container
 
 TRIALS = 12
 SMALL = ["--epochs=2", "--hidden-units=8,16,32", "--pruner=none", f"--n-trials={TRIALS}"]
@@ -57,6 +57,7 @@ def _terminate() -> None:
 
 
 def _finish(stack: Stack) -> None:
+    await_health("mlflow")
     podman("start", container("study"))
     stack.await_end()
 

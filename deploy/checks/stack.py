@@ -73,8 +73,7 @@ class Stack:
         self._compose("up", *options, *services)
         for service in services:
             if service in _CHECKED:
-                healthy = partial(succeeds, "healthcheck", "run", container(service))
-                await_that(f"{service} is healthy", healthy)
+                await_health(service)
 
     def finished(self) -> int:
         """How many trials the log of the running study names as finished."""
@@ -86,6 +85,12 @@ class Stack:
         """Wait until the study ends, successfully."""
         await_that("the study ends", partial(has_ended, container("study")))
         expect_exit(container("study"), 0)
+
+
+def await_health(service: str) -> None:
+    """Wait until the health check of a service succeeds."""
+    healthy = partial(succeeds, "healthcheck", "run", container(service))
+    await_that(f"{service} is healthy", healthy)
 
 
 def finished_trials() -> list[float]:

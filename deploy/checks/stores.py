@@ -29,7 +29,7 @@ assert "report.html" in [entry.path for entry in client.list_artifacts(parent.in
 version = client.get_model_version_by_alias("MNIST_DNN_Model", "production")
 assert version.current_stage == "Production", version.current_stage
 model = mlflow.keras.load_model("models:/MNIST_DNN_Model/Production")
-answers = model.predict(np.zeros((2, 28, 28), np.float32), verbose=0)
+answers = model.predict(np.zeros((2, *model.input_shape[1:]), np.float32), verbose=0)
 assert answers.shape == (2, 10)
 lost = [trial.user_attrs.get("failure") for trial in trials if trial.state.name == "FAIL"]
 print(f"         {dict(states)}, failed: {lost}; version {version.version} is in production")
