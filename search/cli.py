@@ -267,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, to be called here, or an exit code after it has shown the help.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no warnings of MLflow's without git
     try:
         call = app(args=arguments, prog_name="study.py", standalone_mode=False)
         return call() if callable(call) else 0

@@ -58,7 +58,7 @@ TRIALS = {
     "run ended, not tagged": Point(CLIENT, "set_terminated", nth=3),
 }
 REGISTRATION = {
-    "retrained, not logged": Point(TRACKING, "log_result", before=True),
+    "retrained, not logged": Point(TRACKING, "active", before=True),
     "model logged": Point("mlflow.models:Model", "log"),
     "model tagged": Point(CLIENT, "set_tag", word="model_uri"),
     "registered model created": Point(CLIENT, "create_registered_model"),

@@ -27,6 +27,20 @@ def file(in_folder: Path) -> str:
     return "study.toml"
 
 
+def test_mlflow_says_nothing_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_PYTHON_REFRESH", "")
+    monkeypatch.delenv("GIT_PYTHON_REFRESH")
+    assert cli.main(["presets"]) == 0
+    code = "import mlflow.utils.git_utils as utils; print(utils.get_git_commit('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("None\n", "")
+
+
 # ---- exit codes ----------------------------------------------------------------------------------
 
 

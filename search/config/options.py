@@ -104,3 +104,17 @@ def name_setting(group: str, default: str, help: str) -> Any:
     rule = "letters, digits, '.', '_' and '-' only, at most 200, and no folder's name"
     pattern = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}"
     return setting(group, default, help, metavar="NAME", pattern=pattern, rule=rule)
+
+
+def page_setting(group: str, what: str, env: str) -> Any:
+    """Where a browser finds a server that this process knows by another address, or not at all."""
+    return setting(
+        group,
+        None,
+        f"Address of {what} in a reader's browser: what a run prints and notes as where to look.",
+        metavar="URL",
+        pattern=r"https?://[^\s/@]+(/\S*)?",
+        rule="an address of a browser, http(s)://HOST, without a user's name or password",
+        env=env,
+        example="http://localhost:5000",
+    )

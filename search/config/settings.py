@@ -9,7 +9,7 @@ from typing import Any
 from search.config import custom_model
 from search.config.data_settings import OBJECTIVES, DataSettings
 from search.config.hyperparameters import HYPERPARAMETERS, check_space, differing, space_of
-from search.config.options import Option, name_setting, setting
+from search.config.options import Option, name_setting, page_setting, setting
 from search.config.parameter import in_notation
 from search.config.space import Space
 from search.config.urls import check_stores
@@ -47,6 +47,7 @@ class StudyConfig(DataSettings):
         metavar="URL",
         env="OPTUNA_STORAGE",
     )
+    optuna_page: str | None = page_setting("Study", "an optuna-dashboard", env="OPTUNA_PAGE")
     sampler: str = _study(
         "tpe",
         "Sampler that suggests the hyperparameters of a trial.",
@@ -165,6 +166,7 @@ class StudyConfig(DataSettings):
         metavar="URL",
         env="MLFLOW_TRACKING_URI",
     )
+    mlflow_page: str | None = page_setting("MLflow", "the MLflow server", env="MLFLOW_PAGE")
     experiment: str = name_setting("MLflow", "MNIST_Classification", "Experiment of the runs.")
     model_name: str = name_setting("MLflow", "MNIST_DNN_Model", "Name of the registered model.")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import tempfile
 import threading
@@ -101,13 +100,15 @@ def retrain(
     if dataset.task.classes:  # in float32, as in the epochs and in earlier versions
         kept = evaluate(model, (dataset.raw_test, dataset.y_test))
         test.update({f"test_{name}": kept[name] for name in _TESTED})
-    tracking.log_result(run_id, history, test)
     if (best := study.user_attrs.get(BEST_BASELINE)) is not None:
         against = compare_with_baseline(model, dataset, outputs, BestBaseline(**best), config.seed)
         tracking.client.set_tag(run_id, BASELINE, json.dumps(against))
     loading.join()
     with tracking.active(run_id), _silence():
-        model_uri = log_model(model, dataset, origin, _requirements())
+        model_uri, model_id = log_model(model, dataset, origin, _requirements())
+        # Afterwards: a model being logged is given the run's metrics of the first epoch, by logging
+        # those points again.
+        tracking.log_result(run_id, history, test, model_id)
         _log_files(model, dataset, outputs, tracking.client, run_id)
         tracking.client.set_tag(run_id, MODEL_URI, model_uri)
     return run_id
@@ -169,7 +170,7 @@ def _log_files(
 
 
 def _requirements() -> list[str]:
-    return [f"{name}=={importlib.metadata.version(name)}" for name in _PINNED]
+    return [f"{name}=={environment.version(name)}" for name in _PINNED]
 
 
 def _load() -> None:

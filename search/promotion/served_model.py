@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def log_model(
     model: "keras.Model", dataset: Dataset, origin: dict[str, str], requirements: list[str]
-) -> str:
-    """Log `model` to the active run; returns its URI.
+) -> tuple[str, str]:
+    """Log `model` to the active run; returns its URI and its id.
 
     A model of a table or of named classes is served by the module `serving`, any other by MLflow.
     """
@@ -48,7 +48,7 @@ def log_model(
         pip_requirements=requirements,
         **kind,
     )
-    return str(info.model_uri)
+    return str(info.model_uri), str(info.model_id)
 
 
 def _schema(dataset: Dataset) -> dict[str, Any]:

@@ -99,7 +99,12 @@ def publish(stores: Stores, winner: "Winner", charts: "list[Chart] | None" = Non
         f"{winner.verdict}."
     )
     described = markdown(
-        found, [won, f"Trials and their curves: study {study.study_name} in {found.storage}."]
+        found,
+        [
+            won,
+            f"Trials and their curves: study {study.study_name} in "
+            f"{config.optuna_page or found.storage}.",
+        ],
     )
     new = not tracking.is_described(stores.parent, described)
     path = report_path(config.report, study.study_name)
@@ -113,7 +118,8 @@ def publish(stores: Stores, winner: "Winner", charts: "list[Chart] | None" = Non
         return
     if config.report != "none":
         tracking.client.log_artifact(stores.parent, str(path))
-    note = f"Runs, models and curves: MLflow run {stores.parent} in {found.tracking_uri}."
+    page = config.mlflow_page or found.tracking_uri
+    note = f"Runs, models and curves: MLflow run {stores.parent} in {page}."
     storage.write_note(study, markdown(found, [won, note]))
     tracking.describe(stores.parent, described)  # last: the rest is done
 

@@ -202,12 +202,8 @@ def summary(result: "Result") -> str:
         f"{verb} {config.model_name} version {winner.version}: {where}.",
         f"Gate: {winner.verdict}.",
         "",
-        "See also:",
-        *([] if result.report is None else [f"  {result.report}"]),
-        f"  mlflow ui{_mlflow_option(config.tracking_uri)}",
-        f"  optuna-dashboard {shlex.quote(redact(config.storage))}",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "See also:", *(f"  {place}" for place in _places(result))])
 
 
 def _chosen(result: "Result", winner: "Winner", objective: Metric) -> str:
@@ -225,12 +221,20 @@ def _row(title: str, trial: "TrialSummary", objective: Metric) -> str:
     return f"{title:22s} {shown(objective, trial.value)}  {describe(trial.hyperparameters)}"
 
 
-def _mlflow_option(uri: str) -> str:
-    if uri == "sqlite:///mlflow.db":
-        return ""
-    if uri.startswith("http"):
-        return f"  (already served at {redact(uri)})"
-    return f" --backend-store-uri {shlex.quote(redact(uri))}"
+def _places(result: "Result") -> Iterator[str]:
+    """Where to look further: files, addresses, commands."""
+    config, run, runs = result.config, result.parent_run_id, redact(result.config.tracking_uri)
+    if result.report is not None:
+        also = f"  (also an artifact of MLflow run {run})" if runs.startswith("http") else ""
+        yield f"{result.report}{also}"
+    if config.mlflow_page is not None:
+        yield f"{config.mlflow_page.rstrip('/')}/#/runs/{run}"
+    elif runs.startswith("http"):
+        yield f"mlflow ui  (already served at {runs})"
+    else:
+        named = f" --backend-store-uri {shlex.quote(runs)}"
+        yield "mlflow ui" + ("" if runs == "sqlite:///mlflow.db" else named)
+    yield config.optuna_page or f"optuna-dashboard {shlex.quote(redact(config.storage))}"
 
 
 def show(console: Console, found: "Overview") -> None:

@@ -55,12 +55,13 @@ def check_server(option: str, url: str, example: str) -> None:
 def connect_arguments(url: str) -> dict[str, Any]:
     """Arguments that make a PostgreSQL connection notice a cut network within half a minute.
 
-    Parameters of libpq, so of the drivers psycopg and psycopg2; none for other databases.
+    Connecting is given up after 8 s, to be repeated: a server that restarts at another address
+    leaves the old one silent. Parameters of libpq, so only for psycopg and psycopg2.
     """
     dialect = sqlalchemy.make_url(url).get_dialect()
     if dialect.name != "postgresql" or not dialect.driver.startswith("psycopg"):
         return {}
-    return {**_KEEPALIVES, "tcp_user_timeout": 30_000}
+    return {**_KEEPALIVES, "tcp_user_timeout": 30_000, "connect_timeout": 8}
 
 
 def wait_for_server(engine: Engine) -> None:

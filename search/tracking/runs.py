@@ -256,11 +256,15 @@ class Tracking:
     # ---- the retrained winner ------------------------------------------------------------------
 
     def log_result(
-        self, run_id: str, history: list[dict[str, float]], final: Mapping[str, float]
+        self,
+        run_id: str,
+        history: list[dict[str, float]],
+        final: Mapping[str, float],
+        model_id: str,
     ) -> None:
-        """Log the retraining's history and its final metrics."""
-        now = int(time.time() * 1000)
-        last = [Metric(name, value, now, len(history) - 1) for name, value in final.items()]
+        """Log the retraining's history and its final metrics, those also to the logged model."""
+        now, step = int(time.time() * 1000), len(history) - 1
+        last = [Metric(*point, now, step, model_id, run_id=run_id) for point in final.items()]
         self._log(run_id, metrics=[*_metrics(history), *last])
 
     @contextlib.contextmanager

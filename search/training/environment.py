@@ -9,12 +9,35 @@ from pathlib import Path
 PACKAGES = ("tensorflow", "keras", "numpy", "optuna", "optuna-integration", "mlflow")
 
 
+def names(package: str) -> tuple[str, ...]:
+    """What a package may be called, the name by which it is installed here first.
+
+    TensorFlow without support for GPUs is a package of another name.
+    """
+    if package != "tensorflow":
+        return (package,)
+    return tuple(sorted(("tensorflow", "tensorflow-cpu"), key=lambda name: not _is_installed(name)))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def version(package: str) -> str:
+    """The version of an installed package. Raises PackageNotFoundError."""
+    return importlib.metadata.version(names(package)[0])
+
+
 @functools.cache
 def here() -> dict[str, str]:
     """The environment of this process: the versions of Python and packages, and the hardware."""
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
         "search": importlib.metadata.version("search"),
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),

@@ -22,6 +22,7 @@ from distributed.scheduler import KilledWorker
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import RunError, one_line
+from search.training import environment
 from search.workers import tasks
 from search.workers.scheduler import PATIENCE, connect, run_on
 
@@ -215,8 +216,8 @@ class DaskBackend:
         Uses only functions of the standard library, which every worker has.
         """
         for package in _PACKAGES:
-            wanted = importlib.metadata.version(package)
-            found = run_on(self._client, importlib.metadata.version, package, workers=addresses)
+            wanted = environment.version(package)
+            found = self._versions(package, addresses)
             for address, version in found.items():
                 if isinstance(version, importlib.metadata.PackageNotFoundError):
                     has = f"it has no {package}"
@@ -241,6 +242,17 @@ class DaskBackend:
                 f"{len(slow)} of {len(trims)} workers have {_TRIM}={slow[0]}, which Dask sets, and "
                 f"train about 1.5 times as slowly as with {_SETTINGS} in their environment"
             )
+
+    def _versions(self, package: str, addresses: list[str]) -> dict[str, Any]:
+        """The version of `package` on each of these workers, or the error in place of it."""
+        found: dict[str, Any] = {}
+        left = addresses
+        for name in environment.names(package):
+            found |= run_on(self._client, importlib.metadata.version, name, workers=left)
+            missing = importlib.metadata.PackageNotFoundError
+            if not (left := [at for at in left if isinstance(found.get(at), missing)]):
+                break
+        return found
 
     def _refuse(self, address: str, why: str, seconds: float) -> None:
         self._refused[address] = _Refusal(why, time.monotonic() + seconds)

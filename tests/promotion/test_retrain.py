@@ -1,5 +1,6 @@
 """Registering goes on where it was stopped: one version, one in production, nothing twice."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import keras
 import mlflow
 import numpy as np
 import pytest
+import sqlalchemy
 from conftest import copy_databases
 from mlflow.tracking import MlflowClient
 
@@ -109,8 +111,24 @@ def test_a_registration_stopped_at_any_step_is_completed_by_the_next_run(
     assert invariants.dump(Path.cwd()) == before
 
 
-def test_a_retraining_stopped_before_its_end_is_done_again(
-    config: StudyConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def refused() -> Iterator[list[str]]:
+    """The errors of the databases from here on, also those that MLflow handles."""
+    errors: list[str] = []
+
+    def note(context: sqlalchemy.engine.ExceptionContext) -> None:
+        errors.append(str(context.original_exception))
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "handle_error", note)
+    yield errors
+    sqlalchemy.event.remove(sqlalchemy.Engine, "handle_error", note)
+
+
+def test_a_retraining_stopped_before_its_end_is_done_again_and_logs_no_point_twice(
+    config: StudyConfig,
+    client: MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: list[str],
 ) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, "log_artifacts", "after")
@@ -120,6 +138,11 @@ def test_a_retraining_stopped_before_its_end_is_done_again(
     found = invariants.check(Path.cwd(), TRIALS)
     assert len(retrainings(found)) == 2
     assert [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")] == [1]
+    assert [error for error in refused if "metrics" in error] == []
+    winner = found["winner"].data
+    model = client.get_logged_model(winner.tags["model_uri"].removeprefix("models:/"))
+    measured = {point.key: point.value for point in model.metrics}
+    assert measured == {name: v for name, v in winner.metrics.items() if name.startswith("test_")}
 
 
 # ---- production ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from search.config.hyperparameters import REFERENCE
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
 from search.data.task import METRICS
+from search.errors import InputError
 from search.promotion.baselines import Baseline
 from search.promotion.gate import Decision, Winner
 from search.report import overview
@@ -173,6 +174,31 @@ def test_the_commands_to_look_further_name_the_databases_quoted_and_without_pass
         config=StudyConfig(objective="val_accuracy", tracking_uri="http://me:hunter2@host:5000")
     )
     assert "already served at http://me:***@host:5000" in served
+    assert "report.html  (also an artifact of MLflow run " in served
+
+
+def test_the_addresses_to_look_further_are_those_of_the_readers_browser() -> None:
+    config = StudyConfig(
+        objective="val_accuracy",
+        storage="postgresql://study@db/study",
+        tracking_uri="http://mlflow:5000",
+        mlflow_page="http://localhost:5000/",
+        optuna_page="http://localhost:8080",
+    )
+    text = summary(config=config)
+    run = RESULT.parent_run_id
+    assert text.endswith(
+        "See also:\n"
+        f"  report.html  (also an artifact of MLflow run {run})\n"
+        f"  http://localhost:5000/#/runs/{run}\n"
+        "  http://localhost:8080"
+    )
+
+
+@pytest.mark.parametrize("page", ["localhost:5000", "http://", "http://me:hunter2@host"])
+def test_an_address_that_no_browser_opens_is_refused(page: str) -> None:
+    with pytest.raises(InputError, match=r"^--mlflow-page must be an address"):
+        StudyConfig(mlflow_page=page)
 
 
 def test_quiet_leaves_the_summary(tmp_path: Path, clouds: Path) -> None:

@@ -313,6 +313,13 @@ def test_an_end_that_was_written_unheard_is_no_error(
 # ---- cut connections -----------------------------------------------------------------------------
 
 
+def test_a_silent_address_is_tried_more_than_once_while_a_server_may_restart() -> None:
+    for driver in ("psycopg", "psycopg2"):
+        arguments = server.connect_arguments(f"postgresql+{driver}://study@host/study")
+        assert 3 * arguments["connect_timeout"] < 30
+    assert server.connect_arguments("sqlite:///study.db") == {}
+
+
 def test_a_connection_that_is_cut_while_connecting_is_opened_again(url: str) -> None:
     engine = sqlalchemy.create_engine(url)
     tries: list[int] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import invariants
 import pytest
-from conftest import start, wait_until
+from conftest import ROOT, start, wait_until
 from optuna.trial import TrialState
 from servers import BINARIES, Dask, MlflowServer, Postgres, Process, TcpProxy, ask
 
@@ -324,6 +324,21 @@ def test_a_trial_of_a_worker_on_another_host_is_lost_when_it_gives_no_sign_of_li
     assert [trial._trial_id for trial in lost(found)] == silent
 
 
+def hide(folder: Path, package: str, installed: str = "") -> None:
+    """Let interpreters with `folder` on their path know `package` only by the name `installed`."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.metadata as found\n"
+        "version = found.version\n"
+        "def without(name):\n"
+        f"    if name == {package!r}:\n"
+        "        raise found.PackageNotFoundError(name)\n"
+        f"    return version({package!r} if name == {installed!r} else name)\n"
+        "without.__module__, without.__qualname__ = 'importlib.metadata', 'version'\n"
+        "found.version = without\n"
+    )
+
+
 def test_workers_with_other_packages_are_refused_and_slow_ones_are_named(
     whole: Site, clouds: Path, tmp_path: Path
 ) -> None:
@@ -331,17 +346,8 @@ def test_workers_with_other_packages_are_refused_and_slow_ones_are_named(
         info = tmp_path / f"other-{name}" / f"{name}-{version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (tmp_path / "other-none").mkdir()
-    (tmp_path / "other-none" / "sitecustomize.py").write_text(
-        "import importlib.metadata as found\n"
-        "version = found.version\n"
-        "def without(name):\n"
-        "    if name == 'search':\n"
-        "        raise found.PackageNotFoundError(name)\n"
-        "    return version(name)\n"
-        "without.__module__, without.__qualname__ = 'importlib.metadata', 'version'\n"
-        "found.version = without\n"
-    )
+    hide(tmp_path / "other-none", "search")
+    hide(tmp_path / "other-build", "tensorflow", installed="tensorflow-cpu")
     other = Dask(tmp_path)
     try:
         for name in ("keras", "search", "none"):
@@ -362,7 +368,9 @@ def test_workers_with_other_packages_are_refused_and_slow_ones_are_named(
         remedy = "; install the same there, and start it again"
         assert all(line.endswith(remedy) for line in refused)
 
-        fit = other.start_worker(MALLOC_TRIM_THRESHOLD_="65536")
+        # the same TensorFlow, in a package of another name
+        build = os.pathsep.join([str(tmp_path / "other-build"), str(ROOT)])
+        fit = other.start_worker(MALLOC_TRIM_THRESHOLD_="65536", PYTHONPATH=build)
         client.wait_for_workers(4, timeout=60)
         client.close()
         hearing = Hearing()
