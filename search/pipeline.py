@@ -140,7 +140,9 @@ def _open_session(
         if storage.BASELINES in study.user_attrs:
             progress.baselines(baselines_of(study))
         elif config.baselines == "auto" and is_own(config.dataset):
-            session.baselines = Computation(dataset, session.objective, config.seed)
+            session.baselines = Computation(
+                dataset, session.objective, config.seed, config.class_weight
+            )
             stack.callback(session.baselines.cancel)
         session.workers = Executor(
             config, stores.parent, dataset, progress.stopping, progress.workers, renew_lock
