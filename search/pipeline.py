@@ -11,7 +11,12 @@ from optuna.trial import TrialState
 from search.config.hyperparameters import needs_images
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, check_images
-from search.data.load import choose_epochs, choose_objective, load_for_study
+from search.data.load import (
+    choose_batch_size,
+    choose_epochs,
+    choose_objective,
+    load_for_study,
+)
 from search.data.sources import is_own
 from search.errors import InputError, one_line
 from search.imports import undisturbed
@@ -78,7 +83,9 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
     stored = storage.stored_settings(config)
     dataset = load_for_study(config, stored)
     config = config.resolved(
-        choose_epochs(config, dataset, stored), choose_objective(config, dataset, stored).name
+        epochs=choose_epochs(config, dataset, stored),
+        objective=choose_objective(config, dataset, stored).name,
+        batch_size=choose_batch_size(config, dataset, stored),
     )
     check_images(dataset, needs_images(config.space))
     if dataset.problem is not None and stored is None:
