@@ -11,7 +11,12 @@ from optuna.trial import TrialState
 from search.config.hyperparameters import needs_images
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset, check_images
-from search.data.load import choose_epochs, choose_objective, load_for_study
+from search.data.load import (
+    choose_batch_size,
+    choose_epochs,
+    choose_objective,
+    load_for_study,
+)
 from search.data.sources import is_own
 from search.errors import InputError, one_line
 from search.imports import undisturbed
@@ -78,7 +83,9 @@ def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any
     stored = storage.stored_settings(config)
     dataset = load_for_study(config, stored)
     config = config.resolved(
-        choose_epochs(config, dataset, stored), choose_objective(config, dataset, stored).name
+        epochs=choose_epochs(config, dataset, stored),
+        objective=choose_objective(config, dataset, stored).name,
+        batch_size=choose_batch_size(config, dataset, stored),
     )
     check_images(dataset, needs_images(config.space))
     if dataset.problem is not None and stored is None:
@@ -140,7 +147,9 @@ def _open_session(
         if storage.BASELINES in study.user_attrs:
             progress.baselines(baselines_of(study))
         elif config.baselines == "auto" and is_own(config.dataset):
-            session.baselines = Computation(dataset, session.objective, config.seed)
+            session.baselines = Computation(
+                dataset, session.objective, config.seed, config.class_weight
+            )
             stack.callback(session.baselines.cancel)
         session.workers = Executor(
             config, stores.parent, dataset, progress.stopping, progress.workers, renew_lock

@@ -1,6 +1,8 @@
 """A study by another objective than accuracy: in its direction, in both stores, to the end."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import invariants
@@ -9,8 +11,11 @@ import pytest
 from conftest import command, mlflow_at, small_dataset
 
 from search import StudyConfig
-from search.data.load import choose_objective
+from search.data.load import choose_objective, load_for_study
+from search.data.task import METRICS
 from search.errors import InputError
+from search.promotion.baselines import compute
+from search.training.simple_models import Limit
 
 OPTIONS = ("--dataset", "clouds.npz", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")
 
@@ -83,8 +88,15 @@ def test_rare_classes_are_weighed_and_measured(cancer: Path) -> None:
     recalls = [score["recall"] for score in classes]
     assert np.mean(recalls) == pytest.approx(metrics["test_balanced_accuracy"])
     assert "Each class on the test examples" in (cancer / "report.html").read_text()
-    code, _, err = command(cancer, *options, "--class-weight", "none", "--n-trials", "2")
-    assert code == 2 and "class_weight: balanced -> none" in err
+    config = StudyConfig(dataset="cancer.npz", class_weight="balanced")
+    data = load_for_study(config, None)
+    limit = Limit(time.monotonic() + 60, threading.Event())
+    simple = compute(data, METRICS["val_balanced_accuracy"], 0, limit, "balanced").baselines
+    assert found["study"].user_attrs["baselines"][1]["metrics"] == simple[1].metrics
+    without = [o for o in options if o not in ("--class-weight", "balanced")]
+    for given in ((*options, "--class-weight", "none"), without):
+        code, _, err = command(cancer, *given, "--n-trials", "2")
+        assert code == 2 and "class_weight: balanced -> none" in err
 
 
 @pytest.fixture

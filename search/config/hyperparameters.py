@@ -123,8 +123,11 @@ HYPERPARAMETERS = {
         "smoothing",
     ),
     "batch_size": Hyperparameter(
-        "Number of examples per gradient update.",
-        Domain(int, "whole numbers from 1 to 1000000000", "64,128,256", lambda v: 1 <= v <= 10**9),
+        "Number of examples per gradient update. auto: 32, of large data up to 1024.",
+        Domain(
+            *(int, "auto, or whole numbers from 1 to 1000000000", "64,128,256"),
+            lambda v: 1 <= v <= 10**9,
+        ),
         128,
         "batch",
     ),

@@ -16,7 +16,7 @@ from search.config.urls import check_stores
 from search.errors import InputError
 
 EPOCHS = 5  # of a trial unless --epochs is given: enough for MNIST
-
+AUTO = "auto"  # as a batch size: it depends on the number of examples
 
 _NETWORK = "Search space of the network: V, V,V,V, LOW:HIGH, LOW:HIGH:STEP or LOW:HIGH:log"
 _TRAINING = "Search space of the training: the same notation"
@@ -178,11 +178,15 @@ class StudyConfig(DataSettings):
         check_space(self.space, grid=self.sampler == "grid")
         check_stores(self.storage, self.tracking_uri, cluster=self.scheduler is not None)
 
-    def resolved(self, epochs: int, objective: str) -> "StudyConfig":
-        """A copy with what `auto` means, and the custom model as it is loaded, not read again."""
+    def resolved(self, **means: Any) -> "StudyConfig":
+        """A copy with what `auto` means, and the custom model as it is loaded, not read again.
+
+        means: for each setting that may be auto its value, or in the notation its space.
+        """
         changed = copy(self)
-        object.__setattr__(changed, "epochs", epochs)
-        object.__setattr__(changed, "objective", objective)
+        changed.__dict__.pop("space", None)  # cached; it may depend on them
+        for name, value in means.items():
+            object.__setattr__(changed, name, value)
         return changed
 
     @property
@@ -207,6 +211,8 @@ class StudyConfig(DataSettings):
     def space(self) -> Space:
         """The search space that the hyperparameters' options and the custom model describe."""
         notation = {name: getattr(self, name) for name in HYPERPARAMETERS}
+        if notation["batch_size"] == AUTO:  # until it is `resolved`
+            notation["batch_size"] = HYPERPARAMETERS["batch_size"].space
         custom = self.custom_model
         try:
             return space_of(notation, None if custom is None else custom.space)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from search.config.data_settings import is_table, names_in
 from search.config.options import flag
-from search.config.settings import StudyConfig
+from search.config.settings import AUTO, StudyConfig
 from search.data import function, images, sources
 from search.data.dataset import (
     OWN_SPLIT,
@@ -28,6 +28,7 @@ from search.errors import InputError, one_line
 from search.memory import chunks, moved, partition
 
 _STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
+_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_OF_EPOCH = 32, 1024, 200  # of --batch-size auto
 
 
 def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dataset:
@@ -149,6 +150,24 @@ def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, An
         return config.trial_epochs
     steps = math.ceil(dataset.train_size / 128)
     return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
+
+
+def choose_batch_size(
+    config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None
+) -> str:
+    """The space of the batch size: as in the settings, or for auto as in the existing study.
+
+    Of a new one 32, which small data need for enough steps; doubled while an epoch has more than
+    200, up to 1024.
+    """
+    if config.batch_size != AUTO:
+        return config.batch_size
+    if stored is not None and "batch_size" in stored:
+        return str(stored["batch_size"])
+    size = _SMALLEST_BATCH
+    while size < _LARGEST_BATCH and dataset.train_size > size * _STEPS_OF_EPOCH:
+        size *= 2
+    return str(size)
 
 
 def choose_objective(

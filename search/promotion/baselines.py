@@ -16,7 +16,7 @@ from search.data.sources import Images
 from search.data.task import DEFAULT_OBJECTIVE, Metric, metric_among
 from search.errors import one_line
 from search.promotion.measures import measure
-from search.training.simple_models import MODELS, Fit, Limit, Predict, Stopped, features_of
+from search.training.simple_models import Fit, Limit, Predict, Stopped, features_of, models_of
 
 LIMIT = 60  # seconds that all of them may take
 _ROWS = 200_000  # examples above which a model is fitted to a sample of them
@@ -90,18 +90,20 @@ class Found:
     failures: list[str] = field(default_factory=list)
 
 
-def compute(dataset: Dataset, objective: Metric, seed: int, limit: Limit) -> Found:
+def compute(
+    dataset: Dataset, objective: Metric, seed: int, limit: Limit, class_weight: str = "none"
+) -> Found:
     """Fit and test the baselines of the dataset's task; the best is that by the `objective`.
 
-    seed: of the sample, where there is too much data. Raises Stopped; any other error is a failure
-    of one baseline.
+    seed: of the sample, where there is too much data. class_weight: as for the network. Raises
+    Stopped; any other error is a failure of one baseline.
     """
     from threadpoolctl import threadpool_limits  # scikit-learn requires it
 
     found, metric = Found(), _compared_by(dataset, objective)
     best = -np.inf
     with threadpool_limits(1), np.errstate(all="ignore"):  # the other cores are the workers'
-        for name, fit in MODELS[dataset.task.kind].items():
+        for name, fit in models_of(dataset.task.kind, class_weight).items():
             try:
                 baseline, called = _fit_and_test(name, fit, dataset, seed, limit)
             except Stopped:
@@ -204,11 +206,13 @@ def _predict(
 class Computation:
     """Computes the baselines of a dataset in a thread of its own, beside what its caller does.
 
-    objective: of the study. seed: of the sample, where there is too much data.
+    objective, class_weight: of the study. seed: of the sample, where there is too much data.
     """
 
-    def __init__(self, dataset: Dataset, objective: Metric, seed: int) -> None:
-        self._arguments = dataset, objective, seed
+    def __init__(
+        self, dataset: Dataset, objective: Metric, seed: int, class_weight: str = "none"
+    ) -> None:
+        self._arguments, self._class_weight = (dataset, objective, seed), class_weight
         self._stop, self._done = threading.Event(), threading.Event()
         self._found = Found()
         self._started: float | None = None
@@ -234,7 +238,7 @@ class Computation:
     def _run(self) -> None:
         limit = Limit(time.monotonic() + LIMIT, self._stop)
         try:
-            self._found = compute(*self._arguments, limit)
+            self._found = compute(*self._arguments, limit, self._class_weight)
         except Stopped:
             return
         except Exception as error:  # scikit-learn is not installed, say

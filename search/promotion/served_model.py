@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ def log_model(
             "schema": _schema(dataset),
             "signature": ModelSignature(_inputs(dataset), _answers(names)),
         }
+        requirements = [*requirements, f"pandas=={version('pandas')}"]  # `serving` imports it
     else:
         signature = infer_signature(example, np.asarray(model(example)))
         kind = {"flavor": _KerasFlavor, "signature": signature}

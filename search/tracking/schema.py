@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config.hyperparameters import shared
 from search.config.settings import StudyConfig
-from search.data.dataset import Dataset
+from search.data.dataset import OWN_SPLIT, Dataset
 from search.data.task import METRICS
 from search.errors import printable
 from search.study.ranking import repeats_of
@@ -95,7 +95,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
     from mlflow.data.numpy_dataset import from_numpy  # slow: pandas
 
     x, y = dataset.train
-    decided = dataset.task.decides
+    decided, own = dataset.task.decides, dataset.split == OWN_SPLIT
     described = from_numpy(
         features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
     )
@@ -103,7 +103,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
         "params": {
             "epochs": config.trial_epochs,
             **shared(config.space),
-            "validation_split": config.validation_split,
+            **({} if own else {"validation_split": config.validation_split}),
             **({} if dataset.split == "last" else {"split": dataset.split}),
             **({} if dataset.normalization is None else {"normalize": "auto"}),
             **({} if config.class_weight == "none" else {"class_weight": config.class_weight}),

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,13 @@ def _fit_majority(_: Features, y: NDArray[Any], outputs: int, limit: Limit) -> t
     return lambda x: np.tile(frequencies, (x.shape[0], 1)), True
 
 
-def _fit_logistic(x: Features, y: NDArray[Any], outputs: int, limit: Limit) -> tuple[Predict, bool]:
-    """L2-regularized multinomial logistic regression, with scikit-learn's defaults."""
+def _fit_logistic(
+    x: Features, y: NDArray[Any], outputs: int, limit: Limit, class_weight: str | None = None
+) -> tuple[Predict, bool]:
+    """L2-regularized multinomial logistic regression, with scikit-learn's defaults.
+
+    class_weight: None, or balanced: each class weighs the same in the loss.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -75,7 +81,7 @@ def _fit_logistic(x: Features, y: NDArray[Any], outputs: int, limit: Limit) -> t
         raise MemoryError(f"{x.shape[1] * outputs:,} weights, of at most {_MOST_WEIGHTS:,}")
     # Each block but the last ends without convergence. Not `catch_warnings`: this is a thread.
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
-    model = LogisticRegression(max_iter=_FIRST, warm_start=True)
+    model = LogisticRegression(max_iter=_FIRST, warm_start=True, class_weight=class_weight)
 
     def predict(x: Features) -> NDArray[Any]:
         probabilities = np.zeros((x.shape[0], outputs))
@@ -112,3 +118,11 @@ MODELS: dict[str, dict[str, Fit]] = {  # by kind of task
     "classification": {"majority class": _fit_majority, "logistic regression": _fit_logistic},
     "regression": {"mean": _fit_mean, "ridge regression": _fit_ridge},
 }
+
+
+def models_of(kind: str, class_weight: str = "none") -> dict[str, Fit]:
+    """The models of a kind of task by name, those that can weigh classes with `--class-weight`."""
+    if class_weight == "none":
+        return MODELS[kind]
+    weighing = partial(_fit_logistic, class_weight=class_weight)
+    return {**MODELS[kind], "logistic regression": weighing}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from search import StudyConfig
 from search.data import dataset as data
 from search.data.dataset import Dataset
-from search.data.load import class_weights, load_dataset
+from search.data.load import choose_batch_size, class_weights, load_dataset
 from search.data.sources import MNIST
 from search.errors import InputError
 
@@ -285,3 +285,24 @@ def test_balanced_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> Non
     expected = sklearn.compute_class_weight("balanced", classes=np.arange(3), y=labels)
     assert found == pytest.approx(expected)
     assert class_weights(StudyConfig(), dataset) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [(1, 32), (6_400, 32), (6_401, 64), (32_000, 256), (204_800, 1024), (10**9, 1024)],
+)
+def test_the_batch_size_follows_from_the_number_of_examples(rows: int, size: int) -> None:
+    x, y = np.zeros((1, 4), np.float32), np.zeros(1, np.int32)
+    data = Dataset(*("mine", "", x, y, x, y), train_size=rows, sample_shape=(4,))
+    auto = StudyConfig(batch_size="auto")
+    assert choose_batch_size(auto, data, None) == str(size)
+    stored = {"batch_size": "64,128"}
+    assert choose_batch_size(auto, data, stored) == "64,128"
+    assert choose_batch_size(StudyConfig(batch_size="8"), data, stored) == "8"
+
+
+def test_a_batch_size_of_auto_is_stored_as_what_it_means() -> None:
+    auto = StudyConfig(batch_size="auto")
+    assert "batch_size" not in auto.space.searched()
+    for means, stored in (("256", 256), ("64,128", "64,128")):
+        assert auto.resolved(batch_size=means).settings("mine")["batch_size"] == stored

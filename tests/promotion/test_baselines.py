@@ -80,6 +80,22 @@ def test_classification_has_the_majority_class_and_logistic_regression() -> None
     assert best.correct(len(data.y_test)).mean() == logistic.metrics["test_accuracy"]
 
 
+def test_logistic_regression_weighs_the_classes_as_the_network_does() -> None:
+    whole = wine()
+    kept = (whole.y_all != 0) | (np.arange(len(whole.y_all)) % 4 == 0)  # class 0 is rare
+    x, y = whole.x_all[kept], whole.y_all[kept]
+    x = x + np.random.default_rng(0).normal(0, 3, x.shape).astype(np.float32)
+    data = replace(whole, x_all=x, y_all=y, train_size=len(y) * 3 // 4)
+    majority, logistic = compute(data, ACCURACY, 0, in_a_minute(), "balanced").baselines
+    plain = compute(data, ACCURACY, 0, in_a_minute()).baselines
+    (x, y), (x_val, y_val) = data.train, data.validation
+    model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(x, y)
+    theirs = metrics.log_loss(y_val, model.predict_proba(x_val), labels=range(3))
+    assert logistic.metrics["val_loss"] == pytest.approx(theirs, abs=1e-3)
+    assert abs(plain[1].metrics["val_loss"] - theirs) > 0.01
+    assert majority == plain[0]
+
+
 def test_regression_has_the_mean_and_ridge_regression_in_the_unit_of_the_target() -> None:
     data = diabetes()
     x, y = load_diabetes(return_X_y=True)

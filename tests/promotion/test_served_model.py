@@ -73,6 +73,12 @@ def test_the_signature_names_the_columns_and_the_answers(registered: dict[str, A
     assert signature.outputs.input_names() == ["prediction", "probability_ja", "probability_nein"]
 
 
+def test_the_requirements_name_all_that_the_model_imports(registered: dict[str, Any]) -> None:
+    path = mlflow.pyfunc.get_model_dependencies("models:/People/Production")
+    names = {line.partition("==")[0] for line in Path(path).read_text().splitlines()}
+    assert names == {"mlflow", "tensorflow", "keras", "numpy", "pandas"}
+
+
 def test_columns_and_values_may_be_missing_and_words_unknown(registered: dict[str, Any]) -> None:
     model = registered["model"]
     rows = pd.DataFrame([{"age": 30, "city (now)": "nowhere"}, {"age": None, "job/title": None}])
