@@ -150,7 +150,14 @@ def _batched(name: str, part: str, pipeline: Any, limit: int) -> Any:
     needed = elements * sum(s.shape.num_elements() * s.dtype.size for s in spec) if known else 0
     if needed > limit:
         raise _too_large(name, part, f"{needed / 1e9:.1f} GB", limit)
-    return pipeline.batch(_BATCH) if y.shape.rank == 0 else pipeline
+    return pipeline.batch(_BATCH) if _is_one_example(x.shape, y.shape) else pipeline
+
+
+def _is_one_example(x: Any, y: Any) -> bool:
+    """Whether an element of these shapes is one example, perhaps of several labels, not a batch."""
+    if y.rank != 1 or x.rank < 2:
+        return bool(y.rank < 2)
+    return None not in (x[0], y[0]) and x[0] != y[0]
 
 
 def _too_large(name: str, part: str, needed: str, limit: int) -> InputError:

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.task import Metric, Task
+from search.data.task import THRESHOLD, Metric, Task
 
 _Array = NDArray[Any]  # of floats
 Measurer = Callable[[_Array], _Array]  # counts of shape (n, resamples) -> the metric of each
 
 
 def measure(task: Task, metric: Metric, y: NDArray[Any], outputs: NDArray[Any]) -> float:
-    """The metric of a model: y of shape (n,), outputs of shape (n, outputs).
+    """The metric of a model: y of shape (n,), or of labels (n, labels); outputs (n, outputs).
 
     The outputs are those of the registered model: probabilities, or numbers in the target's unit.
     """
@@ -29,26 +29,45 @@ def measure_all(task: Task, y: NDArray[Any], outputs: NDArray[Any]) -> dict[str,
     return {f"test_{m.stem}": measure(task, m, y, outputs) for m in task.metrics}
 
 
+def is_right(task: Task, y: NDArray[Any], outputs: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which examples a model predicts right: their class, or all of their labels."""
+    if task.labels:
+        return np.asarray(((outputs > THRESHOLD) == (y > THRESHOLD)).all(axis=1))
+    return np.asarray(outputs.argmax(axis=1) == y)
+
+
 def measurer(task: Task, metric: Metric, y: NDArray[Any], outputs: NDArray[Any]) -> Measurer:
     """The metric of a model as a function of counts: how often each resample drew each example.
 
     The counts have shape (n, resamples), the result (resamples,). The definitions are those of
     `training.metrics`, but the AUC is exact; a class that a resample lacks does not count in it.
     """
-    if not task.classes:
+    if task.is_number:
         numbers = y.astype(float), outputs[:, 0].astype(float)
         return lambda counts: _of_numbers(task, metric, *numbers, counts)
     if metric.stem == "auc":
-        ranked = [_ranked(y, outputs, label) for label in np.unique(y)]
+        given = range(task.labels) if task.labels else np.unique(y)
+        ranked = [_ranked(y[:, i] > 0 if task.labels else y == i, outputs[:, i]) for i in given]
         return lambda counts: _areas(ranked, counts)
+    if metric.stem in ("loss", "accuracy"):
+        of_each = _losses if metric.stem == "loss" else is_right
+        values = of_each(task, y, outputs).astype(float)
+        return lambda counts: np.asarray(values @ counts / counts.sum(axis=0))
+    if task.labels:
+        flags = (y > THRESHOLD).T, (outputs > THRESHOLD).T
+        return lambda counts: _f1_of_labels(*flags, counts)
     predicted = outputs.argmax(axis=1)
-    if metric.stem == "loss":
-        own = np.clip(outputs[np.arange(len(y)), y].astype(float), 1e-7, 1 - 1e-7)  # as Keras does
-        return lambda counts: np.asarray(-np.log(own) @ counts / counts.sum(axis=0))
-    if metric.stem == "accuracy":
-        right = (predicted == y).astype(float)
-        return lambda counts: np.asarray(right @ counts / counts.sum(axis=0))
     return lambda counts: _of_classes(metric, y, predicted, task.classes, counts)
+
+
+def _losses(task: Task, y: NDArray[Any], outputs: NDArray[Any]) -> _Array:
+    """The cross-entropy of each example, of labels their mean; clipped as Keras does."""
+    of_labels = task.labels > 0
+    given = outputs if of_labels else outputs[np.arange(len(y)), y]
+    kept = np.clip(given.astype(float), 1e-7, 1 - 1e-7)
+    if of_labels:
+        return np.asarray(-np.log(np.where(y > THRESHOLD, kept, 1 - kept)).mean(axis=1))
+    return np.asarray(-np.log(kept))
 
 
 def _of_numbers(task: Task, metric: Metric, y: _Array, given: _Array, counts: _Array) -> _Array:
@@ -64,6 +83,12 @@ def _of_numbers(task: Task, metric: Metric, y: _Array, given: _Array, counts: _A
     spread = np.square(centred) @ counts - np.square(centred @ counts) / size
     enough = spread > 1e-12 * max(float(np.square(centred).sum()), 1e-300)
     return np.where(enough, 1 - squared / np.where(enough, spread, 1), 0.0)
+
+
+def _f1_of_labels(there: NDArray[np.bool_], called: NDArray[np.bool_], counts: _Array) -> _Array:
+    """The mean F1 of all labels, 0 where one neither occurs nor is predicted; of (labels, n)."""
+    right, either = (there & called) @ counts, there @ counts + called @ counts
+    return np.asarray(np.where(either > 0, 2 * right / np.maximum(either, 1), 0).mean(axis=0))
 
 
 def _of_classes(
@@ -88,7 +113,7 @@ def _of_classes(
 
 @dataclass(frozen=True)
 class _Ranked:
-    """The examples of a class, `own`, among the others in the order of their score for it.
+    """The examples of a class or label, `own`, among the others in the order of their score for it.
 
     The places where own examples stand cut the others into groups: `groups`, of shape (groups, n),
     sums the counts of each. below, not_above: for each own example, in how many groups all others
@@ -101,17 +126,17 @@ class _Ranked:
     not_above: NDArray[np.intp]
 
 
-def _ranked(y: NDArray[Any], outputs: NDArray[Any], label: int) -> _Ranked:
+def _ranked(is_own: NDArray[np.bool_], scored: NDArray[Any]) -> _Ranked:
     from scipy.sparse import csr_array  # its product with counts is several times faster
 
-    own, other = np.flatnonzero(y == label), np.flatnonzero(y != label)
-    other = other[np.argsort(outputs[other, label], kind="stable")]
-    scores, asked = outputs[other, label], outputs[own, label]
+    own, other = np.flatnonzero(is_own), np.flatnonzero(~is_own)
+    other = other[np.argsort(scored[other], kind="stable")]
+    scores, asked = scored[other], scored[own]
     below, not_above = (np.searchsorted(scores, asked, side) for side in _SIDES)
     cuts = np.unique([*below, *not_above, 0])
     group = np.searchsorted(cuts, np.arange(len(other)), "right") - 1
     ones = np.ones(len(other), np.float32)
-    groups = csr_array((ones, (group, other)), shape=(len(cuts), len(y)))
+    groups = csr_array((ones, (group, other)), shape=(len(cuts), len(is_own)))
     return _Ranked(own, groups, np.searchsorted(cuts, below), np.searchsorted(cuts, not_above))
 
 
