@@ -154,9 +154,12 @@ def _batched(name: str, part: str, pipeline: Any, limit: int) -> Any:
 
 
 def _is_one_example(x: Any, y: Any) -> bool:
-    """Whether an element of these shapes is one example, perhaps of several labels, not a batch."""
-    if y.rank != 1 or x.rank < 2:
-        return bool(y.rank < 2)
+    """Whether an element of these shapes is one example, not a batch.
+
+    One with several labels has two known lengths that differ: of its features and its labels.
+    """
+    if y.rank != 1 or not x.rank:
+        return bool(y.rank == 0)
     return None not in (x[0], y[0]) and x[0] != y[0]
 
 
