@@ -81,7 +81,7 @@ _BY_TARGET = {"class": _of_class, "labels": _of_labels, "number": _of_number}
 
 
 def _clipped(probabilities: NDArray[Any]) -> _Array:
-    return np.asarray(np.clip(probabilities, 1e-7, 1 - 1e-7), float)  # as Keras does
+    return np.asarray(np.clip(probabilities.astype(float), 1e-7, 1 - 1e-7))  # as Keras does
 
 
 def _mean_of(values: NDArray[Any]) -> Measurer:
