@@ -31,6 +31,8 @@ _REMEDIES = {
     "numeric": "convert it with .astype('float32') and .astype('int64') before saving",
     "labels": "number the classes 0, 1, 2, ... without a gap, each with training examples",
     "label": "leave that label out, or give examples of both",
+    "several": "several labels are --task multilabel",
+    "columns": "give a column of 0 and 1 for each label, or leave --task out",
     "one-hot": "take the class of each row with .argmax(axis=1), or give --task multilabel",
     "rows": "check how the arrays were made",
 }
@@ -277,7 +279,9 @@ def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], kind: str, refuse: 
     numbers, what, shape = _TARGETS[kind]
     columns = y.shape[1] if y.ndim == 2 else int(y.ndim == 1)
     if y.dtype.kind not in numbers or (columns < 2 if kind == "multilabel" else columns != 1):
-        remedy = "one-hot" if kind == "classification" and _is_one_hot(y) else "numeric"
+        remedy = "columns" if kind == "multilabel" else "numeric"
+        if _is_binary(y) and len(y) > 1:
+            remedy = "one-hot" if _is_one_hot(y) else "several"
         raise refuse(f"y_{part} must hold {what} in shape {shape}", f"{y.dtype}{y.shape}", remedy)
     if len(x) != len(y):
         rule = f"x_{part} and y_{part} must be of one length"

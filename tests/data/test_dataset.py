@@ -122,6 +122,9 @@ def test_rows_with_one_label_each_are_labels_only_if_asked(tmp_path: Path) -> No
         load(tmp_path, y_train=y, y_test=y[:10])
     path = str(tmp_path / "data.npz")
     assert load_dataset(path, 0.1, split="random", task="multilabel").task.labels == 3
+    load(tmp_path, y_train=labels(), y_test=labels(10))
+    with pytest.raises(InputError, match="several labels are --task multilabel"):
+        load_dataset(path, 0.1, task="classification")
 
 
 def test_a_label_that_all_or_no_training_examples_have_is_named(tmp_path: Path) -> None:
