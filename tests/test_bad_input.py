@@ -995,6 +995,7 @@ def test_a_dataset_without_all_arrays_is_refused(
 
 X = np.zeros((40, 4), dtype=np.float32)
 Y = np.arange(40) % 2
+FLAGS = np.stack([Y, Y, 1 - Y], axis=1)
 
 
 def with_value(value: float, kind: type = np.float32) -> NDArray[Any]:
@@ -1041,7 +1042,40 @@ TEST_CLASSES = "y_test must hold labels 0 to 1, as y_train does, but has labels 
         pytest.param({"y_train": Y.astype(str)}, f"{Y_NUMBERS} <U", NUMERIC, id="y-text"),
         pytest.param({"y_train": Y.astype("M8[s]")}, f"{Y_NUMBERS} date", NUMERIC, id="y-dates"),
         pytest.param(
-            {"y_train": np.eye(2, dtype=int)[Y]}, f"{Y_NUMBERS} int64(40, 2)", NUMERIC, id="one-hot"
+            {"y_train": np.eye(2, dtype=int)[Y]},
+            f"{Y_NUMBERS} int64(40, 2)",
+            "take the class of each row with .argmax(axis=1), or give --task multilabel",
+            id="one-hot",
+        ),
+        pytest.param(
+            {"y_train": FLAGS, "y_test": FLAGS[:10, :1]},
+            "y_test must hold 0 or 1 for each label in shape (n, labels), but has int64(10, 1)",
+            "give a column of 0 and 1 for each label, or leave --task out",
+            id="one-test-label",
+        ),
+        pytest.param(
+            {"y_train": FLAGS, "y_test": FLAGS[:10, :2]},
+            "y_test must hold the labels of y_train, but has 2 columns, and y_train has 3",
+            ROWS,
+            id="fewer-test-labels",
+        ),
+        pytest.param(
+            {"y_train": FLAGS, "y_test": FLAGS[:10] * 2},
+            "y_test must hold 0 or 1 for each label, but has 2",
+            ROWS,
+            id="labels-of-2",
+        ),
+        pytest.param(
+            {"y_train": FLAGS, "y_test": np.where(FLAGS[:10], np.nan, 0)},
+            "y_test must hold 0 or 1 for each label, but has nan",
+            ROWS,
+            id="missing-labels",
+        ),
+        pytest.param(
+            {"y_train": np.stack([Y, Y * 0, Y], axis=1), "y_test": FLAGS[:10]},
+            "y_train must hold 0 and 1 for each label, but has only 0 in column 1",
+            "leave that label out, or give examples of both",
+            id="a-label-of-none",
         ),
         pytest.param({"y_train": Y[None]}, f"{Y_NUMBERS} int64(1, 40)", NUMERIC, id="y-in-one-row"),
         pytest.param({"y_train": np.int64(1)}, f"{Y_NUMBERS} int64()", NUMERIC, id="y-one-number"),

@@ -286,7 +286,7 @@ def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusio
             "the winner's evaluation.json could not be written",
         ),
         (
-            "search.promotion.evaluation",
+            "search.promotion.pictures",
             "_draw_matrix",
             "the winner's confusion_matrix.png could not be written",
         ),

@@ -6,7 +6,8 @@
         ...  # an uncompiled keras.Sequential or functional keras.Model
 
 FUNCTION gets the hyperparameters by name, the shape of one example, such as (28, 28), and the
-number of classes; its model takes examples of that shape and returns a probability per class.
+number of classes or labels; its model takes examples of that shape and returns a probability for
+each.
 """
 
 import hashlib

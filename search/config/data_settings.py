@@ -1,5 +1,6 @@
 """The settings of the data: where examples come from and how they are prepared."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,7 +44,10 @@ class DataSettings:
         example="64",
     )
     target: str | None = _data(
-        None, "Column of the table to predict.", metavar="COLUMN", example="species"
+        None,
+        "Column of the table to predict; or several, each a label that a row has (1) or not (0).",
+        metavar="COLUMN,...",
+        example="species",
     )
     ignore: str | None = _columns("Columns of the table to leave out, for example identifiers.")
     numeric: str | None = _columns("Columns of the table to take as numbers.")
@@ -73,7 +77,7 @@ class DataSettings:
         "Which examples are used for validation, and of a table for the test: the last ones; a "
         "random or stratified random sample, seeded by --seed; whole groups, which have the same "
         "value in a column of the table; or the latest by a column of the table. auto: for your "
-        "own data stratified, random for a regression; last for the others.",
+        "own data stratified, random without classes; last for the others.",
         metavar="SPLIT",
         pattern=r"last|random|stratified|(group|time):.+",
         rule="last, random, stratified, group:COLUMN or time:COLUMN",
@@ -82,9 +86,9 @@ class DataSettings:
     )
     task: str = _data(
         "auto",
-        "What is predicted: a class or a number. auto: a number if the targets of your own file "
-        "are not whole numbers.",
-        choices=("auto", "classification", "regression"),
+        "What is predicted: a class, a number, or any of several labels. auto: a number if the "
+        "targets of your own file are not whole numbers; labels if they are several columns.",
+        choices=("auto", "classification", "regression", "multilabel"),
     )
     class_weight: str = _data(
         "none",
@@ -101,8 +105,8 @@ class DataSettings:
     baselines: str = _data(
         "auto",
         "Simple models that the network is compared with, on the same data: the majority class and "
-        "scikit-learn's logistic regression, or the mean and ridge regression. auto: for your own "
-        "data; none for MNIST and Keras' datasets.",
+        "scikit-learn's logistic regression (for labels one of each), or the mean and ridge "
+        "regression. auto: for your own data; none for MNIST and Keras' datasets.",
         choices=("auto", "none"),
     )
 
@@ -119,6 +123,12 @@ class DataSettings:
 def is_table(name: str) -> bool:
     """Whether the dataset `name` is a CSV or Parquet file."""
     return name.lower().endswith((".csv", ".parquet"))
+
+
+def targets_in(text: str, columns: Collection[str]) -> list[str]:
+    """The columns that `--target` names: one of the table's `columns`, or COLUMN,COLUMN."""
+    named = [] if text in columns else list(dict.fromkeys(names_in(text)))
+    return named or [text]
 
 
 def names_in(text: str | None) -> list[str]:

@@ -100,7 +100,8 @@ class StudyConfig(DataSettings):
     objective: str = _study(
         "auto",
         "Metric of the validation data that the search goes by: pruner, sampler, early stopping, "
-        "the best trial, the gate. auto: val_accuracy for classes, val_rmse for numbers.",
+        "the best trial, the gate. auto: val_accuracy for classes, val_auc for labels, val_rmse "
+        "for numbers.",
         choices=("auto", *OBJECTIVES),
     )
     seed: int = _study(

@@ -1,6 +1,5 @@
 """The columns of a table: the kind of each, and how its values become features."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from search.data.serving import (
     numbers_of,
     words_of,
 )
-from search.errors import InputError
+from search.errors import InputError, one_line
 
 FEW = 10  # different whole numbers up to which a column is a category
 MANY = 50  # words from which on a category has an embedding instead of a feature per word
@@ -234,48 +233,59 @@ def _is_date(values: "pd.Series[Any]") -> bool:
 # ---- the target ----------------------------------------------------------------------------------
 
 
-def kind_of(target: "pd.Series[Any]", task: str) -> str:
-    """The kind of the task with this target: `task`, unless that is auto."""
-    if task != "auto":
-        return task
+def kind_of(targets: pd.DataFrame, task: str) -> str:
+    """The kind of the task with these targets, one or several columns: `task`, unless it is auto.
+
+    Raises InputError if several labels have one column, or another task several.
+    """
+    several, given = len(targets.columns) > 1, ",".join(targets.columns)
+    if task not in ("auto", "multilabel") and several:
+        found, remedy = f"--target {given} names several", "name one, or give --task multilabel"
+        raise InputError(f"--task {task} must have one target", found, remedy)
+    if task == "multilabel" and not several:
+        found, remedy = f"--target {given} names one", "name more, or leave --task out"
+        raise InputError("--task multilabel must have a column for each label", found, remedy)
+    if task != "auto" or several:
+        return "multilabel" if several else task
+    target = targets.iloc[:, 0]
     numbers = pd.api.types.is_numeric_dtype(target) and not pd.api.types.is_bool_dtype(target)
     if numbers and (target.nunique() > _MANY_CLASSES or bool((target % 1 != 0).any())):
         return "regression"
     return "classification"
 
 
-def class_names(labels: NDArray[np.object_]) -> tuple[str, ...]:
-    """The classes in order: numbers by size, words by alphabet."""
-    different = sorted(set(labels))
-    if all(_is_number(name) for name in different):
-        different.sort(key=float)
-    return tuple(different)
-
-
-def _is_number(text: str) -> bool:
+def numbers_in(target: "pd.Series[Any]") -> NDArray[np.float32]:
+    """A target that is a number, float32 of shape (n,). Raises InputError for another value."""
     try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+        with np.errstate(over="ignore"):
+            numbers = np.asarray(pd.to_numeric(target), np.float32)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"--target {target.name} must hold numbers in a regression",
+            one_line(error),
+            "name another column, or give --task classification",
+        ) from None
+    return numbers
+
+
+def labels_in(targets: pd.DataFrame) -> NDArray[np.float32]:
+    """Columns of labels, float32 of shape (n, labels): 0 or 1, also of false and true.
+
+    Raises InputError for another value.
+    """
+    words = np.stack([as_words(values) for _, values in targets.items()], axis=1)
+    flags = np.select([np.isin(words, ("1", "true")), np.isin(words, ("0", "false"))], [1, 0], -1)
+    if (flags < 0).any():
+        row, column = np.argwhere(flags < 0)[0]
+        raise InputError(
+            f"--target {targets.columns[column]} must hold 0 or 1, or false or true, as one of "
+            "several labels",
+            f"has {words[row, column]!r}",
+            "name a single column to predict classes or numbers",
+        )
+    return flags.astype(np.float32)
 
 
 def numbered(labels: NDArray[np.object_], names: tuple[str, ...]) -> NDArray[np.int32]:
     """The index of each label among the names; -1 where it is none of them."""
     return np.asarray(pd.Index(names).get_indexer(labels), np.int32)
-
-
-def check_classes(target: str, names: tuple[str, ...], tested: NDArray[np.object_]) -> None:
-    """Raise InputError for a single class, and for one that is only in the test set."""
-    if len(names) < 2:
-        raise InputError(
-            f"--target {target} must have two classes or more",
-            f"all rows have {names[0]!r}",
-            "name another column",
-        )
-    new = sorted(set(tested) - set(names))
-    if new:
-        raise InputError(
-            f"--target {target}: every class must be in the training data",
-            f"{new[0]!r} is in the test set alone",
-            "give more rows of it, or leave these out",
-        )

@@ -46,8 +46,9 @@ class Dataset:
 
     x: shape (n, features). uint8 stays uint8, for a quarter of the memory, and is scaled to [0, 1]
     where it is used (`scaled`, and in the graph); all else is float32.
-    y: int32 of shape (n,), from 0 to `classes` - 1. In a regression float32, and `classes` is 0:
-    `y_all` is standardized by the task's mean and deviation, `y_test` is in the target's own unit.
+    y: int32 of shape (n,), from 0 to `classes` - 1; without classes float32, and `classes` is 0. Of
+    labels it has the shape (n, labels) and is 0 or 1. Numbers are standardized in `y_all` by the
+    task's mean and deviation, and in the target's own unit in `y_test`.
     `x_all`, `y_all`: the training part, the first `train_size` examples, then the validation part.
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
@@ -79,7 +80,7 @@ class Dataset:
 
     @property
     def classes(self) -> int:
-        """The number of classes; 0 in a regression."""
+        """The number of classes; 0 if the target is not a class."""
         return self.task.classes
 
     @property
@@ -130,12 +131,9 @@ class Dataset:
         features = f"{self.features} features{'' if self.normalization is None else ', normalized'}"
         if self.columns is not None:
             features = f"{self.columns} as {features}"
-        what = f"{self.classes} classes"
-        if not self.task.classes:
-            what = f"a number to predict ({self.task.mean:.5g} ± {self.task.deviation:.5g})"
         return (
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
-            f"{features}, {what}; "
+            f"{features}, {self.task}; "
             f"test examples in the training data: {self.repeated:,}"
             f"{self.note and '; '}{self.note}"
         )
@@ -145,9 +143,11 @@ class Dataset:
         """Why the split is unusable, in one line; None if it is usable.
 
         The training part needs examples of every class, the validation part of every class that
-        has at least ENOUGH.
+        has at least ENOUGH. Of every label the training part needs examples with and without it.
         """
-        if not self.task.classes:
+        if self.task.labels:
+            return self._constant_label
+        if self.task.is_number:
             return None
         counts = np.bincount(self.y_all, minlength=self.classes)
         for part, (_, labels), needed in (
@@ -172,6 +172,20 @@ class Dataset:
                     f"none of class {shown}; give {remedy}"
                 )
         return None
+
+    @property
+    def _constant_label(self) -> str | None:
+        _, y = self.train
+        constant = np.flatnonzero((y == y[0]).all(axis=0))
+        if not len(constant):
+            return None
+        which = "without" if y[0, constant[0]] else "with"
+        return (
+            f"--dataset {self.name}: the training part ({self.split} split, {len(y):,} of "
+            f"{len(self.y_all):,} examples) must have examples with and without every label, but "
+            f"has none {which} label {self.task.name_of(constant[0])}; give "
+            + ("--split random" if self.split == "last" else "more examples of it")
+        )
 
 
 def scaled(x: Images) -> NDArray[np.float32]:

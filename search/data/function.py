@@ -150,7 +150,17 @@ def _batched(name: str, part: str, pipeline: Any, limit: int) -> Any:
     needed = elements * sum(s.shape.num_elements() * s.dtype.size for s in spec) if known else 0
     if needed > limit:
         raise _too_large(name, part, f"{needed / 1e9:.1f} GB", limit)
-    return pipeline.batch(_BATCH) if y.shape.rank == 0 else pipeline
+    return pipeline.batch(_BATCH) if _is_one_example(x.shape, y.shape) else pipeline
+
+
+def _is_one_example(x: Any, y: Any) -> bool:
+    """Whether an element of these shapes is one example, not a batch.
+
+    One with several labels has two known lengths that differ: of its features and its labels.
+    """
+    if y.rank != 1 or not x.rank:
+        return bool(y.rank == 0)
+    return None not in (x[0], y[0]) and x[0] != y[0]
 
 
 def _too_large(name: str, part: str, needed: str, limit: int) -> InputError:

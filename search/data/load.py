@@ -209,14 +209,21 @@ def load_dataset(
 
     validation_split: fraction of the training data used for validation: with `split` "last" its
     end, as in Keras; with "random" a random sample, by `seed`; with "stratified" one with the same
-    class proportions, or in a regression any.
+    class proportions, or without classes any.
     normalize: scale every feature, unless examples are images, to mean 0 and variance 1 in the
     training part. image_size, test_split: of a folder, see `images.read`. task: its kind, or auto.
     Raises InputError, in one line, if it cannot be used.
     """
+    if task == "multilabel" and images.is_folder(name):
+        raise InputError(
+            "--task multilabel needs several labels for an example, in a table or in arrays",
+            f"{name} is a folder of images, each in the folder of its class",
+            "leave it out",
+        )
     source = _read(name, image_size, test_split, seed)
     arrays = source.arrays
     kind = sources.kind_of(arrays["y_train"], task)
+    decided = KINDS[kind]
     sources.check(name, arrays, kind)
     digest = hashlib.sha256()
     for key in arrays:
@@ -228,18 +235,10 @@ def load_dataset(
     if not given:
         train_size = kept("--validation-split", validation_split, train_size, "validate")
     x_all, x_test = (sources.examples(name, arrays, part) for part in ("train", "test"))
-    has_classes = KINDS[kind].has_classes
-    y_all, y_test = (sources.targets(arrays, part, has_classes) for part in ("train", "test"))
-    classes = int(y_all.max()) + 1 if has_classes else 0
-    if source.class_names and len(source.class_names) != classes:
-        raise InputError(
-            f"--dataset {name}: class_names must have a name for each of {classes} classes",
-            f"has {len(source.class_names)}",
-            "give each class a name, in the order of the labels",
-        )
+    y_all, y_test = (sources.targets(arrays, part, decided) for part in ("train", "test"))
     repeated = count_repeated(x_test, x_all)
     if split not in ("last", OWN_SPLIT):
-        split = split if has_classes else "random"
+        split = split if decided.has_classes else "random"
         validates = held_out(split, y_all, len(x_all) - train_size, seed)
         partition(x_all, validates)
         partition(y_all, validates)
@@ -250,6 +249,12 @@ def load_dataset(
         for rows in chunks(x_all):
             x_all[rows] = normalization.apply(scaled(x_all[rows]))
     described, y_all = describe(kind, y_all, train_size, source.class_names)
+    if source.class_names and (described.is_number or len(source.class_names) != described.outputs):
+        raise InputError(
+            f"--dataset {name}: class_names must have a name for each of {described}",
+            f"has {len(source.class_names)}",
+            "give each class a name, in the order of the labels",
+        )
     return Dataset(
         name=name,
         digest=digest.hexdigest(),

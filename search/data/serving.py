@@ -2,8 +2,8 @@
 
 A copy of this file is saved with every model of a table or of named classes, so that MLflow loads
 and serves it without this package: it takes rows, a pandas DataFrame with the columns of the
-signature, or examples, an array; and answers a class and its probabilities, or a number. Columns of
-rows may be missing, and so may values.
+signature, or examples, an array; and answers a class or labels and the probabilities, or a number.
+Columns of rows may be missing, and so may values.
 """
 
 import json
@@ -22,6 +22,7 @@ PARTS: dict[str, Callable[[Any], Any]] = {
     "hour": lambda dates: dates.dt.hour,
 }
 SCHEMA, MODEL = "serving.json", "model.keras"
+THRESHOLD = 0.5  # as in data.task, which a saved model does not have
 Field = tuple[str, str | None]  # a column, or a part of the dates in it
 
 
@@ -100,6 +101,8 @@ class ServedModel:
     def predict(self, given: Any, params: Any = None) -> pd.DataFrame:
         """For each row or example its class and the probability of every class, or its number.
 
+        Of labels, whose probabilities are independent: a list of those above 0.5.
+
         given: rows of a table, a DataFrame; or examples, an array. Raises ValueError, in one line,
         for a value in a row that is no number or no date.
         """
@@ -110,7 +113,10 @@ class ServedModel:
         names = self._schema["classes"]
         if names is None:
             return pd.DataFrame({"prediction": answers[:, 0]}, index=index)
-        chosen = np.array(names, object)[answers.argmax(axis=1)]
+        if self._schema.get("multilabel"):
+            chosen = [[names[i] for i in np.flatnonzero(row > THRESHOLD)] for row in answers]
+        else:
+            chosen = np.array(names, object)[answers.argmax(axis=1)]
         probabilities = {f"probability_{name}": answers[:, i] for i, name in enumerate(names)}
         return pd.DataFrame({"prediction": chosen, **probabilities}, index=index)
 

@@ -2,7 +2,7 @@
 
 import functools
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.data_settings import KERAS_DATASETS
+from search.data.task import KINDS, Kind
 from search.errors import InputError, one_line
 from search.memory import check_fits, chunks, empty, moved, shared
 
@@ -19,11 +20,20 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 Images = NDArray[np.uint8] | NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 Refuse = Callable[[str, str, str], InputError]
+_TARGETS = {  # kinds of NumPy's types, what they are and their shape, by kind of task
+    "classification": ("ui", "whole numbers", "(n,)"),
+    "multilabel": ("buif", "0 or 1 for each label", "(n, labels)"),
+    "regression": ("uif", "numbers", "(n,)"),
+}
 _REMEDIES = {
     "np.savez": "write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)",
     "path": "check the path",
     "numeric": "convert it with .astype('float32') and .astype('int64') before saving",
     "labels": "number the classes 0, 1, 2, ... without a gap, each with training examples",
+    "label": "leave that label out, or give examples of both",
+    "several": "several labels are --task multilabel",
+    "columns": "give a column of 0 and 1 for each label, or leave --task out",
+    "one-hot": "take the class of each row with .argmax(axis=1), or give --task multilabel",
     "rows": "check how the arrays were made",
 }
 
@@ -57,8 +67,20 @@ def kind_of(y: NDArray[Any], task: str) -> str:
     """The kind of the task with the training targets `y`: `task`, unless that is auto."""
     if task != "auto":
         return task
+    if _is_binary(y) and len(y) > 1 and not _is_one_hot(y):
+        return "multilabel"
     fractions = y.dtype.kind == "f" and bool(np.any(y != np.floor(y)))
     return "regression" if fractions else "classification"
+
+
+def _is_binary(y: NDArray[Any]) -> bool:
+    """Whether `y` has several columns, of zeros and ones."""
+    columns = y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind in "buif"
+    return columns and bool(((y == 0) | (y == 1)).all())
+
+
+def _is_one_hot(y: NDArray[Any]) -> bool:
+    return _is_binary(y) and bool((np.count_nonzero(y, axis=1) == 1).all())
 
 
 def read(name: str) -> Source:
@@ -109,11 +131,11 @@ def examples(name: str, arrays: Arrays, part: str) -> Images:
     return both
 
 
-def targets(arrays: Arrays, part: str, has_classes: bool) -> NDArray[Any]:
-    """The labels (int32), or the numbers (float32), of the same examples."""
+def targets(arrays: Arrays, part: str, kind: Kind) -> NDArray[Any]:
+    """The targets of the same examples: classes (int32), numbers or labels (float32)."""
     keys = [f"y_{part}"] + ["y_validation"] * (part == "train" and "y_validation" in arrays)
-    kind: Any = np.int32 if has_classes else np.float32
-    return shared(np.concatenate([arrays[key].ravel().astype(kind) for key in keys]))
+    given = [arrays[key].astype(np.int32 if kind.has_classes else np.float32) for key in keys]
+    return shared(np.concatenate([y if kind.target == "labels" else y.ravel() for y in given]))
 
 
 def _refusal(name: str, rule: str, found: str, remedy: str) -> InputError:
@@ -175,7 +197,7 @@ def check(name: str, arrays: Arrays, kind: str) -> None:
     """Raise InputError unless the arrays are a dataset for a task of this kind.
 
     x is numeric, of shape (n, ...); y of shape (n,) or (n, 1): integer from 0 to classes - 1, or in
-    a regression numbers.
+    a regression numbers; or of shape (n, labels), 0 or 1.
     """
     refuse = functools.partial(_refusal, name)
     parts = [key.removeprefix("x_") for key in arrays if key.startswith("x_")]
@@ -184,8 +206,9 @@ def check(name: str, arrays: Arrays, kind: str) -> None:
     x_train, y_train = arrays["x_train"], arrays["y_train"]
     for part in parts[1:]:
         _check_alike(part, x_train, arrays[f"x_{part}"], refuse)
-    if kind == "regression":
-        check_numbers({f"y_{part}": arrays[f"y_{part}"] for part in parts}, refuse)
+    if not KINDS[kind].has_classes:
+        check_all = check_numbers if kind == "regression" else check_labels
+        check_all({f"y_{part}": arrays[f"y_{part}"] for part in parts}, refuse)
         return
     present = np.unique(y_train)
     if len(present) < 2 or present[0] != 0 or present[-1] != len(present) - 1:
@@ -227,14 +250,39 @@ def check_numbers(targets: Arrays, refuse: Refuse) -> None:
         raise refuse(f"{name} must hold numbers that differ", found, "rows")
 
 
+def check_labels(targets: Arrays, refuse: Refuse, names: Sequence[str] = ()) -> None:
+    """Raise what `refuse` makes unless these are labels of which each is given to some examples.
+
+    targets: of shape (n, labels), by what they are called; those of the training data first.
+    names: of the labels, if they have any.
+    """
+    name, y_train = next(iter(targets.items()))
+    for key, y in targets.items():
+        if y.shape[1] != y_train.shape[1]:
+            rule = f"{key} must hold the labels of {name}"
+            raise refuse(rule, f"{y.shape[1]} columns, and {name} has {y_train.shape[1]}", "rows")
+        wrong = y[(y != 0) & (y != 1)]
+        if wrong.size:
+            raise refuse(f"{key} must hold 0 or 1 for each label", f"{wrong[0]:g}", "rows")
+    constant = np.flatnonzero((y_train == y_train[0]).all(axis=0))
+    if len(constant):
+        label = constant[0]
+        which = names[label] if names else f"column {label}"
+        found = f"only {y_train[0, label]:g} in {which}"
+        raise refuse(f"{name} must hold 0 and 1 for each label", found, "label")
+
+
 def _check_part(part: str, x: NDArray[Any], y: NDArray[Any], kind: str, refuse: Refuse) -> None:
     if x.dtype.kind not in "buif" or x.ndim < 2:
         rule = f"x_{part} must hold numbers in shape (n, ...)"
         raise refuse(rule, f"{x.dtype}{x.shape}", "numeric")
-    numbers, what = ("uif", "numbers") if kind == "regression" else ("ui", "whole numbers")
-    if y.dtype.kind not in numbers or (y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1)):
-        rule = f"y_{part} must hold {what} in shape (n,)"
-        raise refuse(rule, f"{y.dtype}{y.shape}", "numeric")
+    numbers, what, shape = _TARGETS[kind]
+    columns = y.shape[1] if y.ndim == 2 else int(y.ndim == 1)
+    if y.dtype.kind not in numbers or (columns < 2 if kind == "multilabel" else columns != 1):
+        remedy = "columns" if kind == "multilabel" else "numeric"
+        if _is_binary(y) and len(y) > 1:
+            remedy = "one-hot" if _is_one_hot(y) else "several"
+        raise refuse(f"y_{part} must hold {what} in shape {shape}", f"{y.dtype}{y.shape}", remedy)
     if len(x) != len(y):
         rule = f"x_{part} and y_{part} must be of one length"
         raise refuse(rule, f"{len(x)} and {len(y)}", "rows")

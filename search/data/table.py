@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from search.config.data_settings import names_in
+from search.config.data_settings import names_in, targets_in
 from search.config.settings import StudyConfig
-from search.data.columns import check_classes, class_names, numbered
+from search.data.columns import labels_in, numbered, numbers_in
 from search.data.dataset import Labels, Seed, held_out, kept
 from search.data.serving import as_words, dates_of
-from search.data.sources import check_numbers
-from search.data.task import KINDS
+from search.data.sources import check_labels, check_numbers
+from search.data.task import KINDS, check_classes, class_names
 from search.errors import InputError, nearest, one_line
 from search.memory import check_fits
 
@@ -30,14 +30,15 @@ _COPIES = 3  # of a file's size that reading and encoding it take, measured on C
 class Table:
     """The rows of a table, without the target and the columns to ignore.
 
-    test, test_target: the rows of the test set, if they have a file of their own. split_column: the
-    column of `--split group:COLUMN` or `time:COLUMN`. digest: SHA-256 of the files.
+    target: one column, or one for each label. test, test_target: the rows of the test set, if they
+    have a file of their own. split_column: the column of `--split group:COLUMN` or `time:COLUMN`.
+    digest: SHA-256 of the files.
     """
 
     frame: pd.DataFrame
-    target: "pd.Series[Any]"
+    target: pd.DataFrame
     test: pd.DataFrame | None
-    test_target: "pd.Series[Any] | None"
+    test_target: pd.DataFrame | None
     split_column: "pd.Series[Any] | None"
     digest: str
 
@@ -59,7 +60,7 @@ def read_table(config: StudyConfig, split_column: str) -> Table:
     for path in filter(None, (config.dataset, config.test)):
         with Path(path).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    unused = [config.target, *names_in(config.ignore)]
+    unused = [*targets_in(config.target, frame.columns), *names_in(config.ignore)]
     return Table(
         frame=frame.drop(columns=unused),
         target=_target(config, frame, config.dataset),
@@ -133,7 +134,7 @@ def _arrow(path: str) -> "pyarrow.Table":
 def _check_columns(config: StudyConfig, split_column: str, known: list[str]) -> None:
     """Raise InputError for a named column that the table does not have, or that is named twice."""
     named = {
-        "--target": [str(config.target)],
+        "--target": targets_in(str(config.target), known),
         "--ignore": names_in(config.ignore),
         "--numeric": names_in(config.numeric),
         "--categorical": names_in(config.categorical),
@@ -158,10 +159,11 @@ def _check_columns(config: StudyConfig, split_column: str, known: list[str]) -> 
             )
 
 
-def _target(config: StudyConfig, frame: pd.DataFrame, path: str) -> "pd.Series[Any]":
-    labels = frame[config.target]
-    _check_complete(f"--target {config.target} must have a value in every row of {path}", labels)
-    return labels
+def _target(config: StudyConfig, frame: pd.DataFrame, path: str) -> pd.DataFrame:
+    names = targets_in(str(config.target), frame.columns)
+    for name in names:
+        _check_complete(f"--target {name} must have a value in every row of {path}", frame[name])
+    return frame[names]
 
 
 def _check_complete(rule: str, values: "pd.Series[Any]") -> None:
@@ -209,15 +211,15 @@ def divide(config: StudyConfig, table: Table, split: str, kind: str) -> Parts:
     """Split the rows as `held_out` does, for a task of this kind. Raises InputError."""
     how = split.partition(":")[0]
     column = None if table.split_column is None else _split_by(table.split_column, how)
-    words = as_words(table.target)
-    everything = np.arange(len(words))
+    everything = np.arange(len(table.target))
     test = everything[:0]
     if table.test is None:
+        words = as_words(table.target.iloc[:, 0])  # for a stratified split, of one column
         _, codes = np.unique(words.astype(str), return_inverse=True)
         size = len(words) - kept("--test-split", config.test_split, len(words), "test")
         held = _held_out(split, codes, size, (config.seed, 1), column)
         test, everything = np.flatnonzero(held), np.flatnonzero(~held)
-    given = table.target[test] if table.test_target is None else table.test_target
+    given = table.target.iloc[test] if table.test_target is None else table.test_target
     y, y_test, names = _targets(config, table.target, given, everything, kind)
     size = len(everything) - kept(
         "--validation-split", config.validation_split, len(everything), "validate"
@@ -243,18 +245,25 @@ def _held_out(
 
 def _targets(
     config: StudyConfig,
-    target: "pd.Series[Any]",
-    tested: "pd.Series[Any]",
+    target: pd.DataFrame,
+    tested: pd.DataFrame,
     training: NDArray[np.intp],
     kind: str,
 ) -> tuple[Labels, Labels, tuple[str, ...]]:
-    """`target` and the target of the test set, as numbers; and the classes of the training rows."""
+    """`target` and the target of the test set, as numbers; and the classes of the training rows,
+    or the labels."""
+    name = f"--target {config.target}"
+    if kind == "multilabel":
+        names = tuple(target.columns)
+        y, y_test = labels_in(target), labels_in(tested)
+        check_labels({name: y[training], f"{name} of the test set": y_test}, _refusal, names)
+        return y, y_test, names
+    column, other = target.iloc[:, 0], tested.iloc[:, 0]
     if not KINDS[kind].has_classes:
-        y, y_test = _numbers(config, target), _numbers(config, tested)
-        name = f"--target {config.target}"
+        y, y_test = numbers_in(column), numbers_in(other)
         check_numbers({name: y[training], f"{name} of the test set": y_test}, _refusal)
         return y, y_test, ()
-    words, expected = as_words(target), as_words(tested)
+    words, expected = as_words(column), as_words(other)
     names = class_names(words[training])
     check_classes(str(config.target), names, expected)
     return numbered(words, names), numbered(expected, names), names
@@ -275,19 +284,6 @@ def _split_by(values: "pd.Series[Any]", kind: str) -> NDArray[Any]:
             one_line(error),
             "name another one",
         ) from None
-
-
-def _numbers(config: StudyConfig, target: "pd.Series[Any]") -> NDArray[np.float32]:
-    try:
-        with np.errstate(over="ignore"):
-            numbers = np.asarray(pd.to_numeric(target), np.float32)
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"--target {config.target} must hold numbers in a regression",
-            one_line(error),
-            "name another column, or give --task classification",
-        ) from None
-    return numbers
 
 
 def _refusal(rule: str, found: str, _: str) -> InputError:

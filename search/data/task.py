@@ -1,5 +1,6 @@
 """The tasks, and the metrics that each is measured by: each is decided here and nowhere else."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,33 +67,56 @@ METRICS = {
 class Kind:
     """What a kind of task decides.
 
-    loss, output_activation: as Keras names them. metrics: those of every epoch, in order; the first
-    two are also computed of the training data. objective: the default. has_classes: whether the
-    target is one of several classes.
+    target: what an example has: one of several classes, any of several labels, or a number. loss,
+    output_activation, compiled: as Keras names them, the latter the metric of the saved model.
+    output: what the network gives. metrics: those of every epoch, in order; the first two are also
+    computed of the training data. objective: the default.
     """
 
+    target: Literal["class", "labels", "number"]
     loss: str
+    output: str
     output_activation: str
+    compiled: str
     metrics: tuple[str, ...]
     objective: str
-    has_classes: bool = False
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the target is one of several classes."""
+        return self.target == "class"
 
 
 KINDS = {
     "classification": Kind(
+        target="class",
         loss="sparse_categorical_crossentropy",
+        output="probabilities",
         output_activation="softmax",
+        compiled="accuracy",
         metrics=("val_loss", "val_accuracy", "val_auc", "val_f1", "val_balanced_accuracy"),
         objective="val_accuracy",
-        has_classes=True,
+    ),
+    "multilabel": Kind(
+        target="labels",
+        loss="binary_crossentropy",
+        output="probabilities",
+        output_activation="sigmoid",
+        compiled="binary_accuracy",
+        metrics=("val_loss", "val_accuracy", "val_auc", "val_f1"),
+        objective="val_auc",
     ),
     "regression": Kind(
+        target="number",
         loss="mean_squared_error",
+        output="standardized",
         output_activation="linear",
+        compiled="mae",
         metrics=("val_loss", "val_mae", "val_rmse", "val_r2"),
         objective="val_rmse",
     ),
 }
+THRESHOLD = 0.5  # of the probability of a label, above which it is predicted
 MOST_OUTPUTS = 100_000_000  # of all test examples that fit into memory
 _SIMPLE = ("val_accuracy", "val_rmse")  # metrics that every model of a task has
 DEFAULT_OBJECTIVE = METRICS["val_accuracy"]  # of studies that did not store another one
@@ -107,8 +131,8 @@ def objective_of(settings: Mapping[str, Any]) -> Metric:
 class Task:
     """What is predicted.
 
-    kind: a key of KINDS. outputs: the number of the network's outputs: of classes, or 1.
-    class_names: one for each class, in order; empty if the classes are only numbered.
+    kind: a key of KINDS. outputs: the number of the network's outputs: of classes, of labels, or 1.
+    class_names: one for each class or label, in order; empty if these are only numbered.
     mean, deviation: those of the target in the training part. In regression the network learns the
     target minus `mean`, divided by `deviation`, and the registered model undoes that.
     """
@@ -144,8 +168,28 @@ class Task:
         """The number of classes; 0 if the target is not a class."""
         return self.outputs if self.decides.has_classes else 0
 
+    @property
+    def labels(self) -> int:
+        """The number of labels, of which an example has any; 0 if the target is another."""
+        return self.outputs if self.decides.target == "labels" else 0
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """The shape of the target of one example."""
+        return (self.outputs,) if self.labels else ()
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the target is a number."""
+        return self.decides.target == "number"
+
+    def __str__(self) -> str:
+        if self.is_number:
+            return f"a number to predict ({self.mean:.5g} ± {self.deviation:.5g})"
+        return f"{self.outputs} {'labels' if self.labels else 'classes'}"
+
     def name_of(self, label: int) -> str:
-        """The name of class `label`, or its number."""
+        """The name of a class or label, or its number."""
         return self.class_names[label] if self.class_names else str(label)
 
     def objective(self, name: str) -> Metric:
@@ -177,11 +221,48 @@ def describe(
 ) -> "tuple[Task, NDArray[Any]]":
     """The task with the targets `y`, and `y` as the network learns it.
 
-    Numbers are standardized by the mean and the deviation of the first `train_size` of them; where
-    those are all equal, they are divided by 1.
+    y: of shape (n,), or of labels (n, labels). Numbers are standardized by the mean and the
+    deviation of the first `train_size` of them; where those are all equal, they are divided by 1.
     """
     if KINDS[kind].has_classes:
         return Task(kind, int(y.max()) + 1, class_names), y
+    if KINDS[kind].target == "labels":
+        return Task(kind, y.shape[1], class_names), y
     train = y[:train_size].astype(float)
     task = Task(kind, 1, mean=float(train.mean()), deviation=float(train.std()) or 1.0)
     return task, ((y.astype(float) - task.mean) / task.deviation).astype("float32")
+
+
+# ---- classes ---------------------------------------------------------------------------------
+
+
+def class_names(labels: "NDArray[Any]") -> tuple[str, ...]:
+    """The classes in order: numbers by size, words by alphabet."""
+    different = sorted(set(labels))
+    if all(_is_number(name) for name in different):
+        different.sort(key=float)
+    return tuple(different)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def check_classes(target: str, names: tuple[str, ...], tested: "NDArray[Any]") -> None:
+    """Raise InputError for a single class, and for one that is only in the test set."""
+    if len(names) < 2:
+        raise InputError(
+            f"--target {target} must have two classes or more",
+            f"all rows have {names[0]!r}",
+            "name another column",
+        )
+    new = sorted(set(tested) - set(names))
+    if new:
+        raise InputError(
+            f"--target {target}: every class must be in the training data",
+            f"{new[0]!r} is in the test set alone",
+            "give more rows of it, or leave these out",
+        )

@@ -15,7 +15,7 @@ from search.data.dataset import Dataset, scaled
 from search.data.sources import Images
 from search.data.task import DEFAULT_OBJECTIVE, Metric, metric_among
 from search.errors import one_line
-from search.promotion.measures import measure
+from search.promotion.measures import is_right, measure
 from search.training.simple_models import Fit, Limit, Predict, Stopped, features_of, models_of
 
 LIMIT = 60  # seconds that all of them may take
@@ -53,7 +53,7 @@ class BestBaseline:
     """A baseline on the test examples, as a study keeps it for the comparison with its winner.
 
     metric: the one to compare by, a key of METRICS. packed: for the accuracy, which examples are
-    classified correctly, else the outputs (`pack`).
+    predicted right, else the outputs (`pack`).
     """
 
     name: str
@@ -61,7 +61,7 @@ class BestBaseline:
     packed: str
 
     def correct(self, examples: int) -> NDArray[np.bool_]:
-        """Which of so many test examples it classifies correctly, if `metric` is the accuracy."""
+        """Which of so many test examples it predicts right, if `metric` is the accuracy."""
         bits = np.frombuffer(zlib.decompress(b64decode(self.packed)), np.uint8)
         return np.unpackbits(bits, count=examples).astype(bool)
 
@@ -117,7 +117,7 @@ def compute(
                 continue
             best = metric.sign * baseline.metrics[f"test_{metric.stem}"]
             if metric == DEFAULT_OBJECTIVE:
-                called = _classes(called) == dataset.y_test
+                called = _is_right(dataset, called)
             found.best = BestBaseline(name, metric.name, pack(called))
     return found
 
@@ -127,7 +127,7 @@ def _fit_and_test(
 ) -> tuple[Baseline, NDArray[Any]]:
     """A baseline, and what it gives for the test examples: see `_predict`."""
     x_val, y_val = data.validation
-    examples, predict, first = _fit(fit, data, *data.train, seed, limit.half())
+    examples, predict, first = _fit(fit, data, *data.train, seed, limit.share(2))
     metrics = _measure(data, "val", _own_unit(data, y_val), _predict(predict, data, x_val))
     limit.is_over()  # raises Stopped
     _, predict, second = _fit(fit, data, data.x_all, data.y_all, seed, limit)
@@ -141,13 +141,13 @@ def _compared_by(data: Dataset, objective: Metric) -> Metric | None:
     """The metric of the comparison with the winner: the objective, if its outputs can be kept."""
     if objective == DEFAULT_OBJECTIVE or len(data.y_test) * data.task.outputs <= _KEPT:
         return objective
-    return DEFAULT_OBJECTIVE if data.task.classes else None
+    return None if data.task.is_number else DEFAULT_OBJECTIVE
 
 
 def _own_unit(data: Dataset, y: NDArray[Any]) -> NDArray[Any]:
-    """Of the training or validation part: numbers to predict in their own unit, or classes."""
+    """Of the training or validation part: numbers in their own unit, else `y` itself."""
     task = data.task
-    return y if task.classes else y.astype(float) * task.deviation + task.mean
+    return y.astype(float) * task.deviation + task.mean if task.is_number else y
 
 
 def _measure(data: Dataset, part: str, y: NDArray[Any], called: NDArray[Any]) -> dict[str, float]:
@@ -157,8 +157,9 @@ def _measure(data: Dataset, part: str, y: NDArray[Any], called: NDArray[Any]) ->
     return {f"{part}_{m.stem}": measure(data.task, m, y, called) for m in data.task.metrics}
 
 
-def _classes(called: NDArray[Any]) -> NDArray[Any]:
-    return called if called.ndim == 1 else called.argmax(axis=1)
+def _is_right(data: Dataset, called: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which test examples are predicted right, by what `_predict` returned."""
+    return called == data.y_test if called.ndim == 1 else is_right(data.task, data.y_test, called)
 
 
 def _fit(

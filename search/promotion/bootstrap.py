@@ -39,7 +39,7 @@ def compare(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> PairedBootstrap:
-    """Compare the outputs of two models for the test examples y, of shape (n,).
+    """Compare the outputs of two models for the test examples y, of shape (n,) or (n, labels).
 
     Every resample draws n examples with replacement, by `seed`, the same for both models. The
     p-value is twice the share of resamples in which the better model is not better, the sample

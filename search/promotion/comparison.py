@@ -16,7 +16,7 @@ from search.errors import RunError, one_line
 from search.promotion import bootstrap
 from search.promotion.baselines import BestBaseline
 from search.promotion.bootstrap import PairedBootstrap
-from search.promotion.evaluation import outputs_of, predict
+from search.promotion.evaluation import outputs_of, right_of
 from search.tracking.address import global_uri
 from search.tracking.runs import Tracking
 
@@ -29,7 +29,7 @@ class Comparison:
     """Two models on the same test examples.
 
     challenger, champion: their accuracies. only_challenger, only_champion: how many examples only
-    that model classifies correctly.
+    that model predicts right.
     """
 
     challenger: float
@@ -41,8 +41,8 @@ class Comparison:
     def p_value(self) -> float:
         """Of the two-sided exact McNemar test (McNemar 1947), at least 1e-300.
 
-        Null hypothesis: an example that only one model classifies correctly is equally likely to be
-        the challenger's or the champion's.
+        Null hypothesis: an example that only one model predicts right is equally likely to be the
+        challenger's or the champion's.
         """
         from scipy.stats import binomtest
 
@@ -85,15 +85,14 @@ def compare_with_baseline(
 
     outputs: those of the model, if they fit into memory. seed: of the bootstrap. Returns what a
     study stores of it: the baseline's name, the metric and both values, the test, its p-value and
-    whether it is significant; of McNemar's test, also how many examples only one of them classifies
-    correctly.
+    whether it is significant; of McNemar's test, also how many examples only one of them predicts
+    right.
     """
     examples, metric = len(dataset.y_test), METRICS[baseline.metric]
     found: Comparison | PairedBootstrap
     counts = {}
     if metric == DEFAULT_OBJECTIVE:
-        called = predict(model, dataset)[0] if outputs is None else outputs.argmax(axis=1)
-        found = _compare(called == dataset.y_test, baseline.correct(examples))
+        found = _compare(right_of(model, dataset, outputs), baseline.correct(examples))
         counts = {"only_winner": found.only_challenger, "only_baseline": found.only_champion}
     else:
         assert outputs is not None  # there are few if those of the baseline were kept
@@ -112,7 +111,7 @@ def compare_with_baseline(
 
 
 def _compare(mine: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Comparison:
-    """The comparison of a challenger and a champion, by which examples they classify correctly."""
+    """The comparison of a challenger and a champion, by which examples they predict right."""
     return Comparison(
         challenger=float(mine.mean()),
         champion=float(theirs.mean()),
@@ -124,7 +123,7 @@ def _compare(mine: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Comparison:
 def _answers(
     uri: str, dataset: Dataset, tracking: Tracking, by_accuracy: bool
 ) -> NDArray[Any] | str:
-    """Which test examples a model classifies correctly, or why it can't be evaluated.
+    """Which test examples a model predicts right, or why it can't be evaluated.
 
     by_accuracy: if false, its outputs for them instead.
     """
@@ -142,8 +141,7 @@ def _answers(
                     f"have {_described(dataset)}"
                 )
             if by_accuracy:
-                predicted, _ = predict(model, dataset)
-                return np.asarray(predicted == dataset.y_test)
+                return right_of(model, dataset)
             outputs = outputs_of(model, dataset)
             return "its outputs do not fit into memory" if outputs is None else outputs
         except MemoryError:
@@ -171,6 +169,4 @@ def _described(dataset: Dataset) -> str:
     examples = f"{dataset.features} features"
     if dataset.pixels:
         examples = f"images of {dataset.sample_shape}"
-    return f"{examples} and " + (
-        f"{dataset.classes} classes" if dataset.classes else "one number to predict"
-    )
+    return f"{examples} and {'one number to predict' if dataset.task.is_number else dataset.task}"

@@ -1,23 +1,23 @@
-"""The winner on the test examples: its confusion matrix and its worst mistakes."""
+"""The winner on the test examples, by its task: what is right, and what is called what.
+
+Of classes the confusion matrix and the worst mistakes, of labels the scores of each, of numbers the
+predictions over the truth.
+"""
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.dataset import Dataset, is_image
-from search.data.task import MOST_OUTPUTS
-from search.errors import one_line
-from search.promotion.residuals import RESIDUALS, Residuals, draw_residuals, residuals_of
+from search.data.dataset import Dataset
+from search.data.task import MOST_OUTPUTS, THRESHOLD
+from search.promotion.measures import is_right
 
-DATA, MATRIX, MISTAKES = "evaluation.json", "confusion_matrix.png", "mistakes.png"
-CONFUSIONS = "confusions.png"
-_SHOWN = 12  # mistakes
+SHOWN = 12  # mistakes
+_POINTS = 2_000  # residuals kept and drawn
 _FREQUENT = 20  # most frequent confusions kept
 MANY = 20  # classes from which on the cells of the matrix are too small for numbers
 MOST = 200  # classes up to which there is a matrix
@@ -46,10 +46,10 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class on the test examples.
+    """One class or label on the test examples.
 
-    precision: share of those called `label` that are of it; recall: share of its `examples` that
-    are called so. None where there are none.
+    precision: share of those called `label` that are of it, or have it; recall: share of its
+    `examples` that are called so. None where there are none.
     """
 
     label: int
@@ -92,6 +92,53 @@ class Evaluation:
         return f"{self.name(case.label)} called {self.name(case.predicted)}"
 
 
+@dataclass(frozen=True)
+class Labels:
+    """A model on the test examples: it predicts all labels of `right` of `total` correctly.
+
+    classes: the scores of each label. class_names: empty, or the name of each.
+    """
+
+    right: int
+    total: int
+    classes: list[ClassScore]
+    class_names: tuple[str, ...] = ()
+
+    def as_json(self) -> str:
+        """What `load_evaluation` reads."""
+        return json.dumps({"labels": asdict(self)})
+
+    def name(self, label: int) -> str:
+        """The label, by its name if it has one."""
+        return self.class_names[label] if self.class_names else str(label)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """True and predicted numbers, in the target's unit, of at most 2,000 of `total` test examples.
+
+    Those kept are spread evenly over all, in their order.
+    """
+
+    total: int
+    true: list[float]
+    predicted: list[float]
+
+    def as_json(self) -> str:
+        """What `load_evaluation` reads."""
+        return json.dumps({"residuals": asdict(self)})
+
+
+Found = Evaluation | Labels | Residuals
+
+
+def most_frequent(labels: Labels) -> list[ClassScore]:
+    """The scores that a picture has room for: of all, or of the `MANY` most frequent labels."""
+    if len(labels.classes) <= MANY:
+        return labels.classes
+    return sorted(labels.classes, key=lambda score: -score.examples)[:MANY]
+
+
 def predict(model: Any, dataset: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
     """The class that `model` predicts for each test example, and its probability."""
     predicted, confidence = [], []
@@ -115,7 +162,7 @@ def evaluate_predictions(
 ) -> Evaluation:
     """Compare the result of `predict` with the true classes; all are of shape (n,)."""
     wrong = np.flatnonzero(predicted != labels)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_SHOWN]
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:SHOWN]
     mistakes = [
         Mistake(int(i), int(labels[i]), int(predicted[i]), float(confidence[i])) for i in worst
     ]
@@ -135,7 +182,8 @@ def _of_cells(
     if classes <= MOST:
         matrix = np.zeros((classes, classes), dtype=int)
         matrix[rows, columns] = counts
-        confusion, scores = matrix.tolist(), _scores(matrix)
+        parts = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
+        confusion, scores = matrix.tolist(), _scores(*parts)
     wrong = np.flatnonzero(rows != columns)
     frequent = wrong[np.argsort(-counts[wrong], kind="stable")][:_FREQUENT]
     return Evaluation(
@@ -148,77 +196,77 @@ def _of_cells(
     )
 
 
-def _scores(matrix: NDArray[Any]) -> list[ClassScore]:
-    called, there, right = matrix.sum(axis=0), matrix.sum(axis=1), np.diag(matrix)
+def _scores(right: NDArray[Any], called: NDArray[Any], there: NDArray[Any]) -> list[ClassScore]:
+    """Of how many examples of each class or label are called so, are called so, and there are."""
 
     def share(of: NDArray[Any], label: int) -> float | None:
         return float(right[label] / of[label]) if of[label] else None
 
     return [
         ClassScore(label, share(called, label), share(there, label), int(there[label]))
-        for label in range(len(matrix))
+        for label in range(len(there))
     ]
 
 
+def evaluate_labels(y: NDArray[Any], outputs: NDArray[Any], names: tuple[str, ...]) -> Labels:
+    """Compare probabilities with the true labels, 0 or 1; both are of shape (n, labels)."""
+    called, there = outputs > THRESHOLD, y > THRESHOLD
+    scores = _scores(*(flags.sum(axis=0) for flags in (called & there, called, there)))
+    return Labels(int((called == there).all(axis=1).sum()), len(y), scores, names)
+
+
+def evaluate_numbers(y: NDArray[Any], outputs: NDArray[Any]) -> Residuals:
+    """y of shape (n,), outputs of shape (n, 1), both in the target's unit."""
+    kept = np.unique(np.linspace(0, len(y) - 1, min(len(y), _POINTS)).astype(int))
+    true, predicted = (values[kept].astype(float).tolist() for values in (y, outputs[:, 0]))
+    return Residuals(len(y), true, predicted)
+
+
+def right_of(model: Any, dataset: Dataset, outputs: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Which test examples `model` predicts right; outputs: what `outputs_of` gave, if known."""
+    if outputs is None and dataset.classes:
+        return np.asarray(predict(model, dataset)[0] == dataset.y_test)
+    given = outputs_of(model, dataset) if outputs is None else outputs
+    assert given is not None
+    return is_right(dataset.task, dataset.y_test, given)
+
+
 def outputs_of(model: Any, dataset: Dataset) -> NDArray[Any] | None:
-    """What `model` gives for all test examples; None if it is too much for the memory."""
-    if len(dataset.x_test) * dataset.task.outputs > MOST_OUTPUTS:
+    """What `model` gives for all test examples; None if it is too much for the memory.
+
+    Of labels and numbers it is not: the targets have the same size.
+    """
+    if dataset.classes and len(dataset.x_test) * dataset.classes > MOST_OUTPUTS:
         return None
     return np.concatenate(list(_outputs(model, dataset)))
 
 
-def save_evaluation(
-    model: Any, dataset: Dataset, folder: Path, outputs: NDArray[Any] | None = None
-) -> str | None:
-    """Evaluate `model` on the test examples and write data and pictures into `folder`.
-
-    outputs: what `outputs_of` gave, if it was called. Mistakes are drawn if the examples are
-    images. Nothing depends on these files, so an error is not raised: returns which file could not
-    be written, and why.
-    """
-    path = folder / DATA
-    try:
-        found = _evaluate(model, dataset, outputs)
-        path.write_text(found.as_json())
-        for name, draw in _pictures(found, dataset):
-            path = folder / name
-            _figure(path, draw)
-    except Exception as error:
-        path.unlink(missing_ok=True)  # it may be incomplete
-        return f"{path.name} could not be written ({type(error).__name__}: {one_line(error)})"
-    return None
+def evaluate(model: Any, dataset: Dataset, outputs: NDArray[Any] | None) -> Found:
+    """Evaluate `model` on the test examples; outputs: what `outputs_of` gave, if known."""
+    y, task = dataset.y_test, dataset.task
+    if task.classes:
+        if outputs is None:
+            called, sure = predict(model, dataset)
+        else:
+            called, sure = outputs.argmax(axis=1), outputs.max(axis=1)
+        found = evaluate_predictions(called, sure, y, task.classes)
+        return replace(found, class_names=task.class_names)
+    outputs = outputs_of(model, dataset) if outputs is None else outputs
+    assert outputs is not None
+    if task.is_number:
+        return evaluate_numbers(y, outputs)
+    return evaluate_labels(y, outputs, task.class_names)
 
 
-def _evaluate(model: Any, dataset: Dataset, outputs: NDArray[Any] | None) -> Evaluation | Residuals:
-    if not dataset.task.classes:
-        outputs = outputs_of(model, dataset) if outputs is None else outputs
-        assert outputs is not None  # one number an example
-        return residuals_of(dataset.y_test, outputs)
-    if outputs is None:
-        called = predict(model, dataset)
-    else:
-        called = outputs.argmax(axis=1), outputs.max(axis=1)
-    found = evaluate_predictions(*called, dataset.y_test, dataset.classes)
-    return replace(found, class_names=dataset.task.class_names)
-
-
-def _pictures(evaluation: Evaluation | Residuals, dataset: Dataset) -> Iterator[tuple[str, Any]]:
-    if isinstance(evaluation, Residuals):
-        yield RESIDUALS, partial(draw_residuals, evaluation)
-        return
-    if evaluation.confusion is not None:
-        yield MATRIX, partial(_draw_matrix, evaluation, evaluation.confusion)
-    elif evaluation.confusions:
-        yield CONFUSIONS, partial(_draw_confusions, evaluation)
-    if evaluation.mistakes and is_image(dataset.sample_shape):
-        yield MISTAKES, partial(_draw_mistakes, evaluation, dataset)
-
-
-def load_evaluation(text: str) -> Evaluation | Residuals:
-    """Read what this or an earlier version's `save_evaluation` wrote into DATA."""
+def load_evaluation(text: str) -> Found:
+    """Read the JSON of an evaluation, as this or an earlier version wrote it."""
     read = json.loads(text)
     if "residuals" in read:
-        return Residuals.read(read["residuals"])
+        return Residuals(**read["residuals"])
+    if "labels" in read:
+        kept = read["labels"]
+        scores = [ClassScore(**score) for score in kept["classes"]]
+        return Labels(kept["right"], kept["total"], scores, tuple(kept["class_names"]))
     mistakes = [Mistake(**mistake) for mistake in read.pop("mistakes")]
     names = tuple(read.pop("class_names", ()))
     if "confusion" not in read:
@@ -235,58 +283,3 @@ def load_evaluation(text: str) -> Evaluation | Residuals:
     rows, columns = np.nonzero(matrix)
     found = _of_cells(rows, columns, matrix[rows, columns], len(matrix), mistakes)
     return replace(found, class_names=names)
-
-
-def _figure(path: Path, draw: Any) -> None:
-    from matplotlib.figure import Figure  # not pyplot, which keeps its figures
-
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    draw(figure)
-    figure.savefig(path, dpi=100)
-
-
-def _draw_matrix(evaluation: Evaluation, confusion: list[list[int]], figure: Any) -> None:
-    counts = np.array(confusion)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes = figure.add_subplot()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, label="share of the true class")
-    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix, test images")
-    if len(counts) < MANY:
-        names = [_short(evaluation.name(label)) for label in range(len(counts))]
-        axes.set_xticks(range(len(counts)), names, rotation=90 * (max(map(len, names)) > 3))
-        axes.set_yticks(range(len(counts)), names)
-        for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
-
-
-def _short(name: str) -> str:
-    """A class name as it fits into a picture, where a $ would begin a formula."""
-    return (name if len(name) <= 20 else name[:19] + "…").replace("$", r"\$")
-
-
-def _draw_confusions(evaluation: Evaluation, figure: Any) -> None:
-    axes, confusions = figure.add_subplot(), evaluation.confusions
-    labels = [_short(evaluation.called(confusion)) for confusion in confusions]
-    axes.barh(range(len(labels)), [confusion.count for confusion in confusions])
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.set(
-        xlabel="test examples", title="Most frequent confusions: true class called predicted class"
-    )
-
-
-def _draw_mistakes(evaluation: Evaluation, dataset: Dataset, figure: Any) -> None:
-    figure.suptitle("Most confident mistakes on the test images")
-    grid = figure.subplots(3, _SHOWN // 3).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, mistake in zip(grid, evaluation.mistakes, strict=False):
-        image = dataset.x_test[mistake.index].reshape(dataset.sample_shape)
-        if image.dtype != np.uint8:  # any range: scaled from its minimum to its maximum
-            image = (image - image.min()) / max(float(np.ptp(image)), 1e-9)
-        axes.imshow(image, cmap="gray")
-        label, predicted = (_short(evaluation.name(i)) for i in (mistake.label, mistake.predicted))
-        between = "\ncalled " if len(label + predicted) > 10 else " called "
-        axes.set_title(f"{label}{between}{predicted}\n{mistake.probability:.0%}", fontsize=9)

@@ -21,8 +21,9 @@ from search.data.dataset import Dataset
 from search.data.load import class_weights
 from search.promotion.baselines import BestBaseline
 from search.promotion.comparison import compare_with_baseline
-from search.promotion.evaluation import DATA, MISTAKES, outputs_of, save_evaluation
+from search.promotion.evaluation import outputs_of
 from search.promotion.measures import measure_all
+from search.promotion.pictures import DATA, MISTAKES, save_evaluation
 from search.promotion.served_model import log_model
 from search.study.storage import BEST_BASELINE, METADATA, SEED, SETTINGS, UID, objective
 from search.study.trials import best_epoch, history_of, read_trial

@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 
 from search.data.dataset import Dataset
+from search.data.task import Task
 
 if TYPE_CHECKING:
     import keras
@@ -23,7 +24,8 @@ def log_model(
 ) -> tuple[str, str]:
     """Log `model` to the active run; returns its URI and its id.
 
-    A model of a table or of named classes is served by the module `serving`, any other by MLflow.
+    A model of a table or of named classes or labels is served by the module `serving`, any other by
+    MLflow.
     """
     from mlflow.models import Model, ModelSignature, infer_signature
 
@@ -34,7 +36,7 @@ def log_model(
         kind: dict[str, Any] = {
             "flavor": _ServedFlavor,
             "schema": _schema(dataset),
-            "signature": ModelSignature(_inputs(dataset), _answers(names)),
+            "signature": ModelSignature(_inputs(dataset), _answers(dataset.task)),
         }
         requirements = [*requirements, f"pandas=={version('pandas')}"]  # `serving` imports it
     else:
@@ -56,17 +58,21 @@ def log_model(
 def _schema(dataset: Dataset) -> dict[str, Any]:
     """What the module `serving` needs to know of the model."""
     schema: dict[str, Any] = {"classes": list(dataset.task.class_names) or None}
+    if dataset.task.labels:
+        schema["multilabel"] = True
     if dataset.columns is not None:
         schema |= {"numbers": dataset.columns.numbers, "words": dataset.columns.words}
     return schema
 
 
-def _answers(names: tuple[str, ...]) -> "Schema":
-    """What the served model answers: a class and the probability of each, or a number."""
-    from mlflow.types.schema import ColSpec, Schema
+def _answers(task: Task) -> "Schema":
+    """What the served model answers: a class or labels and the probability of each, or a number."""
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
 
-    prediction = ColSpec("string" if names else "double", "prediction")
-    return Schema([prediction, *(ColSpec("float", f"probability_{name}") for name in names)])
+    kind: Any = DataType.double if task.is_number else DataType.string
+    prediction = ColSpec(Array(kind) if task.labels else kind, "prediction")
+    probabilities = (ColSpec("float", f"probability_{name}") for name in task.class_names)
+    return Schema([prediction, *probabilities])
 
 
 def _inputs(dataset: Dataset) -> "Schema":

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
 from search.config.hyperparameters import short
-from search.promotion.evaluation import Evaluation
+from search.promotion.evaluation import Labels, Residuals
 from search.report import overview
 from search.report.overview import Overview
 from search.report.text import in_production, listed, sentences
@@ -74,7 +74,8 @@ def build_html(
         tested=tested,
         tested_text="" if tested is None else tested_text(tested.metrics, found.metric),
         mistakes=mistakes_of(tested),
-        classes=evaluation.classes if isinstance(evaluation, Evaluation) else [],
+        scored=None if isinstance(evaluation, Residuals) else evaluation,
+        scores_of="label" if isinstance(evaluation, Labels) else "class",
         names=list(found.space),
         short=short,
         trials=[summarize(trial) for trial in study.get_trials(deepcopy=False)],

@@ -7,8 +7,7 @@ from functools import cached_property
 import plotly.graph_objects as go
 import plotly.io
 
-from search.promotion.evaluation import MANY, Evaluation
-from search.promotion.residuals import Residuals
+from search.promotion.evaluation import MANY, Evaluation, Found, Labels, Residuals, most_frequent
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Tested:
     run_id: str
     trial: int
     metrics: dict[str, float]
-    evaluation: Evaluation | Residuals | None
+    evaluation: Found | None
     mistakes: bytes | None
 
 
@@ -48,6 +47,8 @@ def charts_of(tested: Tested) -> list[Chart]:
     evaluation = tested.evaluation
     if isinstance(evaluation, Residuals):
         return [_residuals(tested.trial, evaluation)]
+    if isinstance(evaluation, Labels):
+        return [_labels(tested.trial, evaluation)]
     if evaluation is not None and (evaluation.confusion or evaluation.confusions):
         return [_confusion(tested.trial, evaluation)]
     return []
@@ -63,7 +64,7 @@ def _confusion(trial: int, evaluation: Evaluation) -> Chart:
         return Chart(
             "Most frequent confusions of the winner",
             caption + "Each bar: true class, predicted class and number of examples.",
-            _most_frequent(evaluation),
+            _confusions(evaluation),
         )
     names = [evaluation.name(label) for label in range(len(counts))]
     figure = go.Figure(
@@ -86,6 +87,33 @@ def _confusion(trial: int, evaluation: Evaluation) -> Chart:
     return Chart(
         "Confusion matrix of the winner",
         caption + "Row: true class; column: predicted class.",
+        figure,
+    )
+
+
+def _labels(trial: int, evaluation: Labels) -> Chart:
+    """Bars of precision and recall, of the most frequent labels where there are many."""
+    scores = most_frequent(evaluation)
+    names = [evaluation.name(score.label) for score in scores]
+    figure = go.Figure(
+        [
+            go.Bar(
+                orientation="h",
+                name=title,
+                x=[getattr(score, title) or 0 for score in scores],
+                y=names,
+                hovertemplate=f"%{{y}}: {title} %{{x:.4f}}<extra></extra>",
+            )
+            for title in ("precision", "recall")
+        ]
+    )
+    figure.update_xaxes(range=[0, 1])
+    figure.update_yaxes(type="category", autorange="reversed", dtick=1, automargin=True)
+    return Chart(
+        "Labels of the winner",
+        f"Trial {trial}, retrained, predicts all labels of {evaluation.right:,} of "
+        f"{evaluation.total:,} test examples correctly. Precision and recall of each label"
+        + (f", the {MANY} most frequent." if len(scores) < len(evaluation.classes) else "."),
         figure,
     )
 
@@ -116,7 +144,7 @@ def _residuals(trial: int, residuals: Residuals) -> Chart:
     )
 
 
-def _most_frequent(evaluation: Evaluation) -> go.Figure:
+def _confusions(evaluation: Evaluation) -> go.Figure:
     """In place of a matrix, for too many classes."""
     confusions = evaluation.confusions
     figure = go.Figure(

@@ -116,7 +116,7 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "train_samples": dataset.train_size,
             "validation_samples": len(dataset.x_all) - dataset.train_size,
             "test_samples": len(dataset.x_test),
-            **({"num_classes": dataset.classes} if dataset.classes else {}),
+            **({} if dataset.task.is_number else {"num_classes": dataset.task.outputs}),
             **dataset.source,
         },
         "dataset": described.to_dict(),

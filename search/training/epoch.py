@@ -18,7 +18,7 @@ from search.data.dataset import UINT8_SCALE, Labels
 from search.data.sources import Images
 from search.training import augmentation
 from search.training.fused import Dropout, fused
-from search.training.metrics import compiled_metrics, validation_metrics
+from search.training.metrics import compiled_metric, validation_metrics
 from search.training.network import decay_weights, image_shape, is_of_layers
 
 _ALIGNED = 64  # bytes, of TensorFlow's own memory; its kernels end the process for less
@@ -90,7 +90,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         shape = model.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
         labels = np.int32 if model.task.classes else np.float32
-        self._y = tf.Variable(np.zeros(0, labels), shape=(None,))
+        target = model.task.target_shape
+        self._y = tf.Variable(np.zeros((0, *target), labels), shape=(None, *target))
         self._weights = tf.Variable(np.ones(model.task.classes if plan.weighs else 0, np.float32))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
@@ -99,11 +100,12 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         optimizer = fused(model.optimizer)
         if plan.decays:
             decay_weights(optimizer, self._decay)
-        self.compile(optimizer, model.loss, metrics=compiled_metrics(model.task), jit_compile=False)
+        metrics = [compiled_metric(model.task)]
+        self.compile(optimizer, model.loss, metrics=metrics, jit_compile=False)
         # Variables created during the first trace of an epoch would require a second trace.
         outputs = self(tf.zeros((1, *shape)))
         optimizer.build(self.trainable_variables)
-        self.compute_metrics(None, tf.zeros(1, labels), outputs)
+        self.compute_metrics(None, tf.zeros((1, *target), labels), outputs)
         # All start as zeros except scalars such as Nadam's product of momentums.
         self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
 

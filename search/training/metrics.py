@@ -6,21 +6,25 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from search.data.task import Task
+from search.data.task import THRESHOLD, Task
 
 _SPREAD = 4.0  # bins are narrowest for logits below 1 / 4
 _RANGE = math.asinh(-90 * _SPREAD), math.asinh(17 * _SPREAD)  # where float32 tells them apart
 _BINS, _MOST_CELLS = 4096, 2**22  # of a class; of all classes
 
 
-def compiled_metrics(task: Task) -> list[Any]:
+def compiled_metric(task: Task) -> Any:
     """What an epoch is compiled with: the metric of both training and validation data."""
-    return ["accuracy"] if task.classes else [AbsoluteError(task.deviation)]
+    if task.is_number:
+        return AbsoluteError(task.deviation)
+    return SubsetAccuracy() if task.labels else "accuracy"
 
 
 def validation_metrics(task: Task) -> keras.metrics.Metric:
     """The other metrics of the task, in one."""
-    return OfClasses(task.outputs) if task.classes else OfNumbers(task.deviation)
+    if task.is_number:
+        return OfNumbers(task.deviation)
+    return OfLabels(task.outputs) if task.labels else OfClasses(task.outputs)
 
 
 class OfClasses(keras.metrics.Metric):  # type: ignore[misc]
@@ -35,8 +39,8 @@ class OfClasses(keras.metrics.Metric):  # type: ignore[misc]
     balanced_accuracy: the mean recall over the classes that occur as a label.
     """
 
-    def __init__(self, classes: int) -> None:
-        super().__init__(name="of_classes")
+    def __init__(self, classes: int, name: str = "of_classes") -> None:
+        super().__init__(name=name)
         self._classes = classes
         self._bins = max(8, min(_BINS, _MOST_CELLS // classes))
         shapes = {
@@ -54,11 +58,7 @@ class OfClasses(keras.metrics.Metric):  # type: ignore[misc]
         """Count a batch: labels of shape (n,), probabilities of shape (n, classes)."""
         label, one = tf.cast(y_true, tf.int32), tf.ones(tf.shape(y_true)[0])
         predicted = tf.argmax(y_pred, axis=1, output_type=tf.int32)
-        low, high = _RANGE
-        logit = tf.math.log(y_pred) - tf.math.log1p(-y_pred)  # infinite at the ends
-        share = (tf.clip_by_value(tf.asinh(_SPREAD * logit), low, high) - low) / (high - low)
-        score = tf.cast(share * (self._bins - 1), tf.int32)
-        cell = score + tf.range(self._classes) * self._bins
+        cell = self._cells(y_pred)
         own = tf.gather(cell, label, batch_dims=1)
         cells = self._classes * self._bins
         for name, values, index, size in (
@@ -81,6 +81,14 @@ class OfClasses(keras.metrics.Metric):  # type: ignore[misc]
             "balanced_accuracy": _mean_where(labelled > 0, tf.math.divide_no_nan(right, labelled)),
         }
 
+    def _cells(self, y_pred: Any) -> Any:
+        """The bin of every probability, among those of all classes; of shape (n, classes)."""
+        low, high = _RANGE
+        logit = tf.math.log(y_pred) - tf.math.log1p(-y_pred)  # infinite at the ends
+        share = (tf.clip_by_value(tf.asinh(_SPREAD * logit), low, high) - low) / (high - low)
+        score = tf.cast(share * (self._bins - 1), tf.int32)
+        return score + tf.range(self._classes) * self._bins
+
     def _area(self, scores: Any, own_scores: Any) -> Any:
         own = tf.reshape(own_scores, [self._classes, self._bins])
         other = tf.reshape(scores, [self._classes, self._bins]) - own
@@ -96,6 +104,52 @@ def _mean_where(counted: Any, values: Any) -> Any:
     return tf.cast(
         tf.math.divide_no_nan(tf.reduce_sum(values * share), tf.reduce_sum(share)), tf.float32
     )
+
+
+class OfLabels(OfClasses):
+    """AUC and macro F1 of the probabilities of labels, as scikit-learn defines them.
+
+    auc: as of classes, over the labels that both occur and are missing. f1: the mean F1 of all
+    labels, 0 for one that neither occurs nor is predicted.
+    """
+
+    def __init__(self, labels: int) -> None:
+        super().__init__(labels, name="of_labels")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Count a batch: labels, 0 or 1, and probabilities, both of shape (n, labels)."""
+        predicted = tf.cast(y_pred > THRESHOLD, tf.float32)
+        flat, cells = tf.reshape(self._cells(y_pred), [-1]), self._classes * self._bins
+        for name, counted in (
+            ("right", tf.reduce_sum(predicted * y_true, axis=0)),
+            ("labelled", tf.reduce_sum(y_true, axis=0)),
+            ("predicted", tf.reduce_sum(predicted, axis=0)),
+            ("scores", tf.math.unsorted_segment_sum(tf.ones(tf.size(flat)), flat, cells)),
+            ("own_scores", tf.math.unsorted_segment_sum(tf.reshape(y_true, [-1]), flat, cells)),
+        ):
+            self._counts[name].assign_add(counted)
+
+    def result(self) -> dict[str, Any]:
+        """Each metric by its name; an AUC of 0.5 where no label has what it takes."""
+        counts = {name: tf.cast(kept.value, tf.float64) for name, kept in self._counts.items()}
+        either = counts["labelled"] + counts["predicted"]
+        f1 = tf.reduce_mean(tf.math.divide_no_nan(2 * counts["right"], either))
+        return {
+            "auc": self._area(counts["scores"], counts["own_scores"]),
+            "f1": tf.cast(f1, tf.float32),
+        }
+
+
+class SubsetAccuracy(keras.metrics.Mean):  # type: ignore[misc]
+    """The share of the examples whose labels are all right, scikit-learn's accuracy of labels."""
+
+    def __init__(self) -> None:
+        super().__init__(name="accuracy")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Add a batch: labels, 0 or 1, and probabilities, both of shape (n, labels)."""
+        right = tf.reduce_all((y_pred > THRESHOLD) == (y_true > THRESHOLD), axis=1)
+        super().update_state(tf.cast(right, tf.float32), sample_weight=sample_weight)
 
 
 class AbsoluteError(keras.metrics.Mean):  # type: ignore[misc]

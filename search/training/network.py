@@ -29,10 +29,10 @@ def build_network(
     """The compiled network with the hyperparameters `hp`: all that matter, by name.
 
     shape: of one example; the network takes flat examples, float32 of shape (n, features), and
-    returns probabilities of shape (n, classes), or in a regression standardized numbers of shape
-    (n, 1). custom: the custom model (`--model`), if any. embedded: the vocabulary sizes of the last
-    features, which are indices; the layers get their embeddings. The initial weights depend on
-    `seed` alone.
+    returns probabilities of shape (n, classes or labels), or in a regression standardized numbers
+    of shape (n, 1). custom: the custom model (`--model`), if any. embedded: the vocabulary sizes of
+    the last features, which are indices; the layers get their embeddings. The initial weights
+    depend on `seed` alone.
     """
     front: list[keras.Model] = []
     example = keras.Input((math.prod(shape),), name="example")
@@ -52,7 +52,7 @@ def build_network(
     model.compile(
         optimizer=_optimizer(hp),
         loss=task.decides.loss,
-        metrics=[task.metrics[1].stem],
+        metrics=[task.decides.compiled],
         jit_compile=False,  # XLA on the CPU is several times slower than TensorFlow's kernels
     )
     return model
@@ -95,8 +95,7 @@ def network_to_register(network: keras.Sequential, dataset: Dataset) -> keras.Mo
     zero = keras.layers.Dense(
         1, use_bias=False, kernel_initializer="zeros", trainable=False, name="zero_or_nan"
     )
-    what = "probabilities" if task.classes else "standardized"
-    checked = keras.layers.Add(name=f"{what}_or_nan")([outputs, zero(flat)])
+    checked = keras.layers.Add(name=f"{task.decides.output}_or_nan")([outputs, zero(flat)])
     return _registered(network, example, checked, task)
 
 
@@ -107,10 +106,10 @@ def _applied(network: keras.Sequential, values: Any) -> Any:
 
 
 def _registered(network: keras.Sequential, inputs: Any, outputs: Any, task: Task) -> keras.Model:
-    if not task.classes:
+    if task.is_number:
         outputs = keras.layers.Rescaling(task.deviation, task.mean, name="prediction")(outputs)
     model = keras.Model(inputs, outputs, name=network.name)
-    metrics = [task.metrics[1].stem]
+    metrics = [task.decides.compiled]
     model.compile(network.optimizer, network.loss, metrics=metrics, jit_compile=False)
     return model
 
@@ -157,7 +156,7 @@ def _layers(
         task.outputs,
         activation=task.decides.output_activation,
         kernel_initializer=keras.initializers.GlorotUniform(seed + 1),
-        name="probabilities" if task.classes else "standardized",
+        name=task.decides.output,
     )
 
 
@@ -216,7 +215,7 @@ def _custom_network(
             f"{type(error).__name__}: {error}"
         ) from error
     if gives != (None, classes):
-        what = f"a probability for each of {classes} classes" if task.classes else "a number"
+        what = "a number" if task.is_number else f"a probability for each of {task}"
         raise ValueError(
             f"{name} must return a model that gives {what}, shape (None, {classes}), but it gives "
             f"{gives}"
@@ -226,25 +225,25 @@ def _custom_network(
 
 def check_output(custom: CustomModel, network: keras.Sequential) -> None:
     """Raise ValueError if the output of a custom model's network does not fit its task."""
-    if network.task.classes:
-        _check_probabilities(custom, network)
-        return
     last = network.layers[-1]
     while is_of_layers(last):
         last = last.layers[-1]
     activation = getattr(getattr(last, "activation", None), "__name__", "linear")
     if isinstance(last, keras.layers.Softmax | keras.layers.ReLU):
         activation = type(last).__name__
-    if activation != "linear":
+    if not network.task.is_number:
+        _check_probabilities(custom, network, activation)
+    elif activation != "linear":
         raise ValueError(
             f"{custom.name} must return a model whose output is not bounded, since the task is "
             f"regression, but it ends with {activation}; end it with keras.layers.Dense(1)"
         )
 
 
-def _check_probabilities(custom: CustomModel, network: keras.Sequential) -> None:
+def _check_probabilities(custom: CustomModel, network: keras.Sequential, activation: str) -> None:
     """Raise ValueError if the network of a custom model does not return probabilities.
 
+    Those of classes have the sum 1; those of labels are independent, so a softmax is wrong.
     Tested with a few random examples; this changes neither its variables nor the state of any
     random generator.
     """
@@ -257,12 +256,17 @@ def _check_probabilities(custom: CustomModel, network: keras.Sequential) -> None
         return
     rows = np.asarray(given, np.float32)
     sums = rows.sum(axis=1)
-    if not (np.all(rows >= 0) and np.allclose(sums, 1, rtol=0, atol=1e-3)):
+    if network.task.labels:
+        rule, fits = "from 0 to 1 and independent", activation.lower() != "softmax"
+        fits &= bool(np.all(rows <= 1 + 1e-3))
+    else:
+        rule, fits = "with sum 1 and none negative", np.allclose(sums, 1, rtol=0, atol=1e-3)
+    if not (np.all(rows >= 0) and fits):
+        right = network.task.decides.output_activation
         raise ValueError(
-            f"{custom.name} must return a model that gives probabilities, with sum 1 and none "
-            f"negative, but it gives {rows.min():.4g} to {rows.max():.4g} with sum {sums[0]:.4g}; "
-            f"end it with a softmax, for example keras.layers.Dense({rows.shape[1]}, "
-            'activation="softmax") or keras.layers.Softmax()'
+            f"{custom.name} must return a model that gives probabilities, {rule}, but it gives "
+            f"{rows.min():.4g} to {rows.max():.4g} with sum {sums[0]:.4g}; end it with a {right}, "
+            f'for example keras.layers.Dense({rows.shape[1]}, activation="{right}")'
         )
 
 

@@ -1,4 +1,4 @@
-"""Simple models on the features of a network: classes by frequency, linear models of scikit-learn.
+"""Simple models on the features of a network: by frequency, and scikit-learn's linear models.
 
 Each is fitted to x and y, and returns how it predicts and whether it converged.
 """
@@ -38,10 +38,10 @@ class Limit:
             raise Stopped
         return time.monotonic() > self.deadline
 
-    def half(self) -> "Limit":
-        """The limit of the first of two fits."""
+    def share(self, fits: int) -> "Limit":
+        """The limit of the first of so many fits."""
         now = time.monotonic()
-        return Limit(now + (self.deadline - now) / 2, self.stop)
+        return Limit(now + (self.deadline - now) / fits, self.stop)
 
 
 def features_of(x: NDArray[np.float32], vocabularies: tuple[int, ...]) -> Features:
@@ -74,6 +74,20 @@ def _fit_logistic(
 
     class_weight: None, or balanced: each class weighs the same in the loss.
     """
+    model, converged = _logistic(x, y, outputs, limit, class_weight)
+
+    def predict(x: Features) -> NDArray[Any]:
+        probabilities = np.zeros((x.shape[0], outputs))
+        probabilities[:, model.classes_] = model.predict_proba(x)  # a sample may lack a class
+        return probabilities
+
+    return predict, converged
+
+
+def _logistic(
+    x: Features, y: NDArray[Any], outputs: int, limit: Limit, class_weight: str | None = None
+) -> tuple[Any, bool]:
+    """The model of scikit-learn, and whether it converged."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -82,22 +96,46 @@ def _fit_logistic(
     # Each block but the last ends without convergence. Not `catch_warnings`: this is a thread.
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     model = LogisticRegression(max_iter=_FIRST, warm_start=True, class_weight=class_weight)
-
-    def predict(x: Features) -> NDArray[Any]:
-        probabilities = np.zeros((x.shape[0], outputs))
-        probabilities[:, model.classes_] = model.predict_proba(x)  # a sample may lack a class
-        return probabilities
-
     while True:
         started = time.monotonic()
         model.fit(x, y)
         if model.n_iter_.max() < model.max_iter:
-            return predict, True
+            return model, True
         if limit.is_over():
-            return predict, False
+            return model, False
         now = time.monotonic()
         rest = (limit.deadline - now) / (now - started) * model.max_iter
         model.max_iter = max(1, min(int(rest), _GROWTH * model.max_iter))
+
+
+def _fit_frequencies(
+    _: Features, y: NDArray[Any], outputs: int, limit: Limit
+) -> tuple[Predict, bool]:
+    """The frequency of each label, so that its more frequent value is predicted."""
+    frequencies = y.mean(axis=0)
+    return lambda x: np.tile(frequencies, (x.shape[0], 1)), True
+
+
+def _fit_logistic_labels(
+    x: Features, y: NDArray[Any], outputs: int, limit: Limit
+) -> tuple[Predict, bool]:
+    """A logistic regression for each label alone (one against the rest)."""
+    models: dict[int, Any] = {}
+    whole = True
+    for label in range(outputs):
+        values, enough = y[:, label].astype(int), limit.share(outputs - label)
+        if values.min() < values.max():  # else all of a sample are equal
+            models[label], converged = _logistic(x, values, 1, enough)
+            whole &= converged
+    constant = y[0]
+
+    def predict(x: Features) -> NDArray[Any]:
+        probabilities = np.tile(constant.astype(float), (x.shape[0], 1))
+        for label, model in models.items():
+            probabilities[:, label] = model.predict_proba(x)[:, 1]
+        return probabilities
+
+    return predict, whole
 
 
 def _fit_mean(_: Features, y: NDArray[Any], outputs: int, limit: Limit) -> tuple[Predict, bool]:
@@ -116,6 +154,10 @@ def _fit_ridge(x: Features, y: NDArray[Any], outputs: int, limit: Limit) -> tupl
 
 MODELS: dict[str, dict[str, Fit]] = {  # by kind of task
     "classification": {"majority class": _fit_majority, "logistic regression": _fit_logistic},
+    "multilabel": {
+        "majority labels": _fit_frequencies,
+        "logistic regression": _fit_logistic_labels,
+    },
     "regression": {"mean": _fit_mean, "ridge regression": _fit_ridge},
 }
 

@@ -82,11 +82,11 @@ def train(
 ) -> History:
     """Train `model` in place, as `fit` would, and return the history: for each metric, its epochs.
 
-    examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,).
-    hp: a value for every hyperparameter of the training. shape: of one example, not flattened,
-    for augmentation. seed: determines the order of the examples in every epoch, the dropout masks
-    and the augmentation. Early stopping monitors the `objective` of `validation`, plateaus its
-    loss; without it they are off.
+    examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,)
+    or (n, labels). hp: a value for every hyperparameter of the training. shape: of one example, not
+    flattened, for augmentation. seed: determines the order of the examples in every epoch, the
+    dropout masks and the augmentation. Early stopping monitors the `objective` of `validation`,
+    plateaus its loss; without it they are off.
     class_weights: of shape (classes,), the weight of an example in the training loss by its class.
     only: stop after this many of the `epochs`, which remain the length of a schedule.
     rates: the learning rate of every epoch, as set by the plateaus of an earlier training.

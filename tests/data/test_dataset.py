@@ -99,6 +99,42 @@ def test_the_digest_depends_on_the_type_and_the_shape(tmp_path: Path) -> None:
     assert len(digests) == 4
 
 
+# ---- labels ----------------------------------------------------------------------------------
+
+
+def labels(rows: int = 40) -> NDArray[np.int64]:
+    """Three labels, of which an example has none, some or all."""
+    return np.stack([np.arange(rows) // k % 2 for k in (1, 2, 4)], axis=1)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.float32, bool])
+def test_several_columns_of_zeros_and_ones_are_labels(tmp_path: Path, kind: Any) -> None:
+    found = load(tmp_path, y_train=labels().astype(kind), y_test=labels(10))
+    assert (found.task.kind, found.task.outputs, found.classes) == ("multilabel", 3, 0)
+    assert found.y_all.dtype == found.y_test.dtype == np.float32
+    np.testing.assert_array_equal(found.y_all, labels())
+    assert found.problem is None
+
+
+def test_rows_with_one_label_each_are_labels_only_if_asked(tmp_path: Path) -> None:
+    y = np.eye(3, dtype=int)[np.arange(40) % 3]
+    with pytest.raises(InputError, match=r"whole numbers in shape \(n,\).* --task multilabel"):
+        load(tmp_path, y_train=y, y_test=y[:10])
+    path = str(tmp_path / "data.npz")
+    assert load_dataset(path, 0.1, split="random", task="multilabel").task.labels == 3
+    load(tmp_path, y_train=labels(), y_test=labels(10))
+    with pytest.raises(InputError, match="several labels are --task multilabel"):
+        load_dataset(path, 0.1, task="classification")
+
+
+def test_a_label_that_all_or_no_training_examples_have_is_named(tmp_path: Path) -> None:
+    y = labels()
+    y[:36, 2] = 0
+    problem = load(tmp_path, y_train=y, y_test=labels(10)).problem
+    assert problem is not None
+    assert "has none with label 2; give --split random" in problem
+
+
 # ---- splits ----------------------------------------------------------------------------------
 
 

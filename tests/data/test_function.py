@@ -105,6 +105,29 @@ def test_a_pipeline_of_unknown_size_is_read_to_its_end(in_folder: Path) -> None:
     assert len(found.x_all) == 28
 
 
+LABELS = PIPELINES + "\n\ny = np.stack([np.arange(40) % 2, np.arange(40) % 3 > 0], axis=1)\n"
+
+
+@pytest.mark.parametrize("batch", ["", ".batch(4)"])
+def test_a_pipeline_of_labels_is_read_in_batches_or_not(in_folder: Path, batch: str) -> None:
+    found = load(
+        f"return {{'train': pipeline(0, 30){batch}, 'test': pipeline(30, 40){batch}, "
+        "'class_names': ['odd', 'no multiple of 3']}",
+        LABELS,
+    )
+    assert (found.task.kind, found.task.class_names[0], found.split) == (
+        *("multilabel", "odd"),
+        "random",
+    )
+    assert (found.x_all.shape, found.y_all.shape) == ((30, 4), (30, 2))
+    np.testing.assert_array_equal(found.y_test[:, 0], found.x_test[:, 0] / 4 % 2)
+
+
+def test_a_name_for_each_label_is_needed(in_folder: Path) -> None:
+    returned = "return {**arrays, 'y_train': y[:30], 'y_test': y[30:], 'class_names': ['odd']}"
+    refused_as(returned, LABELS, "a name for each of 2 labels", "has 1", "give each")
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 PARTS = "{'train': pipeline(0, 30), 'test': pipeline(30, 40)}"

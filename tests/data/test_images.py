@@ -313,6 +313,12 @@ def test_a_folder_that_cannot_be_read_is_refused(temporary: Path) -> None:
     as_nobody(act)
 
 
+def test_images_have_no_several_labels(tmp_path: Path) -> None:
+    fill(tmp_path, {"dog": 3, "cat": 3})
+    with pytest.raises(InputError, match=r"--task multilabel needs several .* folder of images,"):
+        load(tmp_path, task="multilabel")
+
+
 def test_a_size_needs_a_folder(in_folder: Path) -> None:
     with pytest.raises(InputError, match=r"--image-size needs a folder of images, but --dataset"):
         load_dataset("mnist", 0.1, image_size=32)

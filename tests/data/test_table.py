@@ -98,6 +98,63 @@ def test_classes_that_are_numbers_are_in_their_order(load: Callable[..., Dataset
     assert load(frame).task.class_names == tuple(map(str, range(12)))
 
 
+def labelled() -> pd.DataFrame:
+    """A table with three columns of labels, of numbers, booleans and decimals."""
+    flags = np.random.default_rng(1).random((ROWS, 3)) < 0.4
+    return people().assign(
+        sick=flags[:, 0].astype(int), old=flags[:, 1], rich=flags[:, 2].astype(float)
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"task": "multilabel"}])
+def test_several_columns_are_labels(load: Callable[..., Dataset], settings: dict[str, str]) -> None:
+    data = load(labelled(), target="sick, old,rich", **settings)
+    assert (data.task.kind, data.task.class_names) == ("multilabel", ("sick", "old", "rich"))
+    assert (data.split, data.y_test.dtype, data.y_test.shape) == ("random", np.float32, (40, 3))
+    assert "random split" in str(data) and "3 labels" in str(data)
+    assert data.columns is not None and not {"sick", "old", "rich"} & set(data.columns.sources)
+    every = np.concatenate([data.y_all, data.y_test])
+    assert every.sum(axis=0).tolist() == labelled()[["sick", "old", "rich"]].sum().tolist()
+    with_file = load(labelled(), target="sick,old,rich", test="people.csv")
+    np.testing.assert_array_equal(with_file.y_test[:, 1], labelled().old)
+
+
+def test_a_column_whose_name_has_a_comma_is_one_target(load: Callable[..., Dataset]) -> None:
+    frame = people().rename(columns={"answer": "sick,old"})
+    assert load(frame, target="sick,old").task.class_names == ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "found"),
+    [
+        ({"old": 2}, {}, "--target old must hold 0 or 1, or false or true, .* but has '2'"),
+        ({"old": "yes"}, {}, "--target old must hold 0 or 1, .* but has 'yes'; name a single"),
+        ({"old": [1, None] * 100}, {}, "--target old must have a value in every row.* 100 of 200"),
+        ({"old": 1}, {}, "--target sick,old must hold 0 and 1 for each label, .* only 1 in old"),
+        ({}, {"target": "sick,oldd"}, "it has no 'oldd'; did you mean old"),
+        ({}, {"target": ","}, "--target must name columns of people.csv, but it has no ','"),
+        ({}, {"ignore": "old"}, "by one of --target and --ignore, but 'old' is named by both"),
+        ({}, {"task": "regression"}, "--task regression must have one target, but --target sick"),
+        ({}, {"target": "sick", "task": "multilabel"}, "must have a column for each label, but"),
+        ({}, {"split": "stratified"}, "--split stratified needs classes, but the task of people"),
+        ({}, {"class_weight": "balanced"}, "--class-weight balanced needs classes, but the task"),
+        ({}, {"label_smoothing": "0.1"}, "--label-smoothing needs classes, but the task of people"),
+    ],
+)
+def test_labels_that_can_not_be_learnt_are_refused(
+    load: Callable[..., Dataset], change: dict[str, Any], settings: dict[str, str], found: str
+) -> None:
+    with pytest.raises(InputError, match=found) as error:
+        load(labelled().assign(**change), **{"target": "sick,old", **settings})
+    assert "\n" not in str(error.value)
+
+
+def test_a_test_file_without_a_label_is_refused(load: Callable[..., Dataset]) -> None:
+    labelled().drop(columns="old").to_csv("test.csv", index=False)
+    with pytest.raises(InputError, match="it lacks 'old'"):
+        load(labelled(), target="sick,old", test="test.csv")
+
+
 def test_the_delimiter_may_be_a_semicolon(load: Callable[..., Dataset]) -> None:
     plain = load()
     people().to_csv("semicolon.csv", sep=";", index=False)

@@ -38,5 +38,15 @@ def test_class_names() -> None:
     assert Task("regression").classes == 0 and Task("classification", 2).classes == 2
 
 
+def test_each_kind_has_one_sort_of_target() -> None:
+    tasks = [Task(kind, 3) for kind in KINDS]
+    assert [(t.classes, t.labels, t.is_number, t.target_shape) for t in tasks] == [
+        (3, 0, False, ()),
+        (0, 3, False, (3,)),
+        (0, 0, True, ()),
+    ]
+    assert [str(task) for task in tasks[:2]] == ["3 classes", "3 labels"]
+
+
 def test_every_metric_is_a_choice_of_the_option() -> None:
     assert set(OBJECTIVES) == set(METRICS)

@@ -48,6 +48,29 @@ def diabetes() -> Dataset:
     return dataset_of("regression", *load_diabetes(return_X_y=True))
 
 
+def test_labels_have_their_majority_and_a_logistic_regression_each() -> None:
+    x, y = load_wine(return_X_y=True)
+    labels = np.stack([y == 0, y != 1, x[:, 0] > 13], axis=1).astype(np.float32)
+    data = dataset_of("multilabel", (x - x.mean(axis=0)) / x.std(axis=0), labels)
+    found = compute(data, METRICS["val_auc"], 0, in_a_minute())
+    assert found.failures == []
+    majority, logistic = found.baselines
+    assert (majority.name, logistic.name) == ("majority labels", "logistic regression")
+    most = data.train[1].mean(axis=0) > 0.5
+    right = (data.validation[1] == most).all(axis=1).mean()
+    assert (majority.metrics["val_accuracy"], majority.metrics["val_auc"]) == (right, 0.5)
+    fits = [LogisticRegression(max_iter=1000).fit(data.x_all, column) for column in data.y_all.T]
+    given = np.stack([fit.predict_proba(data.x_test)[:, 1] for fit in fits], axis=1)
+    auc = metrics.roc_auc_score(data.y_test, given)
+    assert logistic.metrics["test_auc"] == pytest.approx(auc, abs=1e-3)
+    assert found.best is not None and found.best.name == "logistic regression"
+    assert found.best.outputs(len(data.y_test)) == pytest.approx(given, abs=0.02)
+    best = compute(data, ACCURACY, 0, in_a_minute()).best
+    assert best is not None
+    expected = ((given > 0.5) == data.y_test).all(axis=1)
+    np.testing.assert_array_equal(best.correct(len(expected)), expected)
+
+
 def test_classification_has_the_majority_class_and_logistic_regression() -> None:
     data = wine()
     found = compute(data, ACCURACY, 0, in_a_minute())

@@ -13,16 +13,20 @@ from conftest import small_dataset
 
 from search.data.dataset import Dataset
 from search.data.load import load_dataset
-from search.promotion import evaluation
+from search.data.task import Task
+from search.promotion import evaluation, pictures
 from search.promotion.evaluation import (
     MOST,
     Confusion,
     Evaluation,
+    Labels,
     Mistake,
     evaluate_predictions,
     load_evaluation,
-    save_evaluation,
+    most_frequent,
+    right_of,
 )
+from search.promotion.pictures import save_evaluation
 
 LABELS = np.array([0, 0, 1, 1, 2, 2, 2])
 PREDICTED = np.array([0, 1, 1, 1, 0, 0, 2])
@@ -125,6 +129,27 @@ def test_predictions_of_many_classes_are_made_a_few_examples_at_a_time(
     assert confidence == pytest.approx(whole.max(axis=1), abs=1e-6)
 
 
+def test_labels_have_their_scores_and_a_picture(tmp_path: Path) -> None:
+    y = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0]], np.float32)
+    outputs = np.array([[0.9, 0, 0], [0.2, 0.8, 0], [0.6, 0.7, 0], [0.8, 0, 0]], np.float32)
+    data = small_dataset(
+        x_test=np.zeros((4, 5), np.float32), y_test=y, task=Task("multilabel", 3, tuple("abc"))
+    )
+    assert save_evaluation(None, data, tmp_path, outputs) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "labels.png"}
+    found = load_evaluation((tmp_path / "evaluation.json").read_text())
+    assert isinstance(found, Labels)
+    assert (found.right, found.total, found.name(1)) == (2, 4, "b")
+    assert [(score.precision, score.recall, score.examples) for score in found.classes] == [
+        (pytest.approx(2 / 3), pytest.approx(2 / 3), 3),
+        (1, 1, 2),
+        (None, None, 0),
+    ]
+    assert right_of(None, data, outputs).tolist() == [True, False, False, True]
+    many = replace(found, classes=[replace(found.classes[0], examples=i) for i in range(30)])
+    assert [score.examples for score in most_frequent(many)] == list(range(29, 9, -1))
+
+
 @pytest.fixture
 def dataset(clouds: Path) -> Dataset:
     return load_dataset(str(clouds), 0.1)
@@ -163,7 +188,7 @@ def test_what_cannot_be_made_is_named_and_the_rest_is_kept(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_draw_matrix", fail)
+        patch.setattr(pictures, "_draw_matrix", fail)
         why = save_evaluation(network, dataset, tmp_path)
         assert why == "confusion_matrix.png could not be written (MemoryError: MemoryError)"
         assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]

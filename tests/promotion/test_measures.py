@@ -25,6 +25,27 @@ def of_numbers(rows: int = 400) -> tuple[Task, NDArray, NDArray]:
     return Task("regression", 1, mean=1000, deviation=20), y, given
 
 
+def of_labels(rows: int = 400) -> tuple[Task, NDArray, NDArray]:
+    random = np.random.default_rng(0)
+    y = (random.random((rows, 3)) < [0.1, 0.5, 0.8]).astype(np.float32)
+    outputs = np.clip(random.normal(0.3, 0.3, y.shape).round(1) + y / 3, 0, 1)  # ties
+    return Task("multilabel", 3), y, outputs.astype(np.float32)
+
+
+def test_of_labels() -> None:
+    task, y, outputs = of_labels()
+    called, clipped = outputs > 0.5, np.clip(outputs.astype(float), 1e-7, 1 - 1e-7)
+    losses = [sklearn.log_loss(y[:, k], clipped[:, k]) for k in range(3)]
+    assert measure_all(task, y, outputs) == pytest.approx(
+        {
+            "test_loss": np.mean(losses),
+            "test_accuracy": sklearn.accuracy_score(y, called),
+            "test_auc": sklearn.roc_auc_score(y, outputs, average="macro"),
+            "test_f1": sklearn.f1_score(y, called, average="macro"),
+        }
+    )
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_of_classes(classes: int) -> None:
     task, y, outputs = of_classes(classes)
@@ -55,11 +76,13 @@ def test_of_numbers() -> None:
     )
 
 
-@pytest.mark.parametrize("made", [lambda: of_classes(3, 50), lambda: of_numbers(50)])
+@pytest.mark.parametrize(
+    "made", [lambda: of_classes(3, 50), lambda: of_labels(50), lambda: of_numbers(50)]
+)
 def test_a_resample_is_measured_as_its_rows_are(made: object) -> None:
     task, y, outputs = made()  # type: ignore[operator]
     drawn = np.random.default_rng(1).integers(0, len(y), (len(y), 6))
-    drawn[:, 5] = np.flatnonzero(y == y[0])[0]  # one example alone
+    drawn[:, 5] = 0  # one example alone
     counts = np.stack([np.bincount(rows, minlength=len(y)) for rows in drawn.T], axis=1)
     for metric in task.metrics:
         found = measurer(task, metric, y, outputs)(counts.astype(float))

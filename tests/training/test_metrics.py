@@ -6,7 +6,14 @@ import pytest
 from numpy.typing import NDArray
 
 from search.data.task import Task
-from search.training.metrics import AbsoluteError, OfClasses, OfNumbers, validation_metrics
+from search.training.metrics import (
+    AbsoluteError,
+    OfClasses,
+    OfLabels,
+    OfNumbers,
+    SubsetAccuracy,
+    validation_metrics,
+)
 
 sklearn = pytest.importorskip("sklearn.metrics")
 
@@ -57,6 +64,25 @@ def test_of_one_class_alone_the_area_is_a_half() -> None:
 def test_many_classes_take_little_memory() -> None:
     metric = OfClasses(20_000)
     assert sum(np.prod(v.shape) for v in metric.variables) < 10_000_000
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 3.0, 30.0])
+def test_of_labels(sharpness: float) -> None:
+    random = np.random.default_rng(1)
+    y = (random.random((1000, 5)) < [0.03, 0.2, 0.5, 0.7, 0]).astype(np.float32)
+    logits = sharpness * (random.normal(size=y.shape) + y - 0.5)
+    probabilities = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    found = in_batches(OfLabels(5), y, probabilities)
+    found |= in_batches(SubsetAccuracy(), y, probabilities)
+    called, each = probabilities > 0.5, range(4)  # no example has the last label
+    assert found == pytest.approx(
+        {
+            "auc": np.mean([sklearn.roc_auc_score(y[:, k], probabilities[:, k]) for k in each]),
+            "f1": sklearn.f1_score(y, called, average="macro", zero_division=0),
+            "accuracy": sklearn.accuracy_score(y, called),
+        },
+        abs=2e-4,
+    )
 
 
 def test_of_numbers_in_the_unit_of_the_target() -> None:

@@ -202,6 +202,33 @@ def test_a_custom_model_that_does_not_fit_says_so(made: Any, said: str) -> None:
         build_network(tried(), (FEATURES,), TASK, 3, custom=found)
 
 
+@pytest.mark.parametrize(
+    ("outputs", "ending", "said"),
+    [
+        (4, "sigmoid", None),
+        (4, "softmax", r"from 0 to 1 and independent, .* end it with a sigmoid"),
+        (
+            4,
+            None,
+            r'end it with a sigmoid, for example keras.layers.Dense\(4, activation="sigmoid"',
+        ),
+        (3, "sigmoid", r"a probability for each of 4 labels, shape \(None, 4\), but it gives"),
+    ],
+)
+def test_a_custom_model_of_labels_ends_with_a_sigmoid(
+    outputs: int, ending: str | None, said: str | None
+) -> None:
+    def made(_: Any, shape: Any, labels: int) -> keras.Model:
+        assert labels == 4
+        return keras.Sequential([keras.Input(shape), keras.layers.Dense(outputs, ending)])
+
+    found = custom_model.CustomModel("here:made", made, {}, "0")
+    with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        check_output(
+            found, build_network(tried(), (FEATURES,), Task("multilabel", 4), 3, custom=found)
+        )
+
+
 @pytest.mark.parametrize("ending", ["softmax", "sigmoid", "relu"])
 def test_a_custom_model_whose_numbers_are_bounded_is_refused(ending: str) -> None:
     network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, ending)])

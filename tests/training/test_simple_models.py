@@ -91,15 +91,33 @@ def test_every_model_takes_them(kind: str) -> None:
     random = np.random.default_rng(0)
     words = random.integers(0, 60, 2000)
     x = np.column_stack([random.normal(size=2000), words]).astype(np.float32)
-    y = words % 3 if kind == "classification" else words % 7 * 100.0
+    y, outputs = {
+        "classification": (words % 3, 3),
+        "multilabel": (np.column_stack([words % 2, words % 3 > 0]).astype(np.float32), 2),
+        "regression": (words % 7 * 100.0, 1),
+    }[kind]
     features = features_of(x, (61,))
-    *_, (fit, outputs) = (
-        (fit, 3 if kind == "classification" else 1) for fit in MODELS[kind].values()
-    )
+    *_, fit = MODELS[kind].values()
     predict, converged = fit(features, y, outputs, in_a_minute())
     given = predict(features)
     assert converged and given.shape == (2000, outputs)
     if kind == "classification":
         assert (given.argmax(axis=1) == y).all()
+    elif kind == "multilabel":
+        assert ((given > 0.5) == y).all()
     else:
         assert np.abs(given[:, 0] - y).mean() < 15
+
+
+def test_each_label_has_a_logistic_regression_of_its_own() -> None:
+    x, classes = wine()
+    y = np.column_stack([classes == 0, classes > 0, classes == 5]).astype(np.float32)
+    frequent, logistic = MODELS["multilabel"].values()
+    predict, _ = frequent(x, y, 3, in_a_minute())
+    np.testing.assert_allclose(predict(x[:2]), [y.mean(axis=0)] * 2)
+    predict, converged = logistic(x, y, 3, in_a_minute())
+    assert converged
+    for label in (0, 1):
+        alone = LogisticRegression(max_iter=1000).fit(x, y[:, label]).predict_proba(x)[:, 1]
+        np.testing.assert_allclose(predict(x)[:, label], alone, atol=0.01)
+    assert not predict(x)[:, 2].any()  # no example has this label
