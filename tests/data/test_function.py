@@ -8,7 +8,8 @@ import pytest
 from conftest import command
 
 from search.config.settings import StudyConfig
-from search.data import function
+from search import batches
+from search.data.function import Pipeline
 from search.data.dataset import Dataset
 from search.data.load import load_dataset, load_for_study
 from search.errors import InputError
@@ -189,7 +190,7 @@ def test_pipelines_are_checked(
     found: str,
     remedy: str,
 ) -> None:
-    monkeypatch.setattr(function, "MOST_EXAMPLES", 1000)
+    monkeypatch.setattr(batches, "MOST_EXAMPLES", 1000)
     refused_as(returned, PIPELINES, rule, found, remedy)
 
 
