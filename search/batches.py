@@ -46,16 +46,18 @@ def read(part: str, pipeline: Any, limit: int, refuse: Refuse) -> Batch:
         raise _of_several_shapes(part, error, refuse) from None
 
 
-def sampled(part: str, pipeline: Any, limit: int, seed: int, refuse: Refuse) -> "Sample":
-    """A random sample of a tf.data.Dataset, which is read once; as `read`."""
+def sampled(
+    part: str, pipeline: Any, limit: int, seed: int, refuse: Refuse
+) -> "tuple[Sample, Batch]":
+    """A random sample of a tf.data.Dataset, which is read once, and what it found; as `read`."""
     check(part, pipeline, refuse)
     sample = Sample(limit, seed)
-    for x, y in elements(part, pipeline, refuse):
-        try:
+    try:
+        for x, y in elements(part, pipeline, refuse):
             sample.add(x, y)
-        except ValueError as error:
-            raise _of_several_shapes(part, error, refuse) from None
-    return sample
+        return sample, sample.found()
+    except ValueError as error:
+        raise _of_several_shapes(part, error, refuse) from None
 
 
 def elements(part: str, pipeline: Any, refuse: Refuse) -> Iterator[Batch]:

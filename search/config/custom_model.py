@@ -11,6 +11,7 @@ number of classes; its model takes examples of that shape and returns a probabil
 
 import hashlib
 import importlib.util
+import linecache
 import os
 import re
 import sys
@@ -175,6 +176,7 @@ def _run(spec: ModuleSpec, source: bytes) -> ModuleType:
     Python's own import would return the module imported earlier in this process, or use stale
     bytecode if an edit kept the modification time, in seconds, and the size.
     """
+    linecache.checkcache(str(spec.origin))  # TensorFlow reads the code of a lambda there
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     if isinstance(spec.loader, SourceFileLoader):

@@ -196,8 +196,7 @@ def _of_pipelines(
         left -= x.nbytes + y.nbytes
         arrays |= {f"x_{part}": x, f"y_{part}": y}
     train = kept["train"]
-    sample = batches.sampled("train", train, left, seed, refuse)
-    x, y = sample.found()
+    sample, (x, y) = batches.sampled("train", train, left, seed, refuse)
     own = sample.largest if batches.has_batches(train) else None
     pipeline = Pipeline(
         name=name,

@@ -24,7 +24,6 @@ from search.data.dataset import (
     kept,
     scaled,
 )
-from search.data.function import Pipeline
 from search.data.sources import Arrays, Source, is_own
 from search.data.task import KINDS, MOST_OUTPUTS, Metric, describe, objective_of
 from search.errors import InputError, one_line
@@ -66,10 +65,10 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
             f"{config.dataset} has one",
             "leave it out",
         )
-    has, size = dataset.source.get("batch_size"), str(config.space.parameters["batch_size"])
-    if has and size != HYPERPARAMETERS["batch_size"].space:
+    size = str(config.space.parameters["batch_size"])
+    if "batch_size" in dataset.source and size != HYPERPARAMETERS["batch_size"].space:
         rule = f"--batch-size {size} needs data without batches of their own"
-        found = f"train of {config.dataset} has batches of {has:,}"
+        found = f"train of {config.dataset} has batches of {dataset.source['batch_size']:,}"
         raise InputError(rule, found, "leave it out, or return train without .batch()")
     return dataset
 
@@ -207,6 +206,7 @@ def load_dataset(
     arrays = source.arrays
     kind = sources.kind_of(arrays["y_train"], task)
     sources.check(name, arrays, kind)
+    digest = _digest(arrays, pipeline)
     x_train, given = arrays["x_train"], "x_validation" in arrays
     split = OWN_SPLIT if given else split
     train_size = len(x_train)
@@ -239,7 +239,7 @@ def load_dataset(
         pipeline = replace(pipeline, task=described, normalization=normalization)
     return Dataset(
         name=name,
-        digest=_digest(arrays, pipeline),
+        digest=digest,
         x_all=x_all,
         y_all=y_all,
         x_test=x_test,
@@ -257,7 +257,7 @@ def load_dataset(
     )
 
 
-def _digest(arrays: Arrays, pipeline: Pipeline | None) -> str:
+def _digest(arrays: Arrays, pipeline: function.Pipeline | None) -> str:
     """SHA-256 of the arrays; of a pipeline what it holds is left out, since it may be random."""
     digest = hashlib.sha256(b"" if pipeline is None else f"train {pipeline.spec} ".encode())
     for key in arrays:
@@ -269,7 +269,7 @@ def _digest(arrays: Arrays, pipeline: Pipeline | None) -> str:
 
 def _read(
     name: str, image_size: int | None, test_split: float, seed: int
-) -> tuple[Source, Pipeline | None]:
+) -> tuple[Source, function.Pipeline | None]:
     """The arrays of the dataset `name`, from wherever they come, and its pipeline if it has one."""
     if images.is_folder(name):
         return images.read(name, image_size, test_split, seed), None

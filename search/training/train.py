@@ -199,6 +199,7 @@ def batches_of(pipeline: Pipeline, batch_size: int, seed: int, features: int) ->
         return x, tf.cast((y - pipeline.task.mean) / pipeline.task.deviation, tf.float32)
 
     found = pipeline.call()
+    seed_generators(seed)
     found = (found if pipeline.batch_size else found.batch(size)).map(prepared)
     if pipeline.more is not None:
         more = tf.data.Dataset.from_tensor_slices(pipeline.more)
@@ -206,7 +207,6 @@ def batches_of(pipeline: Pipeline, batch_size: int, seed: int, features: int) ->
         found = tf.data.Dataset.sample_from_datasets(
             [found, more], [float(count) for count in pipeline.steps(size)], seed=seed
         )
-    seed_generators(seed)
     return found
 
 
