@@ -44,7 +44,7 @@ class Pipeline:
 
     The object can't be sent to another process, so each calls the function for every training.
     name, digest: the function, and the SHA-256 of its module's source. seed: of the study, by which
-    each call draws the same. spec: what its elements are, and its cardinality, in words. held: a
+    NumPy draws in each call. spec: what its elements are, and its cardinality, in words. held: a
     digest of the validation part, in any order.
     examples, counts, batch_count: of the one epoch that was counted; counts: by label, of whole
     numbers. batch_size: the largest; None where it has no batches, but single examples.
@@ -84,7 +84,7 @@ class Pipeline:
         return _call(function, self.seed)[part]
 
     def check(self) -> None:
-        """Raise ModelError if the function, as this process finds it, returns another split.
+        """Raise ModelError if the function, called again in this process, returns another split.
 
         Its validation part is read for that: what differs there may be in the training part.
         """
@@ -92,8 +92,8 @@ class Pipeline:
         found = batches.read("validation", self.call("validation"), free() // 2, refuse)
         if batches.digest(*found) != self.held:
             raise ModelError(
-                f"--dataset {self.name}: validation must be the same in every process, but it "
-                "differs from the one that the run began with; draw it by a seed"
+                f"--dataset {self.name}: validation must be the same whenever the function is "
+                "called, but it holds other examples now; draw it by a seed"
             )
 
 
@@ -104,16 +104,12 @@ def read(name: str, seed: int = 0) -> tuple[Source, Pipeline | None]:
     are read. Raises InputError, in one line, for anything it raises or returns that can't be used.
     """
     function = load_function(name, "--dataset")
-    seeded = "tensorflow" in sys.modules
     returned = _call(function, seed)
     if not isinstance(returned, Mapping):
         raise _refusal(name, "must return a dict", f"got {_kind(returned)}", _AS)
-    pipelines = bool(set(returned) & set(_PIPELINES))
-    if pipelines and not seeded:
-        returned = _call(function, seed)
     kept = dict(returned)
     names = _class_names(name, kept.pop("class_names", ()))
-    if pipelines:
+    if set(kept) & set(_PIPELINES):
         _check_keys(name, kept, _PIPELINES)
         return _of_pipelines(function, kept, names, seed)
     _check_keys(name, kept, ARRAYS, _VALIDATION)
@@ -129,7 +125,7 @@ def read(name: str, seed: int = 0) -> tuple[Source, Pipeline | None]:
 
 
 def _call(function: Function, seed: int) -> Any:
-    """What the function returns, with all random generators that it may use seeded."""
+    """What the function returns, with the generators of Python and NumPy seeded."""
     with _calling:
         seed_generators(seed)
         try:
@@ -140,14 +136,15 @@ def _call(function: Function, seed: int) -> Any:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed those of Python, NumPy and, once it is imported, TensorFlow.
+    """Seed those of Python and NumPy; TensorFlow's global seed is unset if there is one.
 
-    As `keras.utils.set_random_seed` does, but Keras takes a second to import.
+    With it, an operation without a seed, such as tf.image.random_flip_left_right in the map of a
+    tf.data.Dataset, would draw the same in every epoch.
     """
     random.seed(seed)
     np.random.seed(seed)
     if "tensorflow" in sys.modules:
-        sys.modules["tensorflow"].random.set_seed(seed)
+        sys.modules["tensorflow"].random.set_seed(None)
 
 
 def _check_keys(name: str, kept: dict[Any, Any], needed: Any, more: Any = ()) -> None:
@@ -213,6 +210,7 @@ def _of_pipelines(
     note = "tf.data, trained batch by batch with Keras' fit"
     note += "" if own is None else f", in its own batches of {own:,}"
     note += "" if len(x) == sample.seen else f"; scale and baselines by a sample of {len(x):,}"
+    pipeline.check()
     arrays |= {"x_train": x, "y_train": y}
     arrays = {key: arrays[key] for key in (*ARRAYS, *_VALIDATION)}
     settings = {} if own is None else {"batch_size": own}

@@ -184,7 +184,7 @@ def batches_of(pipeline: Pipeline, batch_size: int, seed: int, features: int) ->
     """A new dataset of its batches, x of shape (n, features) and y of shape (n,).
 
     batch_size: for a pipeline without batches. seed: of what NumPy and Python draw while it is
-    read, and of where the examples `more` come.
+    read, and of the order of the examples `more` and where they come.
     """
     size, scale = pipeline.size(batch_size), pipeline.normalization
 

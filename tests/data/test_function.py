@@ -151,18 +151,34 @@ def test_the_digest_is_not_that_of_what_a_random_pipeline_holds(in_folder: Path)
     assert one.digest != piped("pipeline(0, 20)").digest
 
 
-def test_a_split_that_is_drawn_without_a_seed_is_the_same_in_each_call(in_folder: Path) -> None:
-    split = """whole = pipeline(0, 40).shuffle(40, reshuffle_each_iteration=False)
-    parts = {"train": whole.skip(20), "validation": whole.take(10)}
-    return {**parts, "test": whole.take(20).skip(10)}"""
-    found = load(split, PIPELINES)
-    pipeline = pipeline_of(found)
-    again = [x[0] for x, _ in pipeline.call().as_numpy_iterator()]
+SPLIT = """whole = pipeline(0, 40){}
+    parts = {{"train": whole.skip(20), "validation": whole.take(10)}}
+    return {{**parts, "test": whole.take(20).skip(10)}}"""
+
+
+def test_a_split_must_be_the_same_in_every_call(in_folder: Path) -> None:
+    shuffled = ".shuffle(40, {}reshuffle_each_iteration=False)"
+    found = load(SPLIT.format(shuffled.format("seed=2, ")), PIPELINES)
+    again = [x[0] for x, _ in pipeline_of(found).call().as_numpy_iterator()]
     np.testing.assert_array_equal(again, found.x_all[:20, 0])
     assert not set(again) & set(found.validation[0][:, 0])
-    pipeline.check()
-    with pytest.raises(ModelError, match="validation must be the same in every process"):
-        replace(pipeline, seed=1).check()
+    with pytest.raises(InputError, match="validation must be the same whenever the function is"):
+        load(SPLIT.format(shuffled.format("")), PIPELINES)
+
+
+def test_numpy_draws_by_the_seed_and_tensorflow_anew_in_every_epoch(in_folder: Path) -> None:
+    noise = "pipeline(0, 30).map(lambda x, y: (x + tf.random.uniform([4]), y))"
+    import tensorflow as tf
+
+    tf.random.set_seed(3)  # as Keras' set_random_seed, with which each epoch would be the same
+    found = pipeline_of(piped(noise)).call()
+    one, other = (list(found.as_numpy_iterator()) for _ in range(2))
+    assert not np.array_equal(one[0][0], other[0][0])
+    drawn = "pipeline(0, 30).map(lambda x, y: (x + np.random.uniform(size=4), y))"
+    found = piped(drawn, seed=3)
+    for seed, same in ((3, True), (4, False)):
+        again = list(replace(pipeline_of(found), seed=seed).call().as_numpy_iterator())
+        assert np.array_equal([x for x, _ in again], found.train[0]) == same
 
 
 def test_a_function_that_has_changed_since_the_run_began_is_refused(in_folder: Path) -> None:
