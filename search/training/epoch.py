@@ -18,7 +18,7 @@ from search.data.dataset import UINT8_SCALE
 from search.data.function import Pipeline
 from search.data.sources import Images, Labels
 from search.training import augmentation
-from search.training.fused import SCHEDULES, Dropout, fused
+from search.training.fused import SCHEDULES, Dropout, clone, fused
 from search.training.metrics import compiled_metrics, validation_metrics
 from search.training.network import decay_weights, image_shape, is_of_layers
 
@@ -78,7 +78,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
 
     def __init__(self, model: keras.Sequential, plan: Plan) -> None:
         super().__init__()
-        self.network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
+        self.network = keras.models.clone_model(model, clone_function=clone, recursive=True)
         self._plan = plan
         self._validates = False  # true while the graph of a validation batch is traced
         self._of_validation = validation_metrics(model.task)
@@ -192,14 +192,10 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             if self._plan.augmentation is not None:
                 x = tf.gather(x, tf.range(self._plan.batch_size) % tf.size(y))
             self._train_on(x, y)
-            return batches.get_next_as_optional()
+            return (batches.get_next_as_optional(),)
 
-        tf.while_loop(
-            lambda batch: batch.has_value(),
-            lambda batch: (train_on(batch),),
-            (batches.get_next_as_optional(),),
-            parallel_iterations=1,
-        )
+        first = batches.get_next_as_optional()
+        tf.while_loop(lambda batch: batch.has_value(), train_on, (first,), parallel_iterations=1)
         return self.get_metrics_result()
 
     def _train_on(self, x: Any, y: Any) -> None:
@@ -263,12 +259,10 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         return tf.reduce_mean(losses) + sum(self.losses)
 
     def _augmented(self, flat: Any) -> Any:
-        count, (height, width, channels) = self._plan.batch_size, self._plan.shape or ()
-        images = tf.reshape(flat, [count, height, width, channels])
+        images = tf.reshape(flat, [self._plan.batch_size, *(self._plan.shape or ())])
         seed = tf.stack([self._seed ^ _OTHER_STREAM, tf.cast(self.optimizer.iterations, tf.int32)])
-        kind = str(self._plan.augmentation)
-        distorted = augmentation.augment(kind, images, self._strength, seed)
-        return tf.reshape(distorted, tf.shape(flat))
+        kind, strength = str(self._plan.augmentation), self._strength
+        return tf.reshape(augmentation.augment(kind, images, strength, seed), tf.shape(flat))
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Any:
@@ -300,14 +294,3 @@ def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield from _leaves(layer)
         else:
             yield layer
-
-
-def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-    if has_variable_rate(layer):
-        return Dropout(name=layer.name)
-    return layer.__class__.from_config(layer.get_config())
-
-
-def has_variable_rate(layer: Any) -> bool:
-    """Whether it is a dropout layer whose rate can be a variable of the graph."""
-    return type(layer) is keras.layers.Dropout and layer.noise_shape is None

@@ -26,11 +26,11 @@ from search.training.epoch import (
     Examples,
     Plan,
     TrainingSet,
-    has_variable_rate,
     plan_of,
     scaled,
     tensor_of,
 )
+from search.training.fused import has_variable_rate
 from search.training.network import is_of_layers
 
 _VALIDATION_BATCH = 2_000

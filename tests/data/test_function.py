@@ -1,12 +1,13 @@
 """A dataset from the user's own function: what it may return, and what is refused in one line."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import command, mlflow_at
 
 from search import batches
 from search.config.custom_model import ModelError
@@ -355,3 +356,60 @@ def test_a_function_is_searched_by_two_workers_and_called_once(in_folder: Path) 
     assert (code, err) == (0, "")
     assert "mine:load: 27 / 3 / 10 examples to train, validate, test (stratified split)" in out
     assert Path("calls.txt").read_text() == "read\n"
+
+
+AUGMENTED = """
+import numpy as np
+import tensorflow as tf
+
+y = np.arange(80) % 2
+x = (np.random.default_rng(0).normal(size=(80, 4)) + 2 * y[:, None]).astype("float32")
+
+
+def load():
+    whole = tf.data.Dataset.from_tensor_slices((x, y))
+    noise = tf.random.Generator.from_seed(1)
+    train = whole.take(50).shuffle(50, seed=1)
+    train = train.map(lambda x, y: (x + noise.normal([4]), y)).batch(8)
+    return {"train": train, "validation": whole.skip(50).take(15), "test": whole.skip(65)}
+"""
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_searched_resumed_and_reproduced(in_folder: Path) -> None:
+    Path("mine.py").write_text(AUGMENTED)
+    options = (
+        *(
+            "--dataset",
+            "mine:load",
+            "--epochs",
+            "2",
+            "--hidden-units",
+            "4,8",
+            "--study-name",
+            "own",
+        ),
+        *("--model-name", "Own", "--report", "none"),
+    )
+    code, out, err = command(in_folder, *options, "--n-trials", "2", "--workers", "2")
+    assert (code, err) == (0, ""), out
+    assert "50 / 15 / 15 examples to train, validate, test (own split); 4 features" in out
+    assert "; tf.data, trained batch by batch with Keras' fit, in its own batches of 8\n" in out
+    assert re.search(r"^baselines: majority class 0.5333, logistic regression ", out, re.MULTILINE)
+    assert command(in_folder, "doctor", "--study-name", "own")[0] == 0
+    code, out, err = command(in_folder, "reproduce", "--study-name", "own")
+    assert (code, err) == (0, ""), out
+    assert "the same to the last digit" in out
+    Path("mine.py").write_text(AUGMENTED.replace("noise.normal([4])", "0.1 * noise.normal([4])"))
+    code, out, err = command(in_folder, *options, "--n-trials", "3", "--workers", "1")
+    assert (code, err) == (0, ""), out
+    assert "own: 1 more trials of 2 epochs to run" in out
+    with mlflow_at(in_folder) as client:
+        version = client.get_model_version_by_alias("Own", "production")
+        params = client.get_run(version.run_id).data.params
+    assert [params[name] for name in ("batch_size", "train_samples", "split")] == ["8", "50", "own"]
+    Path("mine.py").write_text(AUGMENTED.replace("batch(8)", "batch(5)"))
+    code, _, err = command(in_folder, *options, "--n-trials", "4")
+    assert code == 2
+    assert "dataset: mine:load (" in err
+    assert "; batch_size: 8 -> 5" in err
