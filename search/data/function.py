@@ -40,7 +40,7 @@ def is_function(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A training part that is read anew in every epoch, batch by batch, and never held whole.
+    """A training part that is read again in every epoch, batch by batch, and never held whole.
 
     The object can't be sent to another process, so each calls the function for every training.
     name, digest: the function, and the SHA-256 of its module's source. seed: of the study, by which
@@ -76,7 +76,7 @@ class Pipeline:
         return own, 0 if self.more is None else math.ceil(len(self.more[1]) / size)
 
     def call(self, part: str = "train") -> Any:
-        """This part, a new tf.data.Dataset that begins anew, as the function returns it.
+        """This part, a tf.data.Dataset that was never read, as the function returns it.
 
         Raises InputError as `read` does, and ModelError if the function has changed.
         """

@@ -84,7 +84,7 @@ def train(
     """Train `model` in place, as `fit` would, and return the history: for each metric, its epochs.
 
     examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,).
-    Or of the examples a pipeline, read anew in every epoch, whose order is its own.
+    Or of the examples a pipeline, read again in every epoch, whose order is its own.
     hp: a value for every hyperparameter of the training. shape: of one example, not flattened,
     for augmentation. seed: determines the order of the examples in every epoch, the dropout masks
     and the augmentation. Early stopping monitors the `objective` of `validation`, plateaus its

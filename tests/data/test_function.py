@@ -167,7 +167,7 @@ def test_a_split_must_be_the_same_in_every_call(in_folder: Path) -> None:
         load(SPLIT.format(shuffled.format("")), PIPELINES)
 
 
-def test_numpy_draws_by_the_seed_and_tensorflow_anew_in_every_epoch(in_folder: Path) -> None:
+def test_numpy_draws_by_the_seed_and_tensorflow_differently_in_every_epoch(in_folder: Path) -> None:
     noise = "pipeline(0, 30).map(lambda x, y: (x + tf.random.uniform([4]), y))"
     import tensorflow as tf
 

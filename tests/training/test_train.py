@@ -353,7 +353,7 @@ def test_a_pipeline_trains_to_the_digits_of_its_arrays(changed: dict[str, Any]) 
     assert found[0] == found[1]
 
 
-def test_a_pipeline_is_read_anew_and_to_its_end_in_every_epoch() -> None:
+def test_a_pipeline_is_read_again_and_to_its_end_in_every_epoch() -> None:
     x, y = examples(4 * BATCH)
     read: list[int] = []
 
