@@ -72,7 +72,9 @@ def elements(part: str, pipeline: Any, refuse: Refuse) -> Iterator[Batch]:
             yield x, y
             count += len(x)
             if count > MOST_EXAMPLES and not ends:
-                raise _endless(part, f"more than {MOST_EXAMPLES:,} examples and no end yet", refuse)
+                found = f"more than {MOST_EXAMPLES:,} examples and no end yet"
+                remedy = "leave out .repeat(), or state its size with assert_cardinality"
+                raise refuse(f"{part} must have an end", found, remedy)
     except InputError:
         raise
     except Exception as error:  # anything that the user's pipeline raises
@@ -92,7 +94,8 @@ def check(part: str, pipeline: Any, refuse: Refuse) -> None:
     if not isinstance(spec, tuple) or len(spec) != 2 or not all(hasattr(s, "dtype") for s in spec):
         raise refuse(rule, "its elements are others", "map each to a pair of tensors")
     if cardinality(pipeline) == -1:
-        raise _endless(part, "it is infinite", refuse)
+        remedy = "leave out .repeat(), or end it with .take()"
+        raise refuse(f"{part} must have an end", "it is infinite", remedy)
     if any(s.shape.rank is None for s in spec):
         rule = f"{part} must have examples of known rank"
         raise refuse(rule, "it is unknown", "use ensure_shape")
@@ -118,11 +121,6 @@ def digest(x: NDArray[Any], y: NDArray[Any]) -> str:
     """Of the examples and their labels, in any order."""
     rows = (hashlib.sha256(a.tobytes() + b.tobytes()).digest() for a, b in zip(x, y, strict=True))
     return f"{sum(int.from_bytes(row) for row in rows) % 2**256:x}"
-
-
-def _endless(part: str, found: str, refuse: Refuse) -> InputError:
-    remedy = "leave out .repeat(), end it with .take(), or state its end with assert_cardinality"
-    return refuse(f"{part} must have an end", found, remedy)
 
 
 def _of_several_shapes(part: str, error: ValueError, refuse: Refuse) -> InputError:

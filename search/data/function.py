@@ -188,6 +188,8 @@ def _of_pipelines(
     name, left = function.name, free() // 2
     arrays: Arrays = {}
     refuse = partial(_refusal, name)
+    for part in _PIPELINES:
+        batches.check(part, kept[part], refuse)
     for part in ("validation", "test"):
         x, y = batches.read(part, kept[part], left, refuse)
         left -= x.nbytes + y.nbytes
