@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -117,10 +117,11 @@ def described(pipeline: Any) -> str:
     return f"{kinds} {cardinality(pipeline)}"
 
 
-def digest(x: NDArray[Any], y: NDArray[Any]) -> str:
-    """Of the examples and their labels, in any order."""
-    rows = (hashlib.sha256(a.tobytes() + b.tobytes()).digest() for a, b in zip(x, y, strict=True))
-    return f"{sum(int.from_bytes(row) for row in rows) % 2**256:x}"
+def digest(parts: Iterable[Batch]) -> str:
+    """Of the examples and their labels in all parts, in any order."""
+    rows = (a.tobytes() + b.tobytes() for x, y in parts for a, b in zip(x, y, strict=True))
+    total = sum(int.from_bytes(hashlib.sha256(row).digest()) for row in rows)
+    return f"{total % 2**256:x}"
 
 
 def _of_several_shapes(part: str, error: ValueError, refuse: Refuse) -> InputError:

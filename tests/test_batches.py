@@ -66,6 +66,7 @@ def test_examples_of_other_shapes_are_refused() -> None:
 def test_a_digest_is_that_of_the_examples_in_any_order() -> None:
     x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
     order = np.random.default_rng(0).permutation(6)
-    assert digest(x, y) == digest(x[order], y[order])
-    assert digest(x, y) != digest(x, y[::-1])
-    assert digest(x, y) != digest(x[1:], y[1:])
+    expected = digest([(x, y)])
+    assert digest([(x[order[:2]], y[order[:2]]), (x[order[2:]], y[order[2:]])]) == expected
+    assert digest([(x, y[::-1])]) != expected
+    assert digest([(x[1:], y[1:])]) != expected

@@ -88,9 +88,8 @@ class Pipeline:
 
         Its validation part is read for that: what differs there may be in the training part.
         """
-        refuse = partial(_refusal, self.name)
-        found = batches.read("validation", self.call("validation"), free() // 2, refuse)
-        if batches.digest(*found) != self.held:
+        part, refuse = "validation", partial(_refusal, self.name)
+        if batches.digest(batches.elements(part, self.call(part), refuse)) != self.held:
             raise ModelError(
                 f"--dataset {self.name}: validation must be the same whenever the function is "
                 "called, but it holds other examples now; draw it by a seed"
@@ -202,7 +201,7 @@ def _of_pipelines(
         digest=function.digest,
         seed=seed,
         spec=batches.described(train),
-        held=batches.digest(arrays["x_validation"], arrays["y_validation"]),
+        held=batches.digest([(arrays["x_validation"], arrays["y_validation"])]),
         examples=sample.seen,
         counts=dict(sample.counts),
         batch_count=sample.batches,
