@@ -1,7 +1,7 @@
 """Errors that end a run, each one line with an exit code; text that is safe to show.
 
 InputError         2: the input is invalid, nothing was changed
-    ModelError     the custom model can't be used (config/custom_model.py)
+    ModelError     a function of the user's can't be used (config/custom_model.py)
 RunError           1: the run had to stop, finished work is kept
     TakenOver      another process runs the study (study/lock.py)
     Unfit          a worker can't run the study's trials (workers/tasks.py)

@@ -152,7 +152,12 @@ def _open_session(
             )
             stack.callback(session.baselines.cancel)
         session.workers = Executor(
-            config, stores.parent, dataset, progress.stopping, progress.workers, renew_lock
+            config,
+            stores.parent,
+            dataset.for_workers(),
+            progress.stopping,
+            progress.workers,
+            renew_lock,
         )
         yield session
 

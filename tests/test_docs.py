@@ -212,8 +212,16 @@ def test_the_function_on_the_page_of_data_is_a_dataset(
     Path("mine.py").write_text(text)
     dataset = load_dataset("mine:load", 0.1, split="stratified")
     assert (dataset.classes, dataset.task.class_names) == (3, ("zero", "one", "two"))
-    assert len(dataset.x_all) == (train[1][:2000] < 3).sum()
-    assert dataset.note.startswith("tf.data read into memory once")
+    assert dataset.train_examples == (train[1][:3000] < 3).sum() - 200
+    assert (
+        dataset.note == "tf.data, trained batch by batch with Keras' fit, in its own batches of 100"
+    )
+    assert dataset.pipeline is not None
+    first, second = (next(iter(dataset.pipeline.call().as_numpy_iterator())) for _ in range(2))
+    np.testing.assert_array_equal(first[0], second[0])  # of two calls
+    pipeline = dataset.pipeline.call()
+    first, second = (next(pipeline.as_numpy_iterator()) for _ in range(2))
+    assert not np.array_equal(first[0], second[0])  # of two epochs
 
 
 def test_the_arrays_of_a_regression_are_a_dataset(in_folder: Path) -> None:

@@ -166,5 +166,6 @@ def test_data_that_do_not_fit_are_refused_before_they_are_read(
         load_dataset(str(path), 0.1)
     assert str(refusal.value) == (
         f"--dataset {path} must fit into memory, but it needs 0.0 GB and 0.0 GB are free; take "
-        "fewer or smaller examples, or a machine with more memory"
+        "fewer or smaller examples, a machine with more memory, or a function that returns a "
+        "tf.data.Dataset, which is trained batch by batch"
     )

@@ -12,6 +12,7 @@ each.
 
 import hashlib
 import importlib.util
+import linecache
 import os
 import re
 import sys
@@ -37,7 +38,7 @@ _TAKEN = {  # names with another meaning in Optuna, in MLflow or as an option
 
 
 class ModelError(InputError):
-    """The custom model can't be used in this process."""
+    """A function of the user's can't be used in this process, or is not the one of the run."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,27 @@ def load_function(name: str, option: str = "--model") -> Function:
     return _functions[key]
 
 
+def same_function(name: str, digest: str, option: str) -> Function:
+    """The function whose module's source has this digest, loaded already or from its source.
+
+    Raises ModelError if the source is not there or another one.
+    """
+    if (name, digest) in _functions:
+        return _functions[name, digest]
+    try:
+        found = load_function(name, option)
+    except InputError as error:
+        raise ModelError(str(error)) from None
+    if found.digest != digest:
+        expected = _fingerprint(name, digest)
+        raise ModelError(
+            f"{option} must be as it was when the run began, {expected}",
+            f"is now {found.fingerprint}",
+            "run the same command again",
+        )
+    return found
+
+
 def find(name: str, fingerprint: str) -> CustomModel:
     """The model with this fingerprint: already loaded in this process, or from its present source.
 
@@ -155,6 +177,7 @@ def _run(spec: ModuleSpec, source: bytes) -> ModuleType:
     Python's own import would return the module imported earlier in this process, or use stale
     bytecode if an edit kept the modification time, in seconds, and the size.
     """
+    linecache.checkcache(str(spec.origin))  # TensorFlow reads the code of a lambda there
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     if isinstance(spec.loader, SourceFileLoader):

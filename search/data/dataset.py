@@ -1,13 +1,14 @@
 """The dataset: its examples, their split and their normalization."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.sources import Images
+from search.data.function import Pipeline
+from search.data.sources import Images, Labels, Normalization
 from search.data.task import Task
 from search.errors import InputError
 from search.memory import statistics
@@ -21,23 +22,7 @@ _CHANNELS = (1, 3)
 _ALL = slice(None)
 ENOUGH = 20  # a class with this many examples must also be in the validation part
 _DEVIATIONS = 1e-7, 1e19  # Keras divides by at least 1e-7; a variance must fit into float32
-Labels = NDArray[np.int32] | NDArray[np.float32]
 Seed = int | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Mean and variance of every feature of the training part, float32 of shape (features,).
-
-    A constant feature has variance 1 here, so that other values in later data stay small.
-    """
-
-    mean: NDArray[np.float32]
-    variance: NDArray[np.float32]
-
-    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`x` of shape (n, features), normalized as `keras.layers.Normalization` does."""
-        return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
 
 
 @dataclass(frozen=True)
@@ -50,6 +35,7 @@ class Dataset:
     labels it has the shape (n, labels) and is 0 or 1. Numbers are standardized in `y_all` by the
     task's mean and deviation, and in the target's own unit in `y_test`.
     `x_all`, `y_all`: the training part, the first `train_size` examples, then the validation part.
+    `pipeline`: a training part that is not in memory; `train` is then a random sample of it.
     `split`: how the validation examples were chosen. With a `normalization`, `x_all` is normalized
     but `x_test` is not, because the registered model takes raw values. `repeated`: the number of
     test examples that also occur in the training data. `digest`: SHA-256 of the source arrays, or
@@ -77,6 +63,7 @@ class Dataset:
     columns: "Columns | None" = None
     test_rows: "Rows | None" = None
     example: Any = None
+    pipeline: Pipeline | None = None
 
     @property
     def classes(self) -> int:
@@ -117,24 +104,50 @@ class Dataset:
 
     @property
     def train(self) -> tuple[Images, Labels]:
-        """The examples and labels that trials train on."""
+        """The examples and labels of the training part that are in memory."""
         return self.x_all[: self.train_size], self.y_all[: self.train_size]
+
+    @property
+    def train_examples(self) -> int:
+        """How many examples the training part has."""
+        return self.train_size if self.pipeline is None else self.pipeline.examples
+
+    @property
+    def training(self) -> tuple[Images, Labels] | Pipeline:
+        """What trials train on."""
+        return self.train if self.pipeline is None else self.pipeline
+
+    @property
+    def everything(self) -> tuple[Images, Labels] | Pipeline:
+        """What the winner is trained on: training and validation part."""
+        if self.pipeline is None:
+            return self.x_all, self.y_all
+        return replace(self.pipeline, more=self.validation)
 
     @property
     def validation(self) -> tuple[Images, Labels]:
         """The examples and labels that trials are compared on."""
         return self.x_all[self.train_size :], self.y_all[self.train_size :]
 
+    def for_workers(self) -> "Dataset":
+        """Without the sample of a pipeline, which only baselines and scale need."""
+        if self.pipeline is None:
+            return self
+        x, y = self.validation
+        return replace(self, x_all=x, y_all=y, train_size=0)
+
     def __str__(self) -> str:
-        sizes = self.train_size, len(self.x_all) - self.train_size, len(self.x_test)
+        sizes = self.train_examples, len(self.validation[1]), len(self.x_test)
         counts = " / ".join(f"{size:,}" for size in sizes)
         features = f"{self.features} features{'' if self.normalization is None else ', normalized'}"
         if self.columns is not None:
             features = f"{self.columns} as {features}"
+        whole = self.train_examples == self.train_size
+        searched = "training data" if whole else f"sample of {self.train_size:,}"
         return (
             f"{self.name}: {counts} examples to train, validate, test ({self.split} split); "
             f"{features}, {self.task}; "
-            f"test examples in the training data: {self.repeated:,}"
+            f"test examples in the {searched}: {self.repeated:,}"
             f"{self.note and '; '}{self.note}"
         )
 

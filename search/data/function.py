@@ -3,28 +3,34 @@
     def load():
         return {"x_train": ..., "y_train": ..., "x_test": ..., "y_test": ...}
 
-Also x_validation and y_validation, or train, test and validation as a tf.data.Dataset each, of
+Also x_validation and y_validation, or train, validation and test as a tf.data.Dataset each, of
 examples and labels, in batches or not; and class_names.
 """
 
+import math
 import os
+import random
 import re
+import sys
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from search.config.custom_model import NAME, Function, load_function
-from search.data.sources import ARRAYS, Arrays, Source
+from search import batches
+from search.config.custom_model import NAME, Function, ModelError, load_function, same_function
+from search.data.sources import ARRAYS, Arrays, Images, Labels, Normalization, Source
+from search.data.task import Task
 from search.errors import InputError, one_line
 from search.memory import free
 
-MOST_EXAMPLES = 10_000_000  # that a tf.data.Dataset of unknown size may have
-_BATCH = 1024
 _VALIDATION = ("x_validation", "y_validation")
-_PIPELINES = ("train", "test", "validation")
-_AS = "return a dict of x_train, y_train, x_test and y_test, or of train and test"
+_PIPELINES = ("train", "validation", "test")
+_AS = "return a dict of x_train, y_train, x_test and y_test, or of train, validation and test"
+_calling = threading.Lock()  # the random generators that are seeded are the process's
 
 
 def is_function(name: str) -> bool:
@@ -32,25 +38,79 @@ def is_function(name: str) -> bool:
     return re.fullmatch(NAME, name) is not None and not os.path.lexists(name)
 
 
-def read(name: str) -> Source:
-    """What the function `name` returns, its tf.data.Datasets read into arrays.
+@dataclass(frozen=True)
+class Pipeline:
+    """A training part that is read again in every epoch, batch by batch, and never held whole.
 
-    Raises InputError, in one line, for anything it raises or returns that can't be used.
+    The object can't be sent to another process, so each calls the function for every training.
+    name, digest: the function, and the SHA-256 of its module's source. seed: of the study, by which
+    NumPy draws in each call. spec: what its elements are, and its cardinality, in words. held: a
+    digest of the validation part, in any order.
+    examples, counts, batch_count: of the one epoch that was counted; counts: by label, of whole
+    numbers. batch_size: the largest; None where it has no batches, but single examples.
+    dtype, task, normalization: how the network takes the examples and labels.
+    more: examples, prepared like that, that are mixed in.
+    """
+
+    name: str
+    digest: str
+    seed: int
+    spec: str
+    held: str
+    examples: int
+    counts: Mapping[int, int]
+    batch_count: int
+    batch_size: int | None
+    dtype: str
+    task: Task = field(default_factory=Task)
+    normalization: Normalization | None = None
+    more: tuple[Images, Labels] | None = None
+
+    def size(self, batch_size: int) -> int:
+        """The size of a batch; batch_size: the hyperparameter, for a pipeline without batches."""
+        return self.batch_size or min(batch_size, self.examples)
+
+    def steps(self, size: int) -> tuple[int, int]:
+        """How many batches of this size an epoch has, of the pipeline and of `more`."""
+        own = self.batch_count if self.batch_size else math.ceil(self.examples / size)
+        return own, 0 if self.more is None else math.ceil(len(self.more[1]) / size)
+
+    def call(self, part: str = "train") -> Any:
+        """This part, a tf.data.Dataset that was never read, as the function returns it.
+
+        Raises InputError as `read` does, and ModelError if the function has changed.
+        """
+        function = same_function(self.name, self.digest, "--dataset")
+        return _call(function, self.seed)[part]
+
+    def check(self) -> None:
+        """Raise ModelError if the function, called again in this process, returns another split.
+
+        Its validation part is read for that: what differs there may be in the training part.
+        """
+        part, refuse = "validation", partial(_refusal, self.name)
+        if batches.digest(batches.elements(part, self.call(part), refuse)) != self.held:
+            raise ModelError(
+                f"--dataset {self.name}: validation must be the same whenever the function is "
+                "called, but it holds other examples now; draw it by a seed"
+            )
+
+
+def read(name: str, seed: int = 0) -> tuple[Source, Pipeline | None]:
+    """What the function `name` returns; of tf.data.Datasets the training part as a pipeline.
+
+    The arrays of the training part are then a random sample of it, by `seed`; those of the others
+    are read. Raises InputError, in one line, for anything it raises or returns that can't be used.
     """
     function = load_function(name, "--dataset")
-    try:
-        returned = function.call()
-    except (Exception, SystemExit) as error:  # anything that the user's code raises
-        raise _refusal(
-            name, "must return its data", f"it raised {_what(error)}", "fix it"
-        ) from None
+    returned = _call(function, seed)
     if not isinstance(returned, Mapping):
         raise _refusal(name, "must return a dict", f"got {_kind(returned)}", _AS)
     kept = dict(returned)
     names = _class_names(name, kept.pop("class_names", ()))
     if set(kept) & set(_PIPELINES):
-        _check_keys(name, kept, _PIPELINES[:2], _PIPELINES[2:])
-        return _of_pipelines(function, kept, names)
+        _check_keys(name, kept, _PIPELINES)
+        return _of_pipelines(function, kept, names, seed)
     _check_keys(name, kept, ARRAYS, _VALIDATION)
     if len(set(kept) & set(_VALIDATION)) == 1:
         raise _refusal(
@@ -60,16 +120,46 @@ def read(name: str) -> Source:
         arrays = {key: np.asarray(kept[key]) for key in (*ARRAYS, *_VALIDATION) if key in kept}
     except Exception as error:  # rows of several lengths, and what objects of any kind raise
         raise _refusal(name, "must return arrays", f"got {_what(error)}", "check them") from None
-    return Source(arrays, names)
+    return Source(arrays, names, note="arrays, trained in memory"), None
 
 
-def _check_keys(name: str, kept: dict[Any, Any], needed: Any, more: Any) -> None:
+def _call(function: Function, seed: int) -> Any:
+    """What the function returns, with the generators of Python and NumPy seeded."""
+    with _calling:
+        seed_generators(seed)
+        try:
+            return function.call()
+        except (Exception, SystemExit) as error:  # anything that the user's code raises
+            rule, found = "must return its data", f"it raised {_what(error)}"
+            raise _refusal(function.name, rule, found, "fix it") from None
+
+
+def seed_generators(seed: int) -> None:
+    """Seed those of Python and NumPy; TensorFlow's global seed is unset if there is one.
+
+    With it, an operation without a seed, such as tf.image.random_flip_left_right in the map of a
+    tf.data.Dataset, would draw the same in every epoch.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].random.set_seed(None)
+
+
+def _check_keys(name: str, kept: dict[Any, Any], needed: Any, more: Any = ()) -> None:
     missing = [key for key in needed if key not in kept]
     unknown = [key for key in kept if key not in (*needed, *more)]
+    if missing == ["validation"]:
+        raise _refusal(
+            name,
+            "must return validation beside train and test, since a tf.data.Dataset is not split",
+            "has none",
+            "return it, too, for example by .take() and .skip() before anything is shuffled",
+        )
     if missing or unknown:
         raise _refusal(
             name,
-            f"must return {', '.join(needed)}, perhaps {', '.join(more)} and class_names",
+            f"must return {', '.join(needed)}, perhaps {', '.join([*more, 'class_names'])}",
             f"has no {missing[0]}" if missing else f"has {unknown[0]!r}, too",
             _AS,
         )
@@ -90,92 +180,42 @@ def _class_names(name: str, given: Any) -> tuple[str, ...]:
 # ---- tf.data -------------------------------------------------------------------------------------
 
 
-def _of_pipelines(function: Function, kept: dict[str, Any], names: tuple[str, ...]) -> Source:
-    """The tf.data.Datasets, each read once, in its order, into half of the free memory at most."""
+def _of_pipelines(
+    function: Function, kept: dict[str, Any], names: tuple[str, ...], seed: int
+) -> tuple[Source, Pipeline]:
+    """Validation and test, read into half of the free memory at most; and the training part."""
+    name, left = function.name, free() // 2
     arrays: Arrays = {}
-    left = free() // 2
-    for part in (part for part in _PIPELINES if part in kept):
-        x, y = _read(function.name, part, kept[part], left)
+    refuse = partial(_refusal, name)
+    for part in _PIPELINES:
+        batches.check(part, kept[part], refuse)
+    for part in ("validation", "test"):
+        x, y = batches.read(part, kept[part], left, refuse)
         left -= x.nbytes + y.nbytes
         arrays |= {f"x_{part}": x, f"y_{part}": y}
-    size = sum(array.nbytes for array in arrays.values())
-    note = f"tf.data read into memory once, {size / 1e6:,.1f} MB, and trained from there"
-    return Source(arrays, names, note=note)
-
-
-def _read(name: str, part: str, pipeline: Any, limit: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The examples and labels of a tf.data.Dataset. limit: bytes that they may have."""
-    batches = _batched(name, part, pipeline, limit)
-    found: list[tuple[NDArray[Any], NDArray[Any]]] = []
-    size = count = 0
-    try:
-        for x, y in batches.as_numpy_iterator():
-            found.append((x, y))
-            size, count = size + x.nbytes + y.nbytes, count + len(x)
-            if size > limit:
-                raise _too_large(name, part, f"more than {size / 1e9:.1f} GB", limit)
-            if count > MOST_EXAMPLES:
-                raise _endless(name, part, f"more than {MOST_EXAMPLES:,} examples and no end yet")
-    except InputError:
-        raise
-    except Exception as error:  # anything that the user's pipeline raises
-        rule = f"{part} must be a dataset that can be read"
-        raise _refusal(name, rule, f"it raised {_what(error)}", "fix it") from None
-    if not found:
-        raise _refusal(name, f"{part} must have examples", "it is empty", "check the pipeline")
-    try:
-        return np.concatenate([x for x, _ in found]), np.concatenate([y for _, y in found])
-    except ValueError as error:
-        rule = f"{part} must have examples of one shape"
-        raise _refusal(name, rule, one_line(error), "resize or pad them") from None
-
-
-def _batched(name: str, part: str, pipeline: Any, limit: int) -> Any:
-    """The tf.data.Dataset in batches. Raises InputError where it can't be read into `limit`."""
-    spec = getattr(pipeline, "element_spec", None)
-    rule = f"{part} must be a tf.data.Dataset of (examples, labels)"
-    if spec is None or not hasattr(pipeline, "as_numpy_iterator"):
-        raise _refusal(name, rule, f"got {_kind(pipeline)}", "return one")
-    if not isinstance(spec, tuple) or len(spec) != 2 or not all(hasattr(s, "dtype") for s in spec):
-        raise _refusal(name, rule, "its elements are others", "map each to a pair of tensors")
-    elements = int(pipeline.cardinality().numpy())  # -1: infinite, -2: unknown, as in tf.data
-    if elements == -1:
-        raise _endless(name, part, "it is infinite")
-    x, y = spec
-    if x.shape.rank is None or y.shape.rank is None:
-        raise _refusal(
-            name, f"{part} must have examples of known rank", "it is unknown", "use ensure_shape"
-        )
-    known = all(s.shape.num_elements() is not None for s in spec)
-    needed = elements * sum(s.shape.num_elements() * s.dtype.size for s in spec) if known else 0
-    if needed > limit:
-        raise _too_large(name, part, f"{needed / 1e9:.1f} GB", limit)
-    return pipeline.batch(_BATCH) if _is_one_example(x.shape, y.shape) else pipeline
-
-
-def _is_one_example(x: Any, y: Any) -> bool:
-    """Whether an element of these shapes is one example, not a batch.
-
-    One with several labels has two known lengths that differ: of its features and its labels.
-    """
-    if y.rank != 1 or not x.rank:
-        return bool(y.rank == 0)
-    return None not in (x[0], y[0]) and x[0] != y[0]
-
-
-def _too_large(name: str, part: str, needed: str, limit: int) -> InputError:
-    return _refusal(
-        name,
-        f"{part} must fit into half of the free memory, {limit / 1e9:.1f} GB",
-        f"it needs {needed}",
-        "take fewer or smaller examples, for example with .take(), or a machine with more memory",
+    train = kept["train"]
+    sample, (x, y) = batches.sampled("train", train, left, seed, refuse)
+    own = sample.largest if batches.has_batches(train) else None
+    pipeline = Pipeline(
+        name=name,
+        digest=function.digest,
+        seed=seed,
+        spec=batches.described(train),
+        held=batches.digest([(arrays["x_validation"], arrays["y_validation"])]),
+        examples=sample.seen,
+        counts=dict(sample.counts),
+        batch_count=sample.batches,
+        batch_size=own,
+        dtype="uint8" if x.dtype == np.uint8 else "float32",
     )
-
-
-def _endless(name: str, part: str, found: str) -> InputError:
-    return _refusal(
-        name, f"{part} must have an end", found, "leave out .repeat(), or end it with .take()"
-    )
+    note = "tf.data, trained batch by batch with Keras' fit"
+    note += "" if own is None else f", in its own batches of {own:,}"
+    note += "" if len(x) == sample.seen else f"; scale and baselines by a sample of {len(x):,}"
+    pipeline.check()
+    arrays |= {"x_train": x, "y_train": y}
+    arrays = {key: arrays[key] for key in (*ARRAYS, *_VALIDATION)}
+    settings = {} if own is None else {"batch_size": own}
+    return Source(arrays, names, settings=settings, note=note), pipeline
 
 
 def _what(error: BaseException) -> str:

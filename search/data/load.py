@@ -3,12 +3,14 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.config.data_settings import is_table, names_in
+from search.config.hyperparameters import HYPERPARAMETERS
 from search.config.options import flag
 from search.config.settings import AUTO, StudyConfig
 from search.data import function, images, sources
@@ -22,7 +24,7 @@ from search.data.dataset import (
     kept,
     scaled,
 )
-from search.data.sources import Source, is_own
+from search.data.sources import Arrays, Source, is_own
 from search.data.task import KINDS, MOST_OUTPUTS, Metric, describe, objective_of
 from search.errors import InputError, one_line
 from search.memory import chunks, moved, partition
@@ -64,6 +66,11 @@ def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dat
             f"{config.dataset} has one",
             "leave it out",
         )
+    size = str(config.space.parameters["batch_size"])
+    if "batch_size" in dataset.source and size != HYPERPARAMETERS["batch_size"].space:
+        rule = f"--batch-size {size} needs data without batches of their own"
+        found = f"train of {config.dataset} has batches of {dataset.source['batch_size']:,}"
+        raise InputError(rule, found, "leave it out, or return train without .batch()")
     return dataset
 
 
@@ -148,7 +155,7 @@ def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, An
         return known
     if config.epochs is not None or not is_own(config.dataset):
         return config.trial_epochs
-    steps = math.ceil(dataset.train_size / 128)
+    steps = math.ceil(dataset.train_examples / 128)
     return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
 
 
@@ -220,15 +227,12 @@ def load_dataset(
             f"{name} is a folder of images, each in the folder of its class",
             "leave it out",
         )
-    source = _read(name, image_size, test_split, seed)
+    source, pipeline = _read(name, image_size, test_split, seed)
     arrays = source.arrays
     kind = sources.kind_of(arrays["y_train"], task)
     decided = KINDS[kind]
     sources.check(name, arrays, kind)
-    digest = hashlib.sha256()
-    for key in arrays:
-        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
-        digest.update(np.ascontiguousarray(arrays[key]).data)
+    digest = _digest(arrays, pipeline)
     x_train, given = arrays["x_train"], "x_validation" in arrays
     split = OWN_SPLIT if given else split
     train_size = len(x_train)
@@ -255,9 +259,11 @@ def load_dataset(
             f"has {len(source.class_names)}",
             "give each class a name, in the order of the labels",
         )
+    if pipeline is not None:
+        pipeline = replace(pipeline, task=described, normalization=normalization)
     return Dataset(
         name=name,
-        digest=digest.hexdigest(),
+        digest=digest,
         x_all=x_all,
         y_all=y_all,
         x_test=x_test,
@@ -271,20 +277,33 @@ def load_dataset(
         source=source.settings,
         note=source.note,
         task=described,
+        pipeline=pipeline,
     )
 
 
-def _read(name: str, image_size: int | None, test_split: float, seed: int) -> Source:
-    """The arrays of the dataset `name`, from wherever they come."""
+def _digest(arrays: Arrays, pipeline: function.Pipeline | None) -> str:
+    """SHA-256 of the arrays; of a pipeline what it holds is left out, since it may be random."""
+    digest = hashlib.sha256(b"" if pipeline is None else f"train {pipeline.spec} ".encode())
+    for key in arrays:
+        if pipeline is None or not key.endswith("_train"):
+            digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape} ".encode())
+            digest.update(np.ascontiguousarray(arrays[key]).data)
+    return digest.hexdigest()
+
+
+def _read(
+    name: str, image_size: int | None, test_split: float, seed: int
+) -> tuple[Source, function.Pipeline | None]:
+    """The arrays of the dataset `name`, from wherever they come, and its pipeline if it has one."""
     if images.is_folder(name):
-        return images.read(name, image_size, test_split, seed)
+        return images.read(name, image_size, test_split, seed), None
     if image_size is not None:
         raise InputError(
             "--image-size needs a folder of images", f"--dataset is {name}", "leave it out"
         )
     if function.is_function(name):
-        return function.read(name)
-    return sources.read(name)
+        return function.read(name, seed)
+    return sources.read(name), None
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -298,6 +317,8 @@ def class_weights(config: StudyConfig, dataset: Dataset) -> NDArray[np.float32] 
     """
     if config.class_weight == "none":
         return None
-    _, labels = dataset.train
-    counts = np.bincount(labels.astype(int), minlength=dataset.classes)
-    return (len(labels) / (dataset.classes * np.maximum(counts, 1))).astype(np.float32)
+    counts: NDArray[Any] = np.bincount(dataset.train[1].astype(int), minlength=dataset.classes)
+    if (whole := dataset.pipeline) is not None:
+        counts = np.array([whole.counts[label] for label in range(dataset.classes)])
+    weights = counts.sum() / (dataset.classes * np.maximum(counts, 1))
+    return np.asarray(weights, np.float32)

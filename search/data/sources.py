@@ -18,6 +18,7 @@ from search.memory import check_fits, chunks, empty, moved, shared
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 Images = NDArray[np.uint8] | NDArray[np.float32]
+Labels = NDArray[np.int32] | NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 Refuse = Callable[[str, str, str], InputError]
 _TARGETS = {  # kinds of NumPy's types, what they are and their shape, by kind of task
@@ -36,6 +37,27 @@ _REMEDIES = {
     "one-hot": "take the class of each row with .argmax(axis=1), or give --task multilabel",
     "rows": "check how the arrays were made",
 }
+
+
+_SMALLER = (
+    "take fewer or smaller examples, a machine with more memory, or a function that returns a "
+    "tf.data.Dataset, which is trained batch by batch"
+)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and variance of every feature of the training part, float32 of shape (features,).
+
+    A constant feature has variance 1 here, so that other values in later data stay small.
+    """
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+
+    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`x` of shape (n, features), normalized as `keras.layers.Normalization` does."""
+        return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
 
 
 @dataclass(frozen=True)
@@ -160,7 +182,7 @@ def _read_file(path: Path, name: str) -> Arrays:
                     f"must hold {', '.join(ARRAYS)}", f"no {', '.join(missing)}", "np.savez"
                 )
             size = sum(archive.zip.getinfo(f"{key}.npy").file_size for key in ARRAYS)
-            check_fits(name, size, "take fewer or smaller examples, or a machine with more memory")
+            check_fits(name, size, _SMALLER)
             arrays = {}
             for key in ARRAYS:
                 array = archive[key]

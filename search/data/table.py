@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from search.config.data_settings import names_in, targets_in
 from search.config.settings import StudyConfig
 from search.data.columns import labels_in, numbered, numbers_in
-from search.data.dataset import Labels, Seed, held_out, kept
+from search.data.dataset import Seed, held_out, kept
 from search.data.serving import as_words, dates_of
-from search.data.sources import check_labels, check_numbers
+from search.data.sources import Labels, check_labels, check_numbers
 from search.data.task import KINDS, check_classes, class_names
 from search.errors import InputError, nearest, one_line
 from search.memory import check_fits

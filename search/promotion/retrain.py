@@ -132,7 +132,7 @@ def _train(
     network = network_for(dataset, hyperparameters, seed, config.custom_model)
     curves = train(
         network,
-        (dataset.x_all, dataset.y_all),
+        dataset.everything,
         hyperparameters,
         epochs=config.trial_epochs,
         seed=seed,

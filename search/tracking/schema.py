@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -94,7 +95,8 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
     """What all trials of a study share, as stored in the study: params, dataset, space."""
     from mlflow.data.numpy_dataset import from_numpy  # slow: pandas
 
-    x, y = dataset.train
+    count = dataset.train_examples  # of a pipeline, more than are in memory: only shapes are stored
+    x, y = (np.broadcast_to(part[:1], (count, *part.shape[1:])) for part in dataset.train)
     decided, own = dataset.task.decides, dataset.split == OWN_SPLIT
     described = from_numpy(
         features=x, targets=y, name=Path(dataset.name).name, digest=dataset.digest[:8]
@@ -113,8 +115,8 @@ def study_metadata(config: StudyConfig, dataset: Dataset) -> Metadata:
             "dataset": config.dataset,
             **config.table,
             **({} if config.test is None else {"test": config.test}),
-            "train_samples": dataset.train_size,
-            "validation_samples": len(dataset.x_all) - dataset.train_size,
+            "train_samples": dataset.train_examples,
+            "validation_samples": len(dataset.validation[1]),
             "test_samples": len(dataset.x_test),
             **({} if dataset.task.is_number else {"num_classes": dataset.task.outputs}),
             **dataset.source,

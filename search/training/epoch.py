@@ -14,42 +14,32 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from search.data.dataset import UINT8_SCALE, Labels
-from search.data.sources import Images
+from search.data.dataset import UINT8_SCALE
+from search.data.function import Pipeline
+from search.data.sources import Images, Labels
 from search.training import augmentation
-from search.training.fused import Dropout, fused
+from search.training.fused import SCHEDULES, Dropout, clone, fused
 from search.training.metrics import compiled_metric, validation_metrics
 from search.training.network import decay_weights, image_shape, is_of_layers
 
 _ALIGNED = 64  # bytes, of TensorFlow's own memory; its kernels end the process for less
 _OTHER_STREAM = 0x2545F491  # so that augmentation and dropout draw different numbers
-
-
-def _up_and_down(start: float, up: float) -> keras.optimizers.schedules.LearningRateSchedule:
-    """From `start` times the learning rate up to it in a fraction `up` of the steps, then to 0."""
-    return keras.optimizers.schedules.CosineDecay(
-        start, decay_steps=1 - up, warmup_target=1.0, warmup_steps=up
-    )
-
-
-_SCHEDULES = {
-    "cosine": _up_and_down(0.0, up=0.05),  # Loshchilov and Hutter 2017, after a warm-up
-    "one_cycle": _up_and_down(0.04, up=0.3),  # Smith 2018, the cycle of the learning rate alone
-}
 Examples = tuple[Images, Labels]
+TrainingSet = Examples | Pipeline
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything, beside the network, that changes the graph.
 
-    dtype: of the examples. decays, smooths, weighs: whether there is weight decay, label smoothing,
-    weights of the classes.
+    dtype: of the examples; streams: whether each step gets its batch. decays, smooths, weighs:
+    whether there is weight decay, label smoothing, weights of the classes.
     schedule: None if the learning rate is constant within an epoch. augmentation: None, or its kind
     for images of `shape`.
     """
 
     dtype: str
+    streams: bool
     batch_size: int
     optimizer: str
     decays: bool
@@ -61,18 +51,23 @@ class Plan:
 
 
 def plan_of(
-    hp: Mapping[str, Any], examples: Examples, shape: tuple[int, ...], *, weighs: bool = False
+    hp: Mapping[str, Any], examples: TrainingSet, shape: tuple[int, ...], *, weighs: bool = False
 ) -> Plan:
     """The plan for training with the hyperparameters `hp` on `examples` of this shape."""
     distorted = hp["augmentation"] != "none"
+    if streams := isinstance(examples, Pipeline):
+        dtype, size = examples.dtype, examples.size(hp["batch_size"])
+    else:
+        dtype, size = examples[0].dtype.name, min(hp["batch_size"], len(examples[0]))
     return Plan(
-        dtype=np.dtype(examples[0].dtype).name,
-        batch_size=min(hp["batch_size"], len(examples[0])),
+        dtype=dtype,
+        streams=streams,
+        batch_size=size,
         optimizer=hp["optimizer"],
         decays=hp["weight_decay"] > 0,
         smooths=hp["label_smoothing"] > 0,
         weighs=weighs,
-        schedule=hp["schedule"] if hp["schedule"] in _SCHEDULES else None,
+        schedule=hp["schedule"] if hp["schedule"] in SCHEDULES else None,
         augmentation=hp["augmentation"] if distorted else None,
         shape=image_shape(shape) if distorted else None,
     )
@@ -83,7 +78,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
 
     def __init__(self, model: keras.Sequential, plan: Plan) -> None:
         super().__init__()
-        self.network = keras.models.clone_model(model, clone_function=_clone, recursive=True)
+        self.network = keras.models.clone_model(model, clone_function=clone, recursive=True)
         self._plan = plan
         self._validates = False  # true while the graph of a validation batch is traced
         self._of_validation = validation_metrics(model.task)
@@ -116,7 +111,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
     def take(
         self,
         model: keras.Sequential,
-        examples: Examples,
+        examples: TrainingSet,
         hp: Mapping[str, Any],
         seed: int,
         epochs: int,
@@ -128,8 +123,12 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         """
         if class_weights is not None:
             self._weights.assign(class_weights)
-        self._x.assign(tensor_of(examples[0]))
-        self._y.assign(examples[1])
+        if isinstance(examples, Pipeline):
+            steps = sum(examples.steps(self._plan.batch_size))
+        else:
+            self._x.assign(tensor_of(examples[0]))
+            self._y.assign(examples[1])
+            steps = -(-len(examples[0]) // self._plan.batch_size)
         dropouts = 0
         for own, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
             if isinstance(own, Dropout):
@@ -146,7 +145,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         self._strength.assign(hp.get("augmentation_strength", 0))
         self._seed.assign(seed)
         self._epoch.assign(0)
-        self._steps.assign(-(-len(examples[0]) // self._plan.batch_size) * epochs)
+        self._steps.assign(steps * epochs)
 
     def give(self, model: keras.Sequential) -> None:
         """Copy the trained weights and the optimizer's state back to `model`.
@@ -163,28 +162,20 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         model.optimizer.learning_rate.assign(self._rate)
 
     def train_step(self, data: Any) -> Any:
-        """One epoch; `data` is ignored."""
+        """One epoch: of a pipeline, over the batches in `data`, which is ignored otherwise."""
+        if self._plan.streams:
+            return self._train_on_all(iter(data))
         x, y = self._x.read_value(), self._y.read_value()
         examples = tf.shape(y)[0]
         order = epoch_order(examples, self._seed, self._epoch)
         self._epoch.assign_add(1)
-        step, size = super().train_step, self._plan.batch_size
+        size = self._plan.batch_size
 
         def train_on(first: Any) -> Any:
-            batch = order[first : first + size]  # the last one may be smaller
-            if self._plan.schedule is not None:
-                done = tf.cast(self.optimizer.iterations, tf.float32)
-                share = done / tf.cast(self._steps, tf.float32)
-                factor = _SCHEDULES[self._plan.schedule](share)
-                self.optimizer.learning_rate.assign(self._rate * factor)
-            if self._plan.augmentation is None:
-                seen = scaled(tf.gather(x, batch))
-            else:
+            batch = whole = order[first : first + size]  # the last one may be smaller
+            if self._plan.augmentation is not None:
                 whole = tf.gather(order, tf.range(first, first + size) % examples)
-                seen = self._augmented(scaled(tf.gather(x, whole)))[: tf.size(batch)]
-            labels = tf.gather(y, batch)
-            weights = (tf.gather(self._weights, labels),) if self._plan.weighs else ()
-            step((seen, labels, *weights))
+            self._train_on(tf.gather(x, whole), tf.gather(y, batch))
             return first + size
 
         tf.while_loop(
@@ -194,6 +185,33 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             parallel_iterations=1,
         )
         return self.get_metrics_result()
+
+    def _train_on_all(self, batches: Any) -> Any:
+        """One step on every batch of an iterator over a tf.data.Dataset."""
+
+        def train_on(batch: Any) -> Any:
+            x, y = batch.get_value()
+            if self._plan.augmentation is not None:
+                x = tf.gather(x, tf.range(self._plan.batch_size) % tf.size(y))
+            self._train_on(x, y)
+            return (batches.get_next_as_optional(),)
+
+        first = batches.get_next_as_optional()
+        tf.while_loop(lambda batch: batch.has_value(), train_on, (first,), parallel_iterations=1)
+        return self.get_metrics_result()
+
+    def _train_on(self, x: Any, y: Any) -> None:
+        """One step on a batch; for augmentation x is filled up to the size of a whole one."""
+        if self._plan.schedule is not None:
+            done = tf.cast(self.optimizer.iterations, tf.float32)
+            share = done / tf.cast(self._steps, tf.float32)
+            factor = SCHEDULES[self._plan.schedule](share)
+            self.optimizer.learning_rate.assign(self._rate * factor)
+        x = scaled(x)
+        if self._plan.augmentation is not None:
+            x = self._augmented(x)[: tf.size(y)]
+        weights = (tf.gather(self._weights, y),) if self._plan.weighs else ()
+        super().train_step((x, y, *weights))
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -243,12 +261,10 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         return tf.reduce_mean(losses) + sum(self.losses)
 
     def _augmented(self, flat: Any) -> Any:
-        count, (height, width, channels) = self._plan.batch_size, self._plan.shape or ()
-        images = tf.reshape(flat, [count, height, width, channels])
+        images = tf.reshape(flat, [self._plan.batch_size, *(self._plan.shape or ())])
         seed = tf.stack([self._seed ^ _OTHER_STREAM, tf.cast(self.optimizer.iterations, tf.int32)])
-        kind = str(self._plan.augmentation)
-        distorted = augmentation.augment(kind, images, self._strength, seed)
-        return tf.reshape(distorted, tf.shape(flat))
+        kind, strength = str(self._plan.augmentation), self._strength
+        return tf.reshape(augmentation.augment(kind, images, strength, seed), tf.shape(flat))
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Any:
@@ -280,14 +296,3 @@ def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield from _leaves(layer)
         else:
             yield layer
-
-
-def _clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-    if has_variable_rate(layer):
-        return Dropout(name=layer.name)
-    return layer.__class__.from_config(layer.get_config())
-
-
-def has_variable_rate(layer: Any) -> bool:
-    """Whether it is a dropout layer whose rate can be a variable of the graph."""
-    return type(layer) is keras.layers.Dropout and layer.noise_shape is None

@@ -18,18 +18,19 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from search.data.dataset import Labels
-from search.data.sources import Images
+from search.data.function import Pipeline, seed_generators
+from search.data.sources import Images, Labels
 from search.data.task import DEFAULT_OBJECTIVE, Metric
 from search.training.epoch import (
     EpochInGraph,
     Examples,
     Plan,
-    has_variable_rate,
+    TrainingSet,
     plan_of,
     scaled,
     tensor_of,
 )
+from search.training.fused import has_variable_rate
 from search.training.network import is_of_layers
 
 _VALIDATION_BATCH = 2_000
@@ -67,7 +68,7 @@ def gpu_name() -> str | None:
 
 def train(
     model: keras.Sequential,
-    examples: Examples,
+    examples: TrainingSet,
     hp: Mapping[str, Any],
     *,
     epochs: int,
@@ -83,10 +84,11 @@ def train(
     """Train `model` in place, as `fit` would, and return the history: for each metric, its epochs.
 
     examples, validation: x of shape (n, features), uint8 (scaled here) or float32; y of shape (n,)
-    or (n, labels). hp: a value for every hyperparameter of the training. shape: of one example, not
-    flattened, for augmentation. seed: determines the order of the examples in every epoch, the
-    dropout masks and the augmentation. Early stopping monitors the `objective` of `validation`,
-    plateaus its loss; without it they are off.
+    or (n, labels). Or of the examples a pipeline, read again in every epoch, whose order is its
+    own. hp: a value for every hyperparameter of the training. shape: of one example, not flattened,
+    for augmentation. seed: determines the order of the examples in every epoch, the dropout masks
+    and the augmentation. Early stopping monitors the `objective` of `validation`, plateaus its
+    loss; without it they are off.
     class_weights: of shape (classes,), the weight of an example in the training loss by its class.
     only: stop after this many of the `epochs`, which remain the length of a schedule.
     rates: the learning rate of every epoch, as set by the plateaus of an earlier training.
@@ -94,10 +96,13 @@ def train(
     """
     _clear_regularly()
     graph = graph_for(model, plan_of(hp, examples, shape, weighs=class_weights is not None))
+    batches = 0  # `take` sets the examples
+    if isinstance(examples, Pipeline):
+        batches = batches_of(examples, hp["batch_size"], seed, model.input_shape[-1])
     graph.take(model, examples, hp, seed, epochs, class_weights)
     try:
         history = graph.fit(
-            tf.data.Dataset.from_tensors(0),  # one step per epoch; `take` has set the examples
+            tf.data.Dataset.from_tensors(batches),  # one step per epoch
             epochs=only or epochs,
             shuffle=False,
             verbose=0,
@@ -170,6 +175,40 @@ def _clear_regularly() -> None:
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
     values = x if isinstance(x, dict) else tensor_of(x)  # a dict: rows of a table
     return tf.data.Dataset.from_tensor_slices((values, y)).batch(_VALIDATION_BATCH)
+
+
+# ---- pipelines -----------------------------------------------------------------------------------
+
+
+def batches_of(pipeline: Pipeline, batch_size: int, seed: int, features: int) -> tf.data.Dataset:
+    """A new dataset of its batches, x of shape (n, features), y of shape (n,) or (n, labels).
+
+    batch_size: for a pipeline without batches. seed: of what NumPy and Python draw while it is
+    read, and of the order of the examples `more` and where they come.
+    """
+    size, scale = pipeline.size(batch_size), pipeline.normalization
+    shape = pipeline.task.target_shape
+
+    def prepared(x: Any, y: Any) -> tuple[Any, Any]:
+        """As the arrays of a `Dataset` are, to the same digits."""
+        x, y = tf.cast(tf.reshape(x, [-1, features]), pipeline.dtype), tf.reshape(y, [-1, *shape])
+        if scale is not None:
+            x = (x - scale.mean) / np.sqrt(scale.variance)
+        if not pipeline.task.is_number:
+            return x, tf.cast(y, tf.int32 if pipeline.task.classes else tf.float32)
+        y = tf.cast(tf.cast(y, tf.float32), tf.float64)
+        return x, tf.cast((y - pipeline.task.mean) / pipeline.task.deviation, tf.float32)
+
+    found = pipeline.call()
+    seed_generators(seed)
+    found = (found if pipeline.batch_size else found.batch(size)).map(prepared)
+    if pipeline.more is not None:
+        more = tf.data.Dataset.from_tensor_slices(pipeline.more)
+        more = more.shuffle(len(pipeline.more[1]), seed).batch(size)
+        found = tf.data.Dataset.sample_from_datasets(
+            [found, more], [float(count) for count in pipeline.steps(size)], seed=seed
+        )
+    return found
 
 
 # ---- the cache of graphs -------------------------------------------------------------------------

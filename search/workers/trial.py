@@ -75,7 +75,7 @@ def _train(
 ) -> None:
     train(
         network,
-        dataset.train,
+        dataset.training,
         tried,
         epochs=config.trial_epochs,
         seed=seed,

@@ -47,6 +47,8 @@ class Worker:
         )
         if config.model is not None:
             custom_model.check(config.model, self.study.user_attrs[SETTINGS]["model"])
+        if dataset.pipeline is not None:
+            dataset.pipeline.check()
         self.tracking = Tracking(config).open()
         self.owner = {**trials.owner_of_this_process(), "thread": threading.get_ident()}
         self.environment = environment.here()

@@ -1,16 +1,21 @@
 """A dataset from the user's own function: what it may return, and what is refused in one line."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import command, mlflow_at
 
+from search import batches
+from search.config.custom_model import ModelError
 from search.config.settings import StudyConfig
 from search.data import function
 from search.data.dataset import Dataset
-from search.data.load import load_dataset, load_for_study
+from search.data.function import Pipeline
+from search.data.load import class_weights, load_dataset, load_for_study
 from search.errors import InputError
 
 ARRAYS = """
@@ -77,32 +82,127 @@ def test_a_validation_part_is_the_split(in_folder: Path) -> None:
     assert again.split == "own"
 
 
+PARTS = "{'train': pipeline(0, 30), 'validation': pipeline(3, 8), 'test': pipeline(30, 40)}"
+
+
+def piped(train: str, **settings: Any) -> Dataset:
+    """The dataset of a function whose training part is this pipeline."""
+    return load(f"return {{**{PARTS}, 'train': {train}}}", PIPELINES, **settings)
+
+
+def pipeline_of(dataset: Dataset) -> Pipeline:
+    assert dataset.pipeline is not None
+    return dataset.pipeline
+
+
 @pytest.mark.parametrize("batch", ["", ".batch(7)", ".batch(8).prefetch(2)", ".shuffle(9, seed=1)"])
-def test_pipelines_are_read_into_arrays_in_their_order(in_folder: Path, batch: str) -> None:
-    found = load(
-        f"return {{'train': pipeline(0, 30), 'test': pipeline(30, 40){batch}}}", source=PIPELINES
-    )
-    assert found.note.startswith("tf.data read into memory once, 0.0 MB")
-    assert str(found).endswith(found.note)
-    assert (len(found.x_all), found.features, found.split) == (30, 4, "stratified")
+def test_validation_and_test_are_read_into_arrays_in_their_order(
+    in_folder: Path, batch: str
+) -> None:
+    test = f"'test': pipeline(30, 40){batch}"
+    found = load(f"return {PARTS[:-1]}, {test}}}", source=PIPELINES)
     rows = found.x_test[:, 0]
     assert sorted(rows) == [120.0 + 4 * i for i in range(10)]
     assert (list(rows) == sorted(rows)) == ("shuffle" not in batch)
     np.testing.assert_array_equal(found.y_test, (rows / 4) % 2)
 
 
-def test_pipelines_are_as_their_arrays(in_folder: Path) -> None:
-    parts = "'train': pipeline(0, 30), 'test': pipeline(30, 40)"
-    arrays = load("return {**arrays, 'x_validation': x[3:8], 'y_validation': y[3:8]}")
-    found = load(f"return {{{parts}, 'validation': pipeline(3, 8)}}", source=PIPELINES)
-    assert found.digest == arrays.digest
-    assert found.split == "own"
+def test_a_pipeline_is_prepared_as_its_arrays_are(in_folder: Path) -> None:
+    more = "'x_validation': x[3:8], 'y_validation': y[3:8]"
+    arrays = load(f"return {{**arrays, {more}}}", normalize=True)
+    found = load(f"return {PARTS}", source=PIPELINES, normalize=True)
+    assert (found.split, found.train_examples, found.note) == (
+        "own",
+        30,
+        "tf.data, trained batch by batch with Keras' fit",
+    )
+    assert str(found).replace(found.note, arrays.note) == str(arrays)
+    np.testing.assert_array_equal(found.x_all, arrays.x_all)
+    pipeline = pipeline_of(found)
+    assert (pipeline.task, pipeline.counts, pipeline.batch_size) == (
+        arrays.task,
+        {0: 15, 1: 15},
+        None,
+    )
+    assert pipeline.steps(8) == (4, 0)
+    sent = found.for_workers()
+    assert (len(sent.x_all), sent.train_examples) == (5, 30)
+    np.testing.assert_array_equal(sent.validation[0], arrays.validation[0])
+    np.testing.assert_array_equal(
+        class_weights(StudyConfig(class_weight="balanced"), sent), [1.0, 1.0]
+    )
 
 
-def test_a_pipeline_of_unknown_size_is_read_to_its_end(in_folder: Path) -> None:
-    source = PIPELINES.replace("y[first:last]))", "y[first:last])).filter(lambda x, y: x[0] >= 8)")
-    found = load("return {'train': pipeline(0, 30), 'test': pipeline(30, 40)}", source=source)
-    assert len(found.x_all) == 28
+def test_batches_are_the_pipelines_own_and_settings_of_the_study(in_folder: Path) -> None:
+    found = piped("pipeline(0, 30).batch(8)")
+    assert found.note.endswith("fit, in its own batches of 8")
+    assert found.source == {"batch_size": 8}
+    pipeline = pipeline_of(found)
+    assert (pipeline.size(128), pipeline.steps(128)) == (8, (4, 0))
+    with pytest.raises(InputError, match="--batch-size 4 needs data without batches"):
+        load_for_study(StudyConfig(dataset="mine:load", batch_size="4"), None)
+
+
+def test_the_digest_is_not_that_of_what_a_random_pipeline_holds(in_folder: Path) -> None:
+    noise = "pipeline(0, 30).map(lambda x, y: (x + {} * tf.random.uniform([4]), y))"
+    one, other = (piped(noise.format(i)) for i in (1, 2))
+    assert not np.array_equal(one.x_all, other.x_all)
+    assert one.digest == other.digest
+    assert one.digest != load(f"return {PARTS[:-1]}, 'test': pipeline(9, 19)}}", PIPELINES).digest
+    assert one.digest != piped("pipeline(0, 20)").digest
+
+
+SPLIT = """whole = pipeline(0, 40){}
+    parts = {{"train": whole.skip(20), "validation": whole.take(10)}}
+    return {{**parts, "test": whole.take(20).skip(10)}}"""
+
+
+def test_a_split_must_be_the_same_in_every_call(in_folder: Path) -> None:
+    shuffled = ".shuffle(40, {}reshuffle_each_iteration=False)"
+    found = load(SPLIT.format(shuffled.format("seed=2, ")), PIPELINES)
+    again = [x[0] for x, _ in pipeline_of(found).call().as_numpy_iterator()]
+    np.testing.assert_array_equal(again, found.x_all[:20, 0])
+    assert not set(again) & set(found.validation[0][:, 0])
+    with pytest.raises(InputError, match="validation must be the same whenever the function is"):
+        load(SPLIT.format(shuffled.format("")), PIPELINES)
+
+
+def test_numpy_draws_by_the_seed_and_tensorflow_differently_in_every_epoch(in_folder: Path) -> None:
+    noise = "pipeline(0, 30).map(lambda x, y: (x + tf.random.uniform([4]), y))"
+    import tensorflow as tf
+
+    tf.random.set_seed(3)  # as Keras' set_random_seed, with which each epoch would be the same
+    found = pipeline_of(piped(noise)).call()
+    one, other = (list(found.as_numpy_iterator()) for _ in range(2))
+    assert not np.array_equal(one[0][0], other[0][0])
+    drawn = "pipeline(0, 30).map(lambda x, y: (x + np.random.uniform(size=4), y))"
+    found = piped(drawn, seed=3)
+    for seed, same in ((3, True), (4, False)):
+        again = list(replace(pipeline_of(found), seed=seed).call().as_numpy_iterator())
+        assert np.array_equal([x for x, _ in again], found.train[0]) == same
+
+
+def test_a_function_that_has_changed_since_the_run_began_is_refused(in_folder: Path) -> None:
+    pipeline = pipeline_of(piped("pipeline(0, 30)"))
+    pipeline.check()  # the same source, already loaded
+    with pytest.raises(ModelError, match=r"--dataset must be as it was when the run began, mine"):
+        replace(pipeline, digest="0" * 64).check()
+    with pytest.raises(ModelError, match="No module named 'gone'"):
+        replace(pipeline, name="gone:load").check()
+
+
+def test_a_pipeline_larger_than_the_memory_is_trained_by_a_sample(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = 4 * 4 + 8
+    monkeypatch.setattr(function, "free", lambda: 2 * (5 + 10 + 12) * row)  # validation and test
+    found = load(f"return {PARTS}", PIPELINES)
+    assert (len(found.train[1]), found.train_examples, len(found.validation[1])) == (12, 30, 5)
+    assert str(found).endswith("in the sample of 12: 0; " + found.note)
+    assert found.note.endswith("; scale and baselines by a sample of 12")
+    assert load(f"return {PARTS}", PIPELINES).train[0].tolist() == found.train[0].tolist()
+    rows = {row.tobytes() for row in load("return arrays").x_all}
+    assert {row.tobytes() for row in found.train[0]} <= rows
 
 
 LABELS = PIPELINES + "\n\ny = np.stack([np.arange(40) % 2, np.arange(40) % 3 > 0], axis=1)\n"
@@ -129,8 +229,6 @@ def test_a_name_for_each_label_is_needed(in_folder: Path) -> None:
 
 
 # ---- what is refused ---------------------------------------------------------------------------
-
-PARTS = "{'train': pipeline(0, 30), 'test': pipeline(30, 40)}"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +265,13 @@ def test_what_a_function_returns_is_checked(
     ("returned", "rule", "found", "remedy"),
     [
         (f"return {{**{PARTS}, 'test': x}}", "test must be a tf.data.Dataset", "ndarray", "return"),
-        ("return {'train': pipeline(0, 9)}", "must return train, test", "has no test", "return a"),
+        ("return {'train': pipeline(0, 9)}", "must return train, val", "has no val", "return a"),
+        (
+            "return {'train': pipeline(0, 9), 'test': pipeline(0, 9)}",
+            "must return validation beside train and test, since a tf.data.Dataset is not split",
+            "has none",
+            "return it, too, for example by .take() and .skip() before anything is shuffled",
+        ),
         (
             f"return {{**{PARTS}, 'train': pipeline(0, 9).repeat()}}",
             "train must have an end",
@@ -179,6 +283,18 @@ def test_what_a_function_returns_is_checked(
             "train must have an end",
             "more than 1,000 examples and no end yet",
             "leave out .repeat()",
+        ),
+        (
+            f"return {{**{PARTS}, 'train': pipeline(0, 9).batch(4).map(lambda x, y: (x, y[:2]))}}",
+            "train must have a label for each example of a batch",
+            "has 2 for 4",
+            "check",
+        ),
+        (
+            f"return {{**{PARTS}, 'train': pipeline(0, 9).map(lambda x, y: (x, y * 2))}}",
+            "y_train must hold labels 0 to C-1",
+            "has labels 0, 2",
+            "number the classes",
         ),
         (
             f"return {{**{PARTS}, 'test': pipeline(0, 9).map(lambda x, y: x)}}",
@@ -212,7 +328,7 @@ def test_pipelines_are_checked(
     found: str,
     remedy: str,
 ) -> None:
-    monkeypatch.setattr(function, "MOST_EXAMPLES", 1000)
+    monkeypatch.setattr(batches, "MOST_EXAMPLES", 1000)
     refused_as(returned, PIPELINES, rule, found, remedy)
 
 
@@ -263,3 +379,60 @@ def test_a_function_is_searched_by_two_workers_and_called_once(in_folder: Path) 
     assert (code, err) == (0, "")
     assert "mine:load: 27 / 3 / 10 examples to train, validate, test (stratified split)" in out
     assert Path("calls.txt").read_text() == "read\n"
+
+
+AUGMENTED = """
+import numpy as np
+import tensorflow as tf
+
+y = np.arange(80) % 2
+x = (np.random.default_rng(0).normal(size=(80, 4)) + 2 * y[:, None]).astype("float32")
+
+
+def load():
+    whole = tf.data.Dataset.from_tensor_slices((x, y))
+    noise = tf.random.Generator.from_seed(1)
+    train = whole.take(50).shuffle(50, seed=1)
+    train = train.map(lambda x, y: (x + noise.normal([4]), y)).batch(8)
+    return {"train": train, "validation": whole.skip(50).take(15), "test": whole.skip(65)}
+"""
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_searched_resumed_and_reproduced(in_folder: Path) -> None:
+    Path("mine.py").write_text(AUGMENTED)
+    options = (
+        *(
+            "--dataset",
+            "mine:load",
+            "--epochs",
+            "2",
+            "--hidden-units",
+            "4,8",
+            "--study-name",
+            "own",
+        ),
+        *("--model-name", "Own", "--report", "none"),
+    )
+    code, out, err = command(in_folder, *options, "--n-trials", "2", "--workers", "2")
+    assert (code, err) == (0, ""), out
+    assert "50 / 15 / 15 examples to train, validate, test (own split); 4 features" in out
+    assert "; tf.data, trained batch by batch with Keras' fit, in its own batches of 8\n" in out
+    assert re.search(r"^baselines: majority class 0.5333, logistic regression ", out, re.MULTILINE)
+    assert command(in_folder, "doctor", "--study-name", "own")[0] == 0
+    code, out, err = command(in_folder, "reproduce", "--study-name", "own")
+    assert (code, err) == (0, ""), out
+    assert "the same to the last digit" in out
+    Path("mine.py").write_text(AUGMENTED.replace("noise.normal([4])", "0.1 * noise.normal([4])"))
+    code, out, err = command(in_folder, *options, "--n-trials", "3", "--workers", "1")
+    assert (code, err) == (0, ""), out
+    assert "own: 1 more trials of 2 epochs to run" in out
+    with mlflow_at(in_folder) as client:
+        version = client.get_model_version_by_alias("Own", "production")
+        params = client.get_run(version.run_id).data.params
+    assert [params[name] for name in ("batch_size", "train_samples", "split")] == ["8", "50", "own"]
+    Path("mine.py").write_text(AUGMENTED.replace("batch(8)", "batch(5)"))
+    code, _, err = command(in_folder, *options, "--n-trials", "4")
+    assert code == 2
+    assert "dataset: mine:load (" in err
+    assert "; batch_size: 8 -> 5" in err

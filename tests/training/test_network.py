@@ -13,7 +13,7 @@ from test_epoch import tried
 from test_train import CLASSES, FEATURES, TASK
 
 from search.config import custom_model
-from search.data.dataset import Normalization
+from search.data.sources import Normalization
 from search.data.task import Task
 from search.training.network import (
     build_network,

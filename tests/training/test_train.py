@@ -1,7 +1,9 @@
 """The epoch in the graph learns what a plain Keras loop learns, to float precision."""
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from conftest import default_network
 from numpy.typing import NDArray
 
 from search.data.dataset import scaled
+from search.data.function import Pipeline
+from search.data.sources import Normalization
 from search.data.task import Task
 from search.training import epoch as graph
 from search.training import train as training
@@ -24,6 +28,7 @@ from search.training.train import (
     History,
     TrainingDiverged,
     _of_thread,
+    batches_of,
     evaluate,
     gpu_name,
     graph_for,
@@ -283,6 +288,118 @@ assert int(net.optimizer.iterations) == 102
     expected = net.predict(x, verbose=0)
     assert np.allclose(np.load(tmp_path / "prediction.npy"), expected, rtol=1e-5, atol=1e-6)
     assert len(set(expected.argmax(axis=1))) > 1
+
+
+# ---- pipelines -----------------------------------------------------------------------------------
+
+
+class Given(Pipeline):
+    """A pipeline that is here, so no function is called."""
+
+    def call(self, part: str = "train") -> Any:
+        return self.__dict__["given"]
+
+
+def pipeline(given: tf.data.Dataset, count: int, size: int | None = BATCH, **more: Any) -> Given:
+    described = {"name": "mine:load", "digest": "", "seed": 0, "spec": "", "held": "", "counts": {}}
+    known = {"examples": count, "batch_count": -(-count // BATCH), "dtype": "float32"}
+    found = Given(**{**described, **known, "batch_size": size, "task": TASK, **more})
+    object.__setattr__(found, "given", given)
+    return found
+
+
+def in_the_order_of(data: Examples, seed: int = 7) -> tf.data.Dataset:
+    """A pipeline whose epochs have the batches of those in memory."""
+    x, y = data
+    epochs = itertools.count()
+
+    def read() -> Iterator[Examples]:
+        order = graph.epoch_order(len(x), seed, next(epochs)).numpy()
+        for first in range(0, len(x), BATCH):
+            batch = order[first : first + BATCH]
+            yield x[batch], y[batch].astype(np.int64)
+
+    kinds = tf.TensorSpec((None, *x.shape[1:]), x.dtype), tf.TensorSpec((None,), np.int64)
+    return tf.data.Dataset.from_generator(read, output_signature=kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"schedule": "one_cycle", "weight_decay": 0.1, "label_smoothing": 0.1, "dropout_rate": 0.3},
+        {"augmentation": "affine", "schedule": "plateau", "early_stopping": 1, "optimizer": "sgd"},
+    ],
+    ids=str,
+)
+def test_a_pipeline_trains_to_the_digits_of_its_arrays(changed: dict[str, Any]) -> None:
+    data, validation = examples(5 * BATCH + 7), examples(50, seed=1)
+    hp = {**default_network(16), "batch_size": BATCH, **changed}
+    weights = np.array([1, 2, 1, 3], np.float32) if "weight_decay" in changed else None
+    found = []
+    for given in (data, pipeline(in_the_order_of(data), len(data[1]))):
+        net = build_network(hp, (5, 4), TASK, seed=3)
+        history = training.train(
+            net,
+            given,
+            hp,
+            epochs=3,
+            seed=7,
+            shape=(5, 4),
+            validation=validation,
+            class_weights=weights,
+        )
+        found.append((history, [w.tolist() for w in net.get_weights()]))
+    assert found[0] == found[1]
+
+
+def test_a_pipeline_is_read_again_and_to_its_end_in_every_epoch() -> None:
+    x, y = examples(4 * BATCH)
+    read: list[int] = []
+
+    def one_more_batch_in_each_epoch() -> Iterator[Examples]:
+        read.append(0)
+        for batch in range(len(read)):
+            read[-1] += 1
+            part = slice(batch * BATCH, (batch + 1) * BATCH)
+            yield x[part], y[part]
+
+    kinds = tf.TensorSpec((None, FEATURES), np.float32), tf.TensorSpec((None,), np.int32)
+    growing = tf.data.Dataset.from_generator(one_more_batch_in_each_epoch, output_signature=kinds)
+    net = network(0.2)
+    train(net, pipeline(growing, BATCH), epochs=4)
+    assert read == [1, 2, 3, 4]
+    assert int(net.optimizer.iterations) == 1 + 2 + 3 + 4
+
+
+def test_single_examples_come_in_batches_prepared_as_arrays_are() -> None:
+    x = np.random.default_rng(0).normal(size=(10, 2, 3)) * 1e3
+    y = np.random.default_rng(1).normal(size=(10, 1)) * 1e3
+    scale = Normalization(*np.float32([[3] * 6, [7] * 6]))
+    task = Task("regression", 1, mean=0.1, deviation=3.3)
+    source = tf.data.Dataset.from_tensor_slices((x, y[:, 0]))
+    alone = pipeline(source, 10, None, task=task, normalization=scale)
+    read = list(batches_of(alone, 4, 0, 6).as_numpy_iterator())
+    assert [len(part) for _, part in read] == [4, 4, 2]
+    flat = scale.apply(x.reshape(10, 6).astype(np.float32))
+    np.testing.assert_array_equal(np.concatenate([part for part, _ in read]), flat)
+    numbers = ((y[:, 0].astype(np.float32).astype(float) - 0.1) / 3.3).astype(np.float32)
+    np.testing.assert_array_equal(np.concatenate([part for _, part in read]), numbers)
+
+
+def test_the_winner_sees_the_validation_part_in_every_epoch_as_well() -> None:
+    x, y = np.arange(12, dtype=np.uint8)[:, None], np.zeros(12, np.int64)
+    source = tf.data.Dataset.from_tensor_slices((x[:8], y[:8])).batch(2)
+    more = (x[8:], y[8:].astype(np.int32))
+    both = pipeline(source, 8, 2, batch_count=4, dtype="uint8", more=more)
+    assert both.steps(2) == (4, 2)
+    mixed = batches_of(both, 128, 3, 1)
+    epochs = [[part.ravel().tolist() for part, _ in mixed.as_numpy_iterator()] for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(itertools.chain(*epoch)) == list(range(12))
+        assert epoch[-2:] != [[8, 9], [10, 11]]  # not in the end, in their order
+    again = batches_of(both, 128, 3, 1).as_numpy_iterator()
+    assert [part.ravel().tolist() for part, _ in again] == epochs[0]
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
