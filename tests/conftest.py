@@ -26,7 +26,7 @@ from search import StudyConfig
 from search.config.hyperparameters import complete
 from search.data.dataset import Dataset
 from search.data.load import load_dataset
-from search.data.task import Task
+from search.task import Task
 from search.workers import processes
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import optuna
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from search.data.task import METRICS, Metric
 from search.study.trials import metrics_in
+from search.task import METRICS, Metric
 from search.tracking.schema import STATUS
 
 

@@ -12,8 +12,9 @@ import pytest
 from conftest import arrays
 
 from search import memory
-from search.data.dataset import Dataset, fit
+from search.data.dataset import Dataset
 from search.data.load import load_dataset
+from search.data.preparation import fit
 from search.errors import InputError
 from search.memory import empty, free, hand_over, moved, opened, partition, shared
 

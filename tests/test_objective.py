@@ -11,10 +11,11 @@ import pytest
 from conftest import command, mlflow_at, small_dataset
 
 from search import StudyConfig
-from search.data.load import choose_objective, load_for_study
-from search.data.task import METRICS
+from search.data.load import load_for_study
 from search.errors import InputError
+from search.pipeline import choose_objective
 from search.promotion.baselines import compute
+from search.task import METRICS
 from search.training.simple_models import Limit
 
 OPTIONS = ("--dataset", "clouds.npz", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")

@@ -19,8 +19,8 @@ import optuna
 import pytest
 from conftest import command
 
-from search.data.dataset import scaled
 from search.data.load import load_dataset
+from search.data.preparation import scaled
 from search.training import environment
 
 ARCHIVES = sorted((Path(__file__).parent / "studies").glob("*.zip"))

@@ -16,13 +16,13 @@ from sklearn import datasets
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from search import StudyConfig, run
-from search.data.dataset import scaled
 from search.data.load import load_dataset
-from search.data.task import METRICS
+from search.data.preparation import scaled
 from search.promotion import baselines
 from search.promotion.baselines import Baseline, BestBaseline
 from search.promotion.comparison import Comparison
 from search.report.progress import Progress, Result
+from search.task import METRICS
 from search.training.simple_models import MODELS, Limit
 
 SMALL = ("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")

@@ -22,10 +22,11 @@ import numpy as np
 
 from search import batches
 from search.config.custom_model import NAME, Function, ModelError, load_function, same_function
-from search.data.sources import ARRAYS, Arrays, Images, Labels, Normalization, Source
-from search.data.task import Task
+from search.data.preparation import Normalization
+from search.data.sources import ARRAYS, Arrays, Images, Labels, Source
 from search.errors import InputError, one_line
 from search.memory import free
+from search.task import Task
 
 _VALIDATION = ("x_validation", "y_validation")
 _PIPELINES = ("train", "validation", "test")

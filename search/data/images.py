@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.data_settings import KERAS_DATASETS
-from search.data.dataset import stratified
+from search.data.preparation import stratified
 from search.data.sources import Arrays, Source
 from search.errors import InputError, one_line, printable
 from search.imports import prepare_tensorflow, silent_stderr

@@ -1,7 +1,6 @@
 """Load the data of a study: which source, split and preparation its settings ask for."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,25 +11,14 @@ from numpy.typing import NDArray
 from search.config.data_settings import is_table, names_in
 from search.config.hyperparameters import HYPERPARAMETERS
 from search.config.options import flag
-from search.config.settings import AUTO, StudyConfig
+from search.config.settings import StudyConfig
 from search.data import function, images, sources
-from search.data.dataset import (
-    OWN_SPLIT,
-    Dataset,
-    count_repeated,
-    fit,
-    held_out,
-    is_image,
-    kept,
-    scaled,
-)
+from search.data.dataset import OWN_SPLIT, Dataset, count_repeated, is_image
+from search.data.preparation import fit, held_out, kept, scaled
 from search.data.sources import Arrays, Source, is_own
-from search.data.task import KINDS, MOST_OUTPUTS, Metric, describe, objective_of
 from search.errors import InputError, one_line
 from search.memory import chunks, moved, partition
-
-_STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
-_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_OF_EPOCH = 32, 1024, 200  # of --batch-size auto
+from search.task import KINDS, describe
 
 
 def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dataset:
@@ -142,60 +130,6 @@ def _load_table(config: StudyConfig, split: str, task: str) -> Dataset:
         test_rows=test,
         example=frame[adapted.sources].iloc[part.train[:2]],
     )
-
-
-def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None) -> int:
-    """The epochs of a trial: as in the settings, or else as in the existing study.
-
-    With a thousand examples, 5 epochs are 40 steps, too few to tell trials apart. On scikit-learn's
-    digits, 10 epochs gain 0.009 test accuracy (mean of four splits of 50 trials).
-    """
-    known = (stored or {}).get("epochs")
-    if config.epochs is None and isinstance(known, int):
-        return known
-    if config.epochs is not None or not is_own(config.dataset):
-        return config.trial_epochs
-    steps = math.ceil(dataset.train_examples / 128)
-    return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
-
-
-def choose_batch_size(
-    config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None
-) -> str:
-    """The space of the batch size: as in the settings, or for auto as in the existing study.
-
-    Of a new one 32, which small data need for enough steps; doubled while an epoch has more than
-    200, up to 1024.
-    """
-    if config.batch_size != AUTO:
-        return config.batch_size
-    if stored is not None and "batch_size" in stored:
-        return str(stored["batch_size"])
-    size = _SMALLEST_BATCH
-    while size < _LARGEST_BATCH and dataset.train_size > size * _STEPS_OF_EPOCH:
-        size *= 2
-    return str(size)
-
-
-def choose_objective(
-    config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None
-) -> Metric:
-    """The objective: as in the settings, or else as in the existing study, or the task's default.
-
-    Raises InputError if it is not a metric of the task.
-    """
-    known = None if stored is None else objective_of(stored).name
-    chosen = dataset.task.objective(
-        known or "auto" if config.objective == "auto" else config.objective
-    )
-    outputs = len(dataset.x_test) * dataset.task.outputs
-    if outputs > MOST_OUTPUTS and chosen.name not in ("val_accuracy", "val_loss"):
-        raise InputError(
-            f"--objective {chosen.name} needs at most {MOST_OUTPUTS:,} outputs for the test set",
-            f"{len(dataset.x_test):,} examples of {dataset.task.outputs:,} classes have more",
-            "give --objective val_accuracy, or a smaller test set",
-        )
-    return chosen
 
 
 # ---- arrays -----------------------------------------------------------------------------------

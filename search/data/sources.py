@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.data_settings import KERAS_DATASETS
-from search.data.task import KINDS, Kind
 from search.errors import InputError, one_line
 from search.memory import check_fits, chunks, empty, moved, shared
+from search.task import KINDS, Kind
 
 MNIST = Path(__file__).parent / "datasets" / "mnist.npz"
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -43,21 +43,6 @@ _SMALLER = (
     "take fewer or smaller examples, a machine with more memory, or a function that returns a "
     "tf.data.Dataset, which is trained batch by batch"
 )
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Mean and variance of every feature of the training part, float32 of shape (features,).
-
-    A constant feature has variance 1 here, so that other values in later data stay small.
-    """
-
-    mean: NDArray[np.float32]
-    variance: NDArray[np.float32]
-
-    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`x` of shape (n, features), normalized as `keras.layers.Normalization` does."""
-        return np.asarray((x - self.mean) / np.sqrt(self.variance), np.float32)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from search.config.data_settings import names_in, targets_in
 from search.config.settings import StudyConfig
 from search.data.columns import labels_in, numbered, numbers_in
-from search.data.dataset import Seed, held_out, kept
+from search.data.preparation import Seed, held_out, kept
 from search.data.serving import as_words, dates_of
 from search.data.sources import Labels, check_labels, check_numbers
-from search.data.task import KINDS, check_classes, class_names
 from search.errors import InputError, nearest, one_line
 from search.memory import check_fits
+from search.task import KINDS, check_classes, class_names
 
 if TYPE_CHECKING:
     import pyarrow

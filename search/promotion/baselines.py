@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.dataset import Dataset, scaled
+from search.data.dataset import Dataset
+from search.data.preparation import scaled
 from search.data.sources import Images
-from search.data.task import DEFAULT_OBJECTIVE, Metric, metric_among
 from search.errors import one_line
 from search.promotion.measures import is_right, measure
+from search.task import DEFAULT_OBJECTIVE, Metric, metric_among
 from search.training.simple_models import Fit, Limit, Predict, Stopped, features_of, models_of
 
 LIMIT = 60  # seconds that all of them may take

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.task import Metric, Task
 from search.promotion.measures import measure, measurer
+from search.task import Metric, Task
 
 RESAMPLES = 10_000
 _AT_ONCE = 320_000  # counts, which fit into a processor's cache

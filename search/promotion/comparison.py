@@ -11,12 +11,12 @@ from requests import RequestException
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
-from search.data.task import DEFAULT_OBJECTIVE, METRICS
 from search.errors import RunError, one_line
 from search.promotion import bootstrap
 from search.promotion.baselines import BestBaseline
 from search.promotion.bootstrap import PairedBootstrap
 from search.promotion.evaluation import outputs_of, right_of
+from search.task import DEFAULT_OBJECTIVE, METRICS
 from search.tracking.address import global_uri
 from search.tracking.runs import Tracking
 

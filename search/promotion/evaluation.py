@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.data.dataset import Dataset
-from search.data.task import MOST_OUTPUTS, THRESHOLD
 from search.promotion.measures import is_right
+from search.task import MOST_OUTPUTS, THRESHOLD
 
 SHOWN = 12  # mistakes
 _POINTS = 2_000  # residuals kept and drawn

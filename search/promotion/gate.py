@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
-from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric
 from search.promotion.bootstrap import PairedBootstrap
 from search.promotion.comparison import SIGNIFICANT, SMALLEST_P, Comparison
 from search.study.lock import promotion_lock
 from search.study.storage import RUN_ID, VERSION
 from search.study.storage import objective as objective_of
+from search.task import DEFAULT_OBJECTIVE, METRICS, Metric
 from search.tracking.registered_model import (
     ALIAS,
     aliased_version,

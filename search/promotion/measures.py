@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from search.data.task import THRESHOLD, Metric, Task
+from search.task import THRESHOLD, Metric, Task
 
 _Array = NDArray[Any]  # of floats
 Measurer = Callable[[_Array], _Array]  # counts of shape (n, resamples) -> the metric of each

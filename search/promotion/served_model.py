@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 
 from search.data.dataset import Dataset
-from search.data.task import Task
+from search.task import Task
 
 if TYPE_CHECKING:
     import keras

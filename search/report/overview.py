@@ -10,7 +10,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.config.hyperparameters import REFERENCE, unusual
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
-from search.data.task import METRICS, Metric
 from search.errors import redact
 from search.imports import undisturbed
 from search.promotion.baselines import Baseline
@@ -18,6 +17,7 @@ from search.study import ranking, storage
 from search.study.lock import find_holder, holds_study
 from search.study.ranking import Finalist
 from search.study.trials import FINISHED, TrialSummary, summarize
+from search.task import METRICS, Metric
 from search.tracking.address import check_uri
 from search.tracking.registered_model import Production, find_production
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from search.config.hyperparameters import describe
-from search.data.task import DEFAULT_OBJECTIVE, metric_among
 from search.errors import Interrupted
 from search.report.progress import Progress
 from search.report.text import listed
+from search.task import DEFAULT_OBJECTIVE, metric_among
 
 if TYPE_CHECKING:
     import optuna

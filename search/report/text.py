@@ -9,8 +9,8 @@ from rich.console import Console
 
 from search.config.hyperparameters import describe, short
 from search.config.parameter import Value
-from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric, metric_among
 from search.errors import redact
+from search.task import DEFAULT_OBJECTIVE, METRICS, Metric, metric_among
 
 if TYPE_CHECKING:  # only types: a run loads this before it prints its first line
     from search.promotion.baselines import Baseline

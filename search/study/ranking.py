@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.config.hyperparameters import REFERENCE
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
-from search.data.task import Metric
 from search.study.storage import METADATA, REASON, RUN_ID, SEED
 from search.study.storage import objective as objective_of
+from search.task import Metric
 
 _CHOICE = "finalists"  # user attribute of the study: trials and number of repeats compared
 

@@ -17,9 +17,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search.config.settings import StudyConfig, differences
 from search.config.urls import sqlite_path, sqlite_url
-from search.data.task import DEFAULT_OBJECTIVE, METRICS, Metric, objective_of
 from search.errors import InputError, RunError, one_line, redact
 from search.study import postgres, sqlite
+from search.task import DEFAULT_OBJECTIVE, METRICS, Metric, objective_of
 
 ERRORS = (OSError, SQLAlchemyError, OptunaError)  # raised if a disk or a database fails
 _BEFORE = {  # of studies of earlier versions

@@ -15,11 +15,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.config.parameter import Value
-from search.data.task import Metric
 from search.errors import printable
 from search.study.outline import outlines_of
 from search.study.postgres import server_storage
 from search.study.storage import BY_ITSELF, OWNER, REASON, RUN_ID, SLOT, close, open_storage
+from search.task import Metric
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 LOST = "lost: the worker process died (killed, crashed or powered off)"

@@ -11,10 +11,10 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config.hyperparameters import shared
 from search.config.settings import StudyConfig
 from search.data.dataset import OWN_SPLIT, Dataset
-from search.data.task import METRICS
 from search.errors import printable
 from search.study.ranking import repeats_of
 from search.study.storage import BASELINES, REASON, SEED, VERSION
+from search.task import METRICS
 
 PARENT, STUDY, STUDY_UID = "mlflow.parentRunId", "optuna.study_name", "optuna.study_uid"
 NUMBER, STATE, FAILURE = "optuna.trial_number", "optuna.trial_state", "optuna.failure"

@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from search.data.dataset import UINT8_SCALE
 from search.data.function import Pipeline
+from search.data.preparation import UINT8_SCALE
 from search.data.sources import Images, Labels
 from search.training import augmentation
 from search.training.fused import SCHEDULES, Dropout, clone, fused

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from search.data.task import THRESHOLD, Task
+from search.task import THRESHOLD, Task
 
 _SPREAD = 4.0  # bins are narrowest for logits below 1 / 4
 _RANGE = math.asinh(-90 * _SPREAD), math.asinh(17 * _SPREAD)  # where float32 tells them apart

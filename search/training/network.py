@@ -9,8 +9,9 @@ import keras
 import numpy as np
 
 from search.config.custom_model import CustomModel
-from search.data.dataset import UINT8_SCALE, Dataset
-from search.data.task import Task
+from search.data.dataset import Dataset
+from search.data.preparation import UINT8_SCALE
+from search.task import Task
 from search.training.table_layers import embeddings, encoding
 
 MOMENTUM = 0.9  # of sgd, Nesterov's

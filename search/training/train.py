@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from search.data.function import Pipeline, seed_generators
 from search.data.sources import Images, Labels
-from search.data.task import DEFAULT_OBJECTIVE, Metric
+from search.task import DEFAULT_OBJECTIVE, Metric
 from search.training.epoch import (
     EpochInGraph,
     Examples,

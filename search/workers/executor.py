@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
-from search.data.task import DEFAULT_OBJECTIVE, Metric
 from search.errors import Interrupted, RunError
 from search.signals import EXIT_INTERRUPTED
 from search.study.trials import TrialSummary
+from search.task import DEFAULT_OBJECTIVE, Metric
 from search.workers import tasks
 from search.workers.processes import ProcessBackend
 from search.workers.tasks import Died, Done, NotStarted

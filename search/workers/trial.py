@@ -19,7 +19,6 @@ from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.data.load import class_weights
-from search.data.task import Metric
 from search.errors import one_line, printable
 from search.study import sampling, storage
 from search.study.storage import BY_ITSELF, REASON, RUN_ID, SEED
@@ -30,6 +29,7 @@ from search.study.trials import (
     history_attr,
     read_trial,
 )
+from search.task import Metric
 from search.tracking.runs import Tracking
 from search.tracking.schema import STATE, Metadata
 from search.training.network import check_output, network_for, trainable_parameters

@@ -15,8 +15,9 @@ import keras
 import tensorflow as tf
 
 from search.config.hyperparameters import AUGMENTATIONS, REFERENCE, complete
-from search.data.dataset import Dataset, scaled
+from search.data.dataset import Dataset
 from search.data.load import load_dataset
+from search.data.preparation import scaled
 from search.training import augmentation
 from search.training.network import build_network
 from search.training.train import train, use_one_thread_each

@@ -26,9 +26,9 @@ import replay
 
 from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
-from search.data.task import METRICS
 from search.report.progress import Progress
 from search.study import ranking, sampling, storage
+from search.task import METRICS
 
 TABLE = Path(__file__).with_name("finalists.csv")
 FINALISTS, REPEATS, JUDGES = 3, 4, 3

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from search import StudyConfig
 from search.data import dataset as data
 from search.data.dataset import Dataset
-from search.data.load import choose_batch_size, class_weights, load_dataset
+from search.data.load import class_weights, load_dataset
 from search.data.sources import MNIST
 from search.errors import InputError
+from search.pipeline import choose_batch_size
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from sklearn.datasets import load_diabetes, load_wine
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from search.data.dataset import Dataset
-from search.data.task import METRICS, describe
 from search.promotion import baselines
 from search.promotion.baselines import BestBaseline, Computation, compute, pack
+from search.task import METRICS, describe
 from search.training.simple_models import MODELS, Limit
 
 ACCURACY, LOSS, RMSE = (METRICS[f"val_{name}"] for name in ("accuracy", "loss", "rmse"))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_measures import of_classes, of_numbers
 
-from search.data.task import METRICS
 from search.promotion.bootstrap import compare
 from search.promotion.comparison import SIGNIFICANT
+from search.task import METRICS
 
 
 @pytest.mark.parametrize("name", ["val_auc", "val_f1", "val_balanced_accuracy", "val_loss"])

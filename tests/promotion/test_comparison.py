@@ -11,9 +11,9 @@ from registry import BAD, GOOD, NAME, config, in_production, verdict, versions
 
 from search import pipeline
 from search.data.dataset import Dataset
-from search.data.task import describe
 from search.promotion.baselines import BestBaseline, pack
 from search.promotion.comparison import Comparison, compare_with_baseline
+from search.task import describe
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from conftest import small_dataset
 
 from search.data.dataset import Dataset
 from search.data.load import load_dataset
-from search.data.task import Task
 from search.promotion import evaluation, pictures
 from search.promotion.evaluation import (
     MOST,
@@ -27,6 +26,7 @@ from search.promotion.evaluation import (
     right_of,
 )
 from search.promotion.pictures import save_evaluation
+from search.task import Task
 
 LABELS = np.array([0, 0, 1, 1, 2, 2, 2])
 PREDICTED = np.array([0, 1, 1, 1, 0, 0, 2])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from search.data.task import METRICS, Task
 from search.promotion.measures import measure, measure_all, measurer
+from search.task import METRICS, Task
 
 sklearn = pytest.importorskip("sklearn.metrics")
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from search.config.hyperparameters import REFERENCE
 from search.config.parameter import Value
 from search.config.settings import StudyConfig
-from search.data.task import METRICS
 from search.errors import InputError
 from search.promotion.baselines import Baseline
 from search.promotion.gate import Decision, Winner
@@ -22,6 +21,7 @@ from search.report.progress import Result
 from search.study import storage
 from search.study.ranking import Finalist
 from search.study.sampling import distributions
+from search.task import METRICS
 
 TRIED: dict[str, Value] = {"hidden_units": 1024, "dropout_rate": 0.25, "learning_rate": 0.0005}
 

@@ -10,7 +10,7 @@ import pytest
 import requests
 from conftest import EPOCHS, TRIALS, start
 
-from search.data.task import KINDS
+from search.task import KINDS
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search import pipeline
 from search.config.hyperparameters import REFERENCE
 from search.config.settings import StudyConfig
-from search.data.task import METRICS
 from search.report.progress import Progress
 from search.study import ranking, sampling
 from search.study.ranking import repeat_attr
+from search.task import METRICS
 from search.training import train as training
 from search.training.train import TrainingDiverged
 

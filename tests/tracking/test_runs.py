@@ -9,8 +9,8 @@ from optuna.trial import TrialState, create_trial
 
 from search import InputError, StudyConfig
 from search.data.load import load_dataset
-from search.data.task import Task
 from search.study import storage
+from search.task import Task
 from search.tracking.runs import Tracking
 from search.tracking.schema import study_metadata
 

@@ -13,8 +13,8 @@ from test_train import BATCH, CLASSES, FEATURES, RAGGED, TASK, WHOLE, examples, 
 
 from search.config import custom_model
 from search.config.parameter import Choice
-from search.data.task import Task
 from search.memory import shared
+from search.task import Task
 from search.training import train as training
 from search.training.epoch import epoch_order, tensor_of
 from search.training.network import build_network, network_to_register

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from search.data.task import Task
+from search.task import Task
 from search.training.metrics import (
     AbsoluteError,
     OfClasses,

@@ -13,8 +13,8 @@ from test_epoch import tried
 from test_train import CLASSES, FEATURES, TASK
 
 from search.config import custom_model
-from search.data.sources import Normalization
-from search.data.task import Task
+from search.data.preparation import Normalization
+from search.task import Task
 from search.training.network import (
     build_network,
     check_output,

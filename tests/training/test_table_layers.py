@@ -5,7 +5,7 @@ import pytest
 from conftest import default_network, small_dataset
 
 from search.data.columns import Columns, adapt
-from search.data.task import Task
+from search.task import Task
 from search.training.network import build_network, network_to_register
 from search.training.table_layers import embeddings, encoding
 from search.training.train import train

@@ -14,10 +14,9 @@ import tensorflow as tf
 from conftest import default_network
 from numpy.typing import NDArray
 
-from search.data.dataset import scaled
 from search.data.function import Pipeline
-from search.data.sources import Normalization
-from search.data.task import Task
+from search.data.preparation import Normalization, scaled
+from search.task import Task
 from search.training import epoch as graph
 from search.training import train as training
 from search.training.epoch import Examples, plan_of

@@ -21,9 +21,9 @@ from optuna.trial import TrialState
 from search import pipeline
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
-from search.data.task import METRICS
 from search.errors import RunError
 from search.study.trials import TrialSummary
+from search.task import METRICS
 from search.workers import executor as engine
 from search.workers import processes as pool
 from search.workers.executor import Patience

@@ -15,10 +15,10 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine import Engine
 
 from search import StudyConfig, run
-from search.data.task import KINDS
 from search.errors import Interrupted, RunError
 from search.report.progress import Progress
 from search.study.trials import HISTORY_BLOCK, TrialSummary, history_of
+from search.task import KINDS
 from search.workers.tasks import load_trial
 
 

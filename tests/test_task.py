@@ -1,8 +1,8 @@
 import pytest
 
 from search.config.data_settings import OBJECTIVES
-from search.data.task import KINDS, METRICS, Metric, Task
 from search.errors import InputError
+from search.task import KINDS, METRICS, Metric, Task
 
 
 @pytest.mark.parametrize("kind", KINDS)
