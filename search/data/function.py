@@ -85,16 +85,19 @@ class Pipeline:
         return _call(function, self.seed)[part]
 
     def check(self) -> None:
-        """Raise ModelError if the function, called again in this process, returns another split.
+        """Raise ModelError if the split differs when the function is called again, or read again.
 
-        Its validation part is read for that: what differs there may be in the training part.
+        The validation part is read for that: what it lacks may be in the training part.
         """
         part, refuse = "validation", partial(_refusal, self.name)
-        if batches.digest(batches.elements(part, self.call(part), refuse)) != self.held:
-            raise ModelError(
-                f"--dataset {self.name}: validation must be the same whenever the function is "
-                "called, but it holds other examples now; draw it by a seed"
-            )
+        again = self.call(part)
+        for _ in range(2):
+            if batches.digest(batches.elements(part, again, refuse)) != self.held:
+                raise ModelError(
+                    f"--dataset {self.name}: validation must be the same in every call and epoch",
+                    "it holds other examples when it is read again",
+                    "draw nothing there, or shuffle by a seed with reshuffle_each_iteration=False",
+                )
 
 
 def read(name: str, seed: int = 0) -> tuple[Source, Pipeline | None]:

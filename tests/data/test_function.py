@@ -158,13 +158,14 @@ SPLIT = """whole = pipeline(0, 40){}
 
 
 def test_a_split_must_be_the_same_in_every_call(in_folder: Path) -> None:
-    shuffled = ".shuffle(40, {}reshuffle_each_iteration=False)"
-    found = load(SPLIT.format(shuffled.format("seed=2, ")), PIPELINES)
+    shuffled = ".shuffle(40, {}reshuffle_each_iteration={})"
+    found = load(SPLIT.format(shuffled.format("seed=2, ", False)), PIPELINES)
     again = [x[0] for x, _ in pipeline_of(found).call().as_numpy_iterator()]
     np.testing.assert_array_equal(again, found.x_all[:20, 0])
     assert not set(again) & set(found.validation[0][:, 0])
-    with pytest.raises(InputError, match="validation must be the same whenever the function is"):
-        load(SPLIT.format(shuffled.format("")), PIPELINES)
+    for seed, reshuffle in (("", False), ("seed=2, ", True)):
+        with pytest.raises(InputError, match="validation must be the same in every call and epoch"):
+            load(SPLIT.format(shuffled.format(seed, reshuffle)), PIPELINES)
 
 
 def test_numpy_draws_by_the_seed_and_tensorflow_differently_in_every_epoch(in_folder: Path) -> None:
