@@ -72,10 +72,10 @@ def check_pages() -> None:
     """Raise Failure unless the pages that are published show what they should."""
     for port, (path, word) in _PAGES.items():
         page = f"http://127.0.0.1:{port}/{path}"
-        await_that(f"{page} shows {word}", partial(_shows, page, word))
+        await_that(f"{page} shows {word}", partial(shows, page, word))
 
 
-def _shows(page: str, word: str) -> bool:
+def shows(page: str, word: str) -> bool:
     """Whether a page answers, and has the word in it."""
     try:
         with urllib.request.urlopen(page, timeout=10) as response:

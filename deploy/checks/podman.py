@@ -1,11 +1,12 @@
-"""Podman, which writes to one folder and needs neither systemd nor control groups."""
+"""Podman, which writes to one folder and needs no systemd."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 NEEDED = {
@@ -39,7 +40,6 @@ def configure(folder: Path) -> None:
     (folder / "containers.conf").write_text(
         f"""
 [containers]
-cgroups = "disabled"
 default_ulimits = ["nofile=20000:20000", "nproc=32768:32768"]
 [engine]
 cgroup_manager = "cgroupfs"
@@ -95,6 +95,18 @@ def log(name: str) -> str:
     """Both outputs of a container."""
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.run(["podman", "logs", name], **both).stdout
+
+
+@contextlib.contextmanager
+def logs_on_failure() -> Iterator[None]:
+    """Show the ends of all containers' logs if the block fails."""
+    try:
+        yield
+    except Failure:
+        for name in podman("ps", "--all", "--format={{.Names}}").splitlines():
+            print(f"---- the end of the log of {name}:")
+            print("\n".join(log(name).splitlines()[-30:]), flush=True)
+        raise
 
 
 def kill(name: str) -> str:

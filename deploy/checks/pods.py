@@ -5,15 +5,22 @@ its template, on a network where it has the service's name.
 """
 
 import base64
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from checks.breakage import SMALL, check_pages
+from checks.breakage import SMALL, check_pages, shows
 from checks.images import DEPLOY
-from checks.podman import await_that, expect_exit, has_ended, podman, step, succeeds
+from checks.podman import (
+    await_that,
+    expect_exit,
+    has_ended,
+    logs_on_failure,
+    podman,
+    step,
+    succeeds,
+)
 from checks.stack import PASSWORD
 
 _ORDER = ("postgres", "mlflow", "scheduler", "worker", "study", "dashboard")
@@ -21,17 +28,22 @@ _ORDER = ("postgres", "mlflow", "scheduler", "worker", "study", "dashboard")
 
 def check(folder: Path) -> None:
     """Run the pods of kubernetes.yaml with podman kube play"""
+    import yaml  # comes with podman-compose; not needed by the other checks
+
     parts = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    shared = [part for part in parts if part["kind"] in ("ConfigMap", "PersistentVolumeClaim")]
+    settings = [part for part in parts if part["kind"] == "ConfigMap"]
     pods = {part["metadata"]["name"]: _pod(part) for part in parts if "template" in _spec(part)}
     _spec(pods["study"])["containers"][0]["args"] += SMALL
     podman("network", "create", "pods")
-    podman("kube", "play", "-", given=yaml.safe_dump_all([_secret()]))
-    for name in _ORDER:
-        step(f"pod {name}", partial(_play, name, [*shared, pods[name]]))
-    step("study, to its end: exit code 0", _await_end)
-    print(podman("logs", "--tail=16", "study-study"), flush=True)
-    step("pages answer", check_pages)
+    for volume in ("database", "artifacts"):
+        podman("volume", "create", volume)
+    podman("kube", "play", "-", given=json.dumps(_secret()))
+    with logs_on_failure():
+        for name in _ORDER:
+            step(f"pod {name}", partial(_play, name, [*settings, pods[name]]))
+        step("study, to its end: exit code 0", _await_end)
+        print(podman("logs", "--tail=16", "study-study"), flush=True)
+        step("pages answer", check_pages)
 
 
 def _spec(part: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +59,9 @@ def _secret() -> dict[str, Any]:
 def _pod(workload: dict[str, Any]) -> dict[str, Any]:
     """One pod of a workload, with the volumes that it claims."""
     spec = dict(_spec(workload)["template"]["spec"])
+    for volume in spec["volumes"]:
+        if "secret" in volume:
+            volume["secret"]["optional"] = False  # the default, without which Podman 4.3 crashes
     for claim in _spec(workload).get("volumeClaimTemplates", ()):
         name = claim["metadata"]["name"]
         volume = {"name": name, "persistentVolumeClaim": {"claimName": name}}
@@ -56,15 +71,24 @@ def _pod(workload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _play(name: str, parts: list[dict[str, Any]]) -> None:
-    """Start a pod, and wait until its command says that it is ready."""
-    options = [f"--network=pods:alias={name}"]
-    ports = [port for page in parts[-1]["spec"]["containers"] for port in page.get("ports", ())]
-    options += [f"--publish={port['containerPort']}" for port in ports]
-    podman("kube", "play", *options, "-", given=yaml.safe_dump_all(parts))
-    probe = parts[-1]["spec"]["containers"][0].get("readinessProbe", {})
+    """Start a pod, and wait until it is ready."""
+    (inside,) = _spec(parts[-1])["containers"]
+    for port in inside.get("ports", ()):
+        port["hostPort"] = port["containerPort"]
+    podman(
+        "kube",
+        "play",
+        f"--network=pods:alias={name}",
+        "-",
+        given="\n---\n".join(map(json.dumps, parts)),
+    )
+    probe = inside.get("readinessProbe", {})
     if "exec" in probe:
         command = ("exec", f"{name}-{name}", *probe["exec"]["command"])
         await_that(f"{name} is ready", partial(succeeds, *command))
+    elif probe:
+        page = f"http://127.0.0.1:{probe['httpGet']['port']}{probe['httpGet']['path']}"
+        await_that(f"{name} is ready", partial(shows, page, "OK" if name == "mlflow" else "ok"))
 
 
 def _await_end() -> None:

@@ -16,7 +16,7 @@ from checks.podman import (
     call,
     expect_exit,
     has_ended,
-    log,
+    logs_on_failure,
     podman,
     step,
     succeeds,
@@ -46,16 +46,11 @@ class Stack:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The stores and the scheduler run in the block; show the logs if something fails."""
-        try:
+        with logs_on_failure():
             step("PostgreSQL, its two databases", lambda: self.start("postgres"))
             step("MLflow server, scheduler", lambda: self.start("mlflow", "scheduler"))
             yield
             step("taken down", lambda: self._compose("down", "--volumes"))
-        except Failure:
-            for name in podman("ps", "--all", "--format={{.Names}}").splitlines():
-                print(f"---- the end of the log of {name}:")
-                print("\n".join(log(name).splitlines()[-30:]), flush=True)
-            raise
 
     def _compose(self, *arguments: str) -> None:
         """Run a command of podman-compose on compose.yaml and what differs here."""
