@@ -17,6 +17,7 @@ from search.data.dataset import Dataset
 from search.data.function import Pipeline
 from search.data.load import class_weights, load_dataset, load_for_study
 from search.errors import InputError
+from search.training.train import batches_of
 
 ARRAYS = """
 import numpy as np
@@ -211,17 +212,15 @@ LABELS = PIPELINES + "\n\ny = np.stack([np.arange(40) % 2, np.arange(40) % 3 > 0
 
 @pytest.mark.parametrize("batch", ["", ".batch(4)"])
 def test_a_pipeline_of_labels_is_read_in_batches_or_not(in_folder: Path, batch: str) -> None:
-    found = load(
-        f"return {{'train': pipeline(0, 30){batch}, 'test': pipeline(30, 40){batch}, "
-        "'class_names': ['odd', 'no multiple of 3']}",
-        LABELS,
-    )
-    assert (found.task.kind, found.task.class_names[0], found.split) == (
-        *("multilabel", "odd"),
-        "random",
-    )
-    assert (found.x_all.shape, found.y_all.shape) == ((30, 4), (30, 2))
+    parts = {"train": "0, 30", "validation": "30, 35", "test": "35, 40"}
+    listed = ", ".join(f"'{part}': pipeline({rows}){batch}" for part, rows in parts.items())
+    found = load(f"return {{{listed}, 'class_names': ['odd', 'no multiple of 3']}}", LABELS)
+    assert (found.task.kind, found.task.class_names[0]) == ("multilabel", "odd")
+    assert (found.x_all.shape, found.y_all.shape) == ((35, 4), (35, 2))
     np.testing.assert_array_equal(found.y_test[:, 0], found.x_test[:, 0] / 4 % 2)
+    read = list(batches_of(pipeline_of(found), 4, 0, 4).as_numpy_iterator())
+    assert {(x.shape, y.shape, y.dtype.name) for x, y in read[:-1]} == {((4, 4), (4, 2), "float32")}
+    np.testing.assert_array_equal(np.concatenate([y for _, y in read]), found.y_all[:30])
 
 
 def test_a_name_for_each_label_is_needed(in_folder: Path) -> None:
