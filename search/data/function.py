@@ -146,8 +146,9 @@ def seed_generators(seed: int) -> None:
     """
     random.seed(seed)
     np.random.seed(seed)
-    if "tensorflow" in sys.modules:
-        sys.modules["tensorflow"].random.set_seed(None)
+    tensorflow = sys.modules.get("tensorflow")
+    if tensorflow is not None:
+        tensorflow.random.set_seed(None)
 
 
 def _check_keys(name: str, kept: dict[Any, Any], needed: Any, more: Any = ()) -> None:
