@@ -224,14 +224,16 @@ def test_a_split_without_a_class_is_refused_and_nothing_is_created(sorted_clouds
 
 
 @pytest.mark.slow
-def test_a_study_keeps_its_split_its_scale_and_its_epochs(sorted_clouds: Path) -> None:
-    first = run(config(sorted_clouds, epochs=3, n_trials=2, pruner="none"))
-    again = run(config(sorted_clouds, epochs=None, n_trials=3, pruner="none"))
+def test_a_study_keeps_its_split_its_scale_its_epochs_and_its_batches(sorted_clouds: Path) -> None:
+    first = run(config(sorted_clouds, epochs=3, n_trials=2, pruner="none", batch_size=16))
+    again = run(config(sorted_clouds, epochs=None, n_trials=3, pruner="none", batch_size="auto"))
     assert (first.ran, again.ran) == (2, 1)
-    trials = invariants.check(Path.cwd(), 3)["trials"]
+    found = invariants.check(Path.cwd(), 3)
+    trials, runs = found["trials"], found["runs"]
+    assert {run.data.params["batch_size"] for run in runs} == {"16"}
     assert {len(trial.user_attrs["history"]) for trial in trials} == {3}
     with pytest.raises(InputError, match="split: stratified -> last; normalize: auto -> none"):
-        run(config(sorted_clouds, split="last", normalize="none", epochs=3))
+        run(config(sorted_clouds, split="last", normalize="none", epochs=3, batch_size="auto"))
 
 
 def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(

@@ -119,5 +119,5 @@ def fit(name: str, x: NDArray[np.float32]) -> Normalization:
 def scaled(x: Images) -> NDArray[np.float32]:
     """`x` as the network takes it: float32, with uint8 scaled to [0, 1]."""
     if x.dtype == np.uint8:
-        return x.astype(np.float32) * UINT8_SCALE
+        return np.multiply(x, UINT8_SCALE, dtype=np.float32)  # without a copy as float32
     return x.astype(np.float32, copy=False)

@@ -21,7 +21,8 @@ from search.training.simple_models import Fit, Limit, Predict, Stopped, features
 
 LIMIT = 60  # seconds that all of them may take
 _ROWS = 200_000  # examples above which a model is fitted to a sample of them
-_NUMBERS = 50_000_000  # the most features of all examples in a sample: 400 MB
+_NUMBERS = 25_000_000  # the most features of all examples in a sample: 100 MB
+_PART = 5_000_000  # features, or outputs, of all examples that are predicted at once: 40 MB
 _WORK = 1_000_000_000  # the most features of all examples times outputs: about 1 s an iteration
 _MEASURED = 20_000_000  # outputs above which only the accuracy is measured: 7 s for the AUC
 _KEPT = 1_000_000  # the most outputs kept with a study: 4 MB
@@ -196,7 +197,7 @@ def _predict(
     """
     outputs = data.task.outputs
     large = data.task.classes and len(x) * outputs > _MEASURED
-    rows, parts = max(1, _NUMBERS // max(x.shape[1], outputs)), []
+    rows, parts = max(1, _PART // max(x.shape[1], outputs)), []
     for first in range(0, len(x), rows):
         part = scaled(x[first : first + rows])
         part = part if normalize is None else normalize(part)

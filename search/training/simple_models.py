@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 _FIRST, _GROWTH = 10, 5  # iterations before the first look at the clock; factor from look to look
 _MOST_WEIGHTS = 10_000_000  # of which L-BFGS keeps some 25 copies: 2 GB
-Features = Any  # float64 of shape (n, features), sparse if some of them are one-hot words
+_EXACT = 5_000_000  # numbers above which they stay float32, for half of the memory
+Features = Any  # of shape (n, features), float64 or float32, sparse if some are one-hot words
 Predict = Callable[[Features], NDArray[Any]]  # returns outputs of shape (n, outputs)
 Fit = Callable[[Features, NDArray[Any], int, "Limit"], tuple[Predict, bool]]  # x, y, outputs, limit
 
@@ -50,7 +51,7 @@ def features_of(x: NDArray[np.float32], vocabularies: tuple[int, ...]) -> Featur
     vocabularies: the number of different indices of each; the result is sparse if there are any.
     """
     if not vocabularies:
-        return x.astype(np.float64)
+        return x if x.size > _EXACT else x.astype(np.float64)
     from scipy.sparse import csr_array, hstack
 
     rows, first = np.arange(len(x)), x.shape[1] - len(vocabularies)

@@ -85,6 +85,17 @@ def test_indices_for_embeddings_are_one_hot() -> None:
     assert features_of(x, ()).dtype == np.float64
 
 
+def test_many_numbers_are_fitted_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = wine()
+    whole = LogisticRegression(max_iter=1000).fit(x, y).predict_proba(x)
+    few = x.astype(np.float32)
+    monkeypatch.setattr(simple_models, "_EXACT", few.size - 1)
+    assert features_of(few, ()) is few
+    predict, converged = fit_logistic(few, y, 3, in_a_minute())
+    assert converged
+    np.testing.assert_allclose(predict(few), whole, atol=0.01)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_takes_them(kind: str) -> None:
     """Each of 60 words tells the class, or the number, and nothing else does."""
