@@ -109,7 +109,10 @@ def check_refusal(stdout: str, stderr: str, fragments: tuple[str, ...]) -> None:
 
 TRIALS = ("--n-trials must be a whole number", "for example --n-trials 50")
 EPOCHS = ("--epochs must be auto or a whole number", "for example --epochs 5")
-BATCH = ("--batch-size must be whole numbers from 1 to 1000000000", "for example 64,128,256")
+BATCH = (
+    "--batch-size must be auto, or whole numbers from 1 to 1000000000",
+    "for example 64,128,256",
+)
 SCHEDULE = ("--schedule must be one of constant, cosine, one_cycle, plateau", "constant,cosine")
 SWITCH = ("--batch-normalization must be true or false (a value or a list)", "true,false")
 LAYERS = ("--hidden-layers must be whole numbers from 1 to 5", "for example 1:5")
@@ -245,7 +248,7 @@ def test_a_number_too_large_to_use_is_refused(refused: Refused, name: str, digit
     with pytest.raises(InputError):  # first, since a run of so many trials would fill the memory
         StudyConfig(**{name: options()[name].parse(text)})
     option = "--" + name.replace("_", "-")
-    rules = {"batch_size": "whole numbers", "epochs": "auto or a whole number"}
+    rules = {"batch_size": "auto, or whole numbers", "epochs": "auto or a whole number"}
     rule = rules.get(name, "a whole number")
     refused(command(**{name: text}), f"error: {option} must be {rule}", "but got")
 

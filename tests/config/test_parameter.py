@@ -80,7 +80,7 @@ def test_the_notation_is_read(name: str, text: str, expected: Parameter) -> None
         ("conv_blocks", "1", "must be whole numbers, 2 or 3"),
         ("early_stopping", "never", "must be off or whole numbers, 1 or more"),
         ("early_stopping", "-1", "must be off or whole numbers, 1 or more"),
-        ("batch_size", "0", "must be whole numbers from 1 to 1000000000"),
+        ("batch_size", "0", "must be auto, or whole numbers from 1 to 1000000000"),
         ("weight_decay", "-0.1", "must be numbers from 0 to 1"),
         ("label_smoothing", "1", "must be numbers from 0 to below 1"),
         ("augmentation_strength", "0", "must be numbers above 0, at most 4"),
