@@ -230,7 +230,7 @@ def test_a_study_keeps_its_split_its_scale_its_epochs_and_its_batches(sorted_clo
     assert (first.ran, again.ran) == (2, 1)
     found = invariants.check(Path.cwd(), 3)
     trials, runs = found["trials"], found["runs"]
-    assert {run.data.params["batch_size"] for run in runs} == {"16"}
+    assert {run.data.params["batch_size"] for run in runs.values()} == {"16"}
     assert {len(trial.user_attrs["history"]) for trial in trials} == {3}
     with pytest.raises(InputError, match="split: stratified -> last; normalize: auto -> none"):
         run(config(sorted_clouds, split="last", normalize="none", epochs=3, batch_size="auto"))
