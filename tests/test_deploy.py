@@ -127,6 +127,8 @@ def test_every_container_has_no_more_rights_and_memory_than_it_needs() -> None:
             "capabilities": {"drop": ["ALL"]},
         }
         assert "memory" in container["resources"]["limits"]
+    # else Dask counts on a share of the limit, one by the number of cores, and pauses the worker
+    assert "--memory-limit=0" in containers()["worker"]["args"]
 
 
 def test_postgresql_is_ready_only_when_it_answers_from_outside() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 NEEDED = {
-    "podman": "apt-get install podman crun netavark aardvark-dns iptables",
+    "podman": "apt-get install podman crun netavark aardvark-dns iptables catatonit",
     "mmdebstrap": "apt-get install mmdebstrap",
     "podman-compose": "pip install 'podman-compose>=1.6'",
     "unshare": "apt-get install util-linux",
