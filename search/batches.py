@@ -19,11 +19,11 @@ Refuse = Callable[[str, str, str], InputError]  # of a rule, what was found, and
 
 
 def read(part: str, pipeline: Any, limit: int, refuse: Refuse) -> Batch:
-    """All examples and labels of a tf.data.Dataset. limit: bytes that they may have.
+    """All examples and labels of a tf.data.Dataset that `check` has passed.
 
-    part: what it is called. Raises what `refuse` makes for what can't be read.
+    part: what it is called. limit: bytes that they may have. Raises what `refuse` makes for what
+    can't be read.
     """
-    check(part, pipeline, refuse)
     spec, count = pipeline.element_spec, cardinality(pipeline)
     known = all(s.shape.num_elements() is not None for s in spec)
     needed = count * sum(s.shape.num_elements() * s.dtype.size for s in spec) if known else 0
@@ -50,7 +50,6 @@ def sampled(
     part: str, pipeline: Any, limit: int, seed: int, refuse: Refuse
 ) -> "tuple[Sample, Batch]":
     """A random sample of a tf.data.Dataset, which is read once, and what it found; as `read`."""
-    check(part, pipeline, refuse)
     sample = Sample(limit, seed)
     try:
         for x, y in elements(part, pipeline, refuse):

@@ -6,6 +6,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,7 @@ class Computation:
     def __init__(
         self, dataset: Dataset, objective: Metric, seed: int, class_weight: str = "none"
     ) -> None:
-        self._arguments, self._class_weight = (dataset, objective, seed), class_weight
+        self._compute = partial(compute, dataset, objective, seed, class_weight=class_weight)
         self._stop, self._done = threading.Event(), threading.Event()
         self._found = Found()
         self._started: float | None = None
@@ -241,7 +242,7 @@ class Computation:
     def _run(self) -> None:
         limit = Limit(time.monotonic() + LIMIT, self._stop)
         try:
-            self._found = compute(*self._arguments, limit, self._class_weight)
+            self._found = self._compute(limit=limit)
         except Stopped:
             return
         except Exception as error:  # scikit-learn is not installed, say

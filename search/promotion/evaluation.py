@@ -58,8 +58,18 @@ class ClassScore:
     examples: int
 
 
+class _Named:
+    """What knows its classes or labels by `class_names`; these are empty if there are none."""
+
+    class_names: tuple[str, ...]
+
+    def name(self, label: int) -> str:
+        """A class or label by its name, or its number."""
+        return self.class_names[label] if self.class_names else str(label)
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(_Named):
     """A model on the test examples: it classifies `right` of `total` correctly.
 
     confusion: counts of test examples by true class (row) and predicted class (column), None above
@@ -83,17 +93,13 @@ class Evaluation:
         names += ["class_names"] if self.class_names else []
         return json.dumps({name: kept[name] for name in names})
 
-    def name(self, label: int) -> str:
-        """The class `label`, by its name if it has one."""
-        return self.class_names[label] if self.class_names else str(label)
-
     def called(self, case: Mistake | Confusion) -> str:
         """Which class was called which."""
         return f"{self.name(case.label)} called {self.name(case.predicted)}"
 
 
 @dataclass(frozen=True)
-class Labels:
+class Labels(_Named):
     """A model on the test examples: it predicts all labels of `right` of `total` correctly.
 
     classes: the scores of each label. class_names: empty, or the name of each.
@@ -107,10 +113,6 @@ class Labels:
     def as_json(self) -> str:
         """What `load_evaluation` reads."""
         return json.dumps({"labels": asdict(self)})
-
-    def name(self, label: int) -> str:
-        """The label, by its name if it has one."""
-        return self.class_names[label] if self.class_names else str(label)
 
 
 @dataclass(frozen=True)
