@@ -347,7 +347,7 @@ def test_a_folder_that_is_read_only_is_refused_in_one_line(tmp_path: Path, cloud
 @pytest.fixture
 def server(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # the machine may be busy
     server = MlflowServer(in_folder)
     yield server
     server.stop()
@@ -384,9 +384,21 @@ def test_a_server_that_is_restarted_loses_nothing(
 
 
 def test_a_server_that_hangs_costs_little_and_loses_nothing(
-    in_folder: Path, clouds: Path, server: MlflowServer, undisturbed: dict[int, Any]
+    in_folder: Path,
+    clouds: Path,
+    server: MlflowServer,
+    undisturbed: dict[int, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, during, found = run_with(in_folder, clouds, server.uri, {2: server.freeze, 6: server.thaw})
+    def freeze() -> None:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        server.freeze()
+
+    def thaw() -> None:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+        server.thaw()
+
+    _, during, found = run_with(in_folder, clouds, server.uri, {2: freeze, 6: thaw})
     assert results(found) == undisturbed
     while_frozen = during.outcomes[:6]  # on a busy machine a thawed server is slow for a while
     slow = [outcome.number for outcome in while_frozen if outcome.seconds > 5]
@@ -410,12 +422,15 @@ def test_what_a_slow_server_did_after_all_is_not_done_twice(
     undisturbed: dict[int, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    def slow() -> None:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+        proxy.delay = 4
 
-    def delay(seconds: float) -> Callable[[], None]:
-        return lambda: setattr(proxy, "delay", seconds)
+    def quick() -> None:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+        proxy.delay = 0
 
-    _, _, found = run_with(in_folder, clouds, proxy.uri, {2: delay(4), 3: delay(0)})
+    _, _, found = run_with(in_folder, clouds, proxy.uri, {2: slow, 3: quick})
     assert results(found) == undisturbed
 
 
