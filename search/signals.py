@@ -37,40 +37,18 @@ def handled(stop: Callable[[], None], abandon: Callable[[str], None]) -> Iterato
         nonlocal pressed
         pressed += number == signal.SIGINT
         if number == signal.SIGINT and pressed == 1:
-            return  # `watch` handles it
+            return  # `_watch` handles it
         for each in _REASONS:
             signal.signal(each, signal.SIG_IGN)
         raised.set()
         raise Interrupted(*_REASONS[signal.Signals(number)])
 
-    def attempt(reason: str) -> None:
-        with contextlib.suppress(Exception):  # the next run marks the rest
-            abandon(reason)
-
-    def watch(received: socket.socket) -> None:
-        interrupts = 0
-        while number := received.recv(1):  # empty when the socket is closed
-            interrupts += number[0] == signal.SIGINT
-            if number[0] == signal.SIGINT and interrupts == 1:
-                stop()
-            if number[0] == signal.SIGTERM or interrupts > 1:
-                if interrupts > 1 and not raised.wait(_COALESCED):
-                    _thread.interrupt_main(signal.SIGINT)  # Python merged the two
-                if not left.wait(_GRACE):
-                    reason, code = _REASONS[signal.Signals(number[0])]
-                    ending = threading.Thread(target=attempt, args=(reason,), daemon=True)
-                    ending.start()
-                    ending.join(_ABANDON)
-                    print(f"error: {reason}; run the same command again to go on", file=sys.stderr)
-                    sys.stderr.flush()
-                    os._exit(code)
-                return
-
     received, written = socket.socketpair()
     written.setblocking(False)
     descriptor = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, on_signal) for number in _REASONS}
-    watcher = threading.Thread(target=watch, args=(received,), daemon=True)
+    watching = (received, stop, abandon, raised, left)
+    watcher = threading.Thread(target=_watch, args=watching, daemon=True)
     watcher.start()
     try:
         yield
@@ -82,6 +60,42 @@ def handled(stop: Callable[[], None], abandon: Callable[[str], None]) -> Iterato
         written.close()
         watcher.join()
         received.close()
+
+
+def _watch(
+    received: socket.socket,
+    stop: Callable[[], None],
+    abandon: Callable[[str], None],
+    raised: threading.Event,
+    left: threading.Event,
+) -> None:
+    """Follow the signals that have been `received`, each a byte, until the socket is closed.
+
+    raised: whether the main thread was told to exit; left: whether it has left the block.
+    """
+    interrupts = 0
+    while number := received.recv(1):
+        interrupts += number[0] == signal.SIGINT
+        if number[0] == signal.SIGINT and interrupts == 1:
+            stop()
+        if number[0] == signal.SIGTERM or interrupts > 1:
+            if interrupts > 1 and not raised.wait(_COALESCED):
+                _thread.interrupt_main(signal.SIGINT)  # Python merged the two
+            if not left.wait(_GRACE):
+                _end_process(abandon, *_REASONS[signal.Signals(number[0])])
+            return
+
+
+def _end_process(abandon: Callable[[str], None], reason: str, code: int) -> None:
+    def attempt() -> None:
+        with contextlib.suppress(Exception):  # the next run marks the rest
+            abandon(reason)
+
+    ending = threading.Thread(target=attempt, daemon=True)
+    ending.start()
+    ending.join(_ABANDON)
+    print(f"error: {reason}; run the same command again to go on", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -29,44 +29,33 @@ class Point:
 
 
 CLIENT, TRACKING = "mlflow.tracking:MlflowClient", "search.tracking.runs:Tracking"
-FIRST_START = {
+FIRST_START = {  # as all of these, in the order in which a study comes by
     "study database half created": Point("pathlib:Path", "rename", before=True),
     "study created": Point("optuna", "create_study"),
     "study identified": Point("optuna:Study", "set_user_attr", word="study_uid"),
-    "tracking database half created": Point("pathlib:Path", "rename", nth=2, before=True),
-    "tracking database created": Point("pathlib:Path", "rename", nth=2),
+    "tracking database half created": Point("pathlib:Path", "rename", before=True),
+    "tracking database created": Point("pathlib:Path", "rename"),
     "experiment created": Point(CLIENT, "create_experiment"),
     "parent run created": Point(CLIENT, "create_run"),
-}
-BASELINES = {
     "baselines half stored": Point("optuna:Study", "set_user_attr", word="best_baseline"),
     "baselines stored, not in MLflow": Point(
         "search.tracking.sync:Stores", "write_baselines", before=True
     ),
     "baselines in MLflow": Point(TRACKING, "log_values"),
-    "winner compared with them, not stored": Point(
-        "search.study.trials", "amend_trial", word="against_baseline", before=True
-    ),
 }
-TRIALS = {
-    "trial created": Point("search.study.trials:SlottedStudy", "ask", nth=3),
-    "run created": Point(TRACKING, "create_run", nth=3),
-    "params logged": Point(TRACKING, "log_start", nth=3),
-    "mid-report, epoch not in MLflow": Point(TRACKING, "log_epoch", nth=8, before=True),
-    "mid-report, epoch in MLflow": Point(TRACKING, "log_epoch", nth=8),
-    "trial told, run open": Point(TRACKING, "finish", nth=3, before=True),
-    "run ended, not tagged": Point(CLIENT, "set_terminated", nth=3),
+TRIALS = {  # the second one after a start
+    "trial created": Point("search.study.trials:SlottedStudy", "ask", nth=2),
+    "run created": Point(TRACKING, "create_run", nth=2),
+    "params logged": Point(TRACKING, "log_start", nth=2),
+    "mid-report, epoch not in MLflow": Point(TRACKING, "log_epoch", nth=5, before=True),
+    "mid-report, epoch in MLflow": Point(TRACKING, "log_epoch", nth=5),
+    "trial told, run open": Point(TRACKING, "finish", nth=2, before=True),
+    "run ended, not tagged": Point(CLIENT, "set_terminated", nth=2),
 }
-REGISTRATION = {
-    "retrained, not logged": Point(TRACKING, "active", before=True),
-    "model logged": Point("mlflow.models:Model", "log"),
-    "model tagged": Point(CLIENT, "set_tag", word="model_uri"),
-    "registered model created": Point(CLIENT, "create_registered_model"),
-    "version created": Point(CLIENT, "create_model_version"),
-    "version linked": Point("search.promotion.gate", "link_trial"),
-    "verdict half kept": Point(CLIENT, "set_model_version_tag", nth=2),
-    "alias set": Point(CLIENT, "set_registered_model_alias"),
-    "stage set": Point(CLIENT, "transition_model_version_stage"),
+REPAIRS = {
+    "mid-sync, trial failed": Point("search.study.trials", "fail_trial"),
+    "mid-sync, run not repaired": Point(TRACKING, "repair", before=True),
+    "mid-sync, run repaired": Point(TRACKING, "repair"),
 }
 FINALISTS = {
     "repeat trained, not stored": Point(
@@ -79,17 +68,26 @@ FINALISTS = {
     ),
     "finalists compared": Point("search.study.ranking", "settle"),
 }
-REPAIRS = {
-    "mid-sync, trial failed": Point("search.study.trials", "fail_trial"),
-    "mid-sync, run not repaired": Point(TRACKING, "repair", before=True),
-    "mid-sync, run repaired": Point(TRACKING, "repair"),
+REGISTRATION = {
+    "retrained, not logged": Point(TRACKING, "active", before=True),
+    "model logged": Point("mlflow.models:Model", "log"),
+    "model tagged": Point(CLIENT, "set_tag", word="model_uri"),
+    "winner compared with the baselines, not stored": Point(
+        "search.study.trials", "amend_trial", word="against_baseline", before=True
+    ),
+    "registered model created": Point(CLIENT, "create_registered_model"),
+    "version created": Point(CLIENT, "create_model_version"),
+    "version linked": Point("search.promotion.gate", "link_trial"),
+    "verdict half kept": Point(CLIENT, "set_model_version_tag", nth=2),
+    "alias set": Point(CLIENT, "set_registered_model_alias"),
+    "stage set": Point(CLIENT, "transition_model_version_stage"),
 }
 PRESENTATION = {
     "report written": Point("search.report.html", "write_html"),
     "report logged": Point(CLIENT, "log_artifact", word="report.html"),
     "note written": Point("search.study.storage", "write_note"),
 }
-POINTS = FIRST_START | BASELINES | TRIALS | FINALISTS | REGISTRATION | REPAIRS | PRESENTATION
+POINTS = FIRST_START | TRIALS | REPAIRS | FINALISTS | REGISTRATION | PRESENTATION
 
 
 def die_twice(folder: str, number: int) -> int:

@@ -133,51 +133,62 @@ SWITCH = Domain(None, "true or false", "true,false", words={"false": False, "tru
 
 def parse(domain: Domain, text: str) -> Parameter:
     """Read `text` in the notation. Raises ValueError with the rule, the value and an example."""
-
-    def fail(rule: str, near: str = "") -> ValueError:
-        found = f"{text!r}, {near}" if near else repr(text)
-        return ValueError(f"{rule}, but got {found}; for example {domain.example}")
-
-    def value(word: str) -> Value:
-        if word in domain.words:
-            return domain.words[word]
-        remedy = nearest(word, domain.words)
-        if domain.kind is None:
-            raise fail(f"must be {domain.rule} (a value or a list)", remedy)
-        return number(word, remedy)
-
-    def number(word: str, near: str = "") -> Number:
-        assert domain.kind is not None
-        try:
-            value = domain.kind(word)
-        except ValueError:
-            raise fail(f"must be {domain.rule} (a value, a list or a range)", near) from None
-        if not domain.holds(value):
-            raise fail(f"must be {domain.rule}")
-        return value
-
     words = [word.strip() for word in text.split(":")]
     if len(words) == 1 or domain.kind is None:
-        values = tuple(value(word.strip()) for word in text.split(","))
+        values = tuple(_value(domain, text, word.strip()) for word in text.split(","))
         if len(set(values)) < len(values):
-            raise fail("must not name a value twice")
+            raise _error(domain, text, "must not name a value twice")
         return Choice(values)
     if len(words) > 3 or "," in text:
-        raise fail("must be a value, a list a,b,c or a range low:high, low:high:step, low:high:log")
+        rule = "must be a value, a list a,b,c or a range low:high, low:high:step, low:high:log"
+        raise _error(domain, text, rule)
+    return _range(domain, text, *words)
 
-    low, high = number(words[0]), number(words[1])
+
+def _range(
+    domain: Domain, text: str, first: str, last: str, step_or_log: str | None = None
+) -> Range:
+    low, high = _number(domain, text, first), _number(domain, text, last)
     if low >= high:
-        raise fail("must be a range from low to high")
-    if len(words) == 2:
+        raise _error(domain, text, "must be a range from low to high")
+    if step_or_log is None:
         return Range(low, high)
-    if words[2] == "log":
+    if step_or_log == "log":
         if low <= 0:
-            raise fail("must start above 0 on a log scale")
+            raise _error(domain, text, "must start above 0 on a log scale")
         return Range(low, high, log=True)
     try:
-        step = domain.kind(words[2])
+        assert domain.kind is not None
+        step = domain.kind(step_or_log)
     except ValueError:
-        raise fail("must end in a step or in log") from None
+        raise _error(domain, text, "must end in a step or in log") from None
     if not 0 < step <= high - low or not _divides(step, high - low):
-        raise fail("must have a step above 0 that divides the range")
+        raise _error(domain, text, "must have a step above 0 that divides the range")
     return Range(low, high, step=step)
+
+
+def _value(domain: Domain, text: str, word: str) -> Value:
+    """What `word`, a part of `text`, stands for."""
+    if word in domain.words:
+        return domain.words[word]
+    remedy = nearest(word, domain.words)
+    if domain.kind is None:
+        raise _error(domain, text, f"must be {domain.rule} (a value or a list)", remedy)
+    return _number(domain, text, word, remedy)
+
+
+def _number(domain: Domain, text: str, word: str, near: str = "") -> Number:
+    assert domain.kind is not None
+    try:
+        value = domain.kind(word)
+    except ValueError:
+        rule = f"must be {domain.rule} (a value, a list or a range)"
+        raise _error(domain, text, rule, near) from None
+    if not domain.holds(value):
+        raise _error(domain, text, f"must be {domain.rule}")
+    return value
+
+
+def _error(domain: Domain, text: str, rule: str, near: str = "") -> ValueError:
+    found = f"{text!r}, {near}" if near else repr(text)
+    return ValueError(f"{rule}, but got {found}; for example {domain.example}")

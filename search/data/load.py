@@ -1,7 +1,7 @@
 """Load the data of a study: which source, split and preparation its settings ask for."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,11 @@ from search.config.options import flag
 from search.config.settings import StudyConfig
 from search.data import function, images, sources
 from search.data.dataset import OWN_SPLIT, Dataset, count_repeated, is_image
-from search.data.preparation import fit, held_out, kept, scaled
+from search.data.preparation import Normalization, fit, held_out, kept, scaled
 from search.data.sources import Arrays, Source, is_own
 from search.errors import InputError, one_line
 from search.memory import chunks, moved, partition
-from search.task import KINDS, describe
+from search.task import KINDS, Task, describe
 
 
 def load_for_study(config: StudyConfig, stored: Mapping[str, Any] | None) -> Dataset:
@@ -155,44 +155,31 @@ def load_dataset(
     training part. image_size, test_split: of a folder, see `images.read`. task: its kind, or auto.
     Raises InputError, in one line, if it cannot be used.
     """
-    if task == "multilabel" and images.is_folder(name):
-        raise InputError(
-            "--task multilabel needs several labels for an example, in a table or in arrays",
-            f"{name} is a folder of images, each in the folder of its class",
-            "leave it out",
-        )
-    source, pipeline = _read(name, image_size, test_split, seed)
+    source, pipeline = _read(name, image_size, test_split, seed, task)
     arrays = source.arrays
     kind = sources.kind_of(arrays["y_train"], task)
     decided = KINDS[kind]
     sources.check(name, arrays, kind)
     digest = _digest(arrays, pipeline)
-    x_train, given = arrays["x_train"], "x_validation" in arrays
-    split = OWN_SPLIT if given else split
-    train_size = len(x_train)
-    if not given:
-        train_size = kept("--validation-split", validation_split, train_size, "validate")
+    shape = arrays["x_train"].shape[1:]
     x_all, x_test = (sources.examples(name, arrays, part) for part in ("train", "test"))
     y_all, y_test = (sources.targets(arrays, part, decided) for part in ("train", "test"))
     repeated = count_repeated(x_test, x_all)
-    if split not in ("last", OWN_SPLIT):
-        split = split if decided.has_classes else "random"
-        validates = held_out(split, y_all, len(x_all) - train_size, seed)
-        partition(x_all, validates)
-        partition(y_all, validates)
-        train_size = int((~validates).sum())
+    train_size = len(arrays["x_train"])
+    if "x_validation" in arrays:
+        split = OWN_SPLIT
+    else:
+        train_size = kept("--validation-split", validation_split, train_size, "validate")
+        if split == "stratified" and not decided.has_classes:
+            split = "random"
+        if split != "last":
+            validates = held_out(split, y_all, len(x_all) - train_size, seed)
+            train_size = _to_the_end(validates, x_all, y_all)
     normalization = None
-    if normalize and x_all.dtype != np.uint8 and not is_image(x_train.shape[1:]):
-        normalization = fit(name, scaled(x_all[:train_size]))
-        for rows in chunks(x_all):
-            x_all[rows] = normalization.apply(scaled(x_all[rows]))
+    if normalize and x_all.dtype != np.uint8 and not is_image(shape):
+        normalization = _normalize(name, x_all, train_size)
     described, y_all = describe(kind, y_all, train_size, source.class_names)
-    if source.class_names and (described.is_number or len(source.class_names) != described.outputs):
-        raise InputError(
-            f"--dataset {name}: class_names must have a name for each of {described}",
-            f"has {len(source.class_names)}",
-            "give each class a name, in the order of the labels",
-        )
+    _check_class_names(name, source.class_names, described)
     if pipeline is not None:
         pipeline = replace(pipeline, task=described, normalization=normalization)
     return Dataset(
@@ -203,7 +190,7 @@ def load_dataset(
         x_test=x_test,
         y_test=y_test,
         train_size=train_size,
-        sample_shape=x_train.shape[1:],
+        sample_shape=shape,
         split=split,
         normalization=normalization,
         repeated=repeated,
@@ -213,6 +200,30 @@ def load_dataset(
         task=described,
         pipeline=pipeline,
     )
+
+
+def _to_the_end(validates: NDArray[np.bool_], *arrays: NDArray[Any]) -> int:
+    """Move the examples that validate to the end of the arrays; returns how many train."""
+    for array in arrays:
+        partition(array, validates)
+    return int((~validates).sum())
+
+
+def _normalize(name: str, x: NDArray[Any], train_size: int) -> Normalization:
+    """Normalize `x` in place, by what its first `train_size` examples have."""
+    normalization = fit(name, scaled(x[:train_size]))
+    for rows in chunks(x):
+        x[rows] = normalization.apply(scaled(x[rows]))
+    return normalization
+
+
+def _check_class_names(name: str, names: Sequence[str], task: Task) -> None:
+    if names and (task.is_number or len(names) != task.outputs):
+        raise InputError(
+            f"--dataset {name}: class_names must have a name for each of {task}",
+            f"has {len(names)}",
+            "give each class a name, in the order of the labels",
+        )
 
 
 def _digest(arrays: Arrays, pipeline: function.Pipeline | None) -> str:
@@ -226,10 +237,16 @@ def _digest(arrays: Arrays, pipeline: function.Pipeline | None) -> str:
 
 
 def _read(
-    name: str, image_size: int | None, test_split: float, seed: int
+    name: str, image_size: int | None, test_split: float, seed: int, task: str
 ) -> tuple[Source, function.Pipeline | None]:
     """The arrays of the dataset `name`, from wherever they come, and its pipeline if it has one."""
     if images.is_folder(name):
+        if task == "multilabel":
+            raise InputError(
+                "--task multilabel needs several labels for an example, in a table or in arrays",
+                f"{name} is a folder of images, each in the folder of its class",
+                "leave it out",
+            )
         return images.read(name, image_size, test_split, seed), None
     if image_size is not None:
         raise InputError(

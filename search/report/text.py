@@ -32,8 +32,7 @@ def gain(best: "TrialSummary", reference: "TrialSummary", complete: int, objecti
     changed = "gained" if objective.maximize else "changed"
     return (
         f"The search {changed} {sign}{objective.text(abs(difference))} {objective.name} over the "
-        "reference. It is the best of "
-        f"{complete} noisy results, so part of that is luck."
+        f"reference. It is the best of {complete} noisy results, so part of that is luck."
     )
 
 
@@ -159,51 +158,61 @@ def _listed(values: Mapping[str, Value]) -> str:
 
 def summary(result: "Result") -> str:
     """The end of a run in a dozen lines."""
+    if result.winner is None:
+        end = ["", "Run the same command again to go on."]
+    else:
+        end = [*_of_winner(result, result.winner), "See also:"]
+        end += [f"  {place}" for place in _places(result)]
+    return "\n".join(["", *_of_search(result), *end])
+
+
+def _of_search(result: "Result") -> list[str]:
+    """How many trials there were, and the best beside what it has to beat."""
     from search.study.trials import summarize
 
-    config, winner = result.config, result.winner
     took = timedelta(seconds=round(result.seconds))
     lines = [
-        "",
         f"{result.complete + result.pruned + result.given_up} finished trials: "
         f"{result.complete} complete, {result.pruned} pruned"
         + (f", {result.given_up} given up (failed twice)" if result.given_up else "")
-        + f"; {result.failed} failed. {result.ran} run now, in {took}.",
+        + f"; {result.failed} failed. {result.ran} run now, in {took}."
     ]
     if result.stopped:
         lines.append(f"Stopped early: {result.stopped}.")
-    objective = METRICS[config.objective]
+    objective = METRICS[result.config.objective]
     if result.best is not None:
         best = summarize(result.best)
         lines += ["", _row("best", best, objective)]
-        if result.reference is not None:
-            reference = summarize(result.reference)
-            lines += [_row("reference", reference, objective)]
+        reference = None if result.reference is None else summarize(result.reference)
+        if reference is not None:
+            lines.append(_row("reference", reference, objective))
         lines += _baselines(result.baselines, objective)
-        if result.reference is not None:
+        if reference is not None:
             lines.append(gain(best, reference, result.complete, objective))
     if result.finalists:
         repeats = len(result.finalists[0].values)
         lines += ["", f"finalists, mean of {repeats} fresh seeds, winner first:"]
         lines += [f"  {finalist.text(objective)}" for finalist in result.finalists]
-    if winner is None:
-        return "\n".join([*lines, "", "Run the same command again to go on."])
-    now = winner.in_production
+    return lines
+
+
+def _of_winner(result: "Result", winner: "Winner") -> list[str]:
+    """Which trial won, how good it is on the test examples, and where its model is."""
+    objective, now = METRICS[result.config.objective], winner.in_production
     where = f"not in production, where version {now} is" if now else "not in production"
     if now == winner.version:
         where = "alias production, stage Production"
     verb = "Registered as" if winner.new else "Already registered as"
-    lines += [
+    return [
         "",
         _chosen(result, winner, objective),
         f"Retrained on training and validation data: {tested(winner.metrics, objective)} "
         "(the test examples are used only here and by the gate).",
         *([] if result.against_baseline is None else [against_baseline(result.against_baseline)]),
-        f"{verb} {config.model_name} version {winner.version}: {where}.",
+        f"{verb} {result.config.model_name} version {winner.version}: {where}.",
         f"Gate: {winner.verdict}.",
         "",
     ]
-    return "\n".join([*lines, "See also:", *(f"  {place}" for place in _places(result))])
 
 
 def _chosen(result: "Result", winner: "Winner", objective: Metric) -> str:
@@ -279,16 +288,8 @@ def _top(found: "Overview") -> Iterator[str]:
     names, objective = list(found.space), found.objective
     width = max(len(objective), 8)
     widths = [max(len(name), 8) for name in names]
-    yield "  ".join(
-        [
-            "trial",
-            f"{objective:>{width}s}",
-            *map(str.rjust, names, widths),
-            "epochs",
-            "seconds",
-            "run",
-        ]
-    )
+    head = ["trial", objective.rjust(width), *map(str.rjust, names, widths)]
+    yield "  ".join([*head, "epochs", "seconds", "run"])
     reference = found.reference
     more = [] if reference is None or reference in found.top else [reference]
     for row in [*found.top, *more]:

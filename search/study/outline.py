@@ -8,6 +8,7 @@ import json
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Collection, Container, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -28,6 +29,10 @@ _OF_RUNNING = (*_OF_FINISHED, OWNER)
 _PROPOSED = "tpe:relative_params:"  # system attributes with the proposals of TPE
 _number = attrgetter("number")
 _AT_ONCE = 500  # trials, so that the first read of a long study takes little memory
+
+
+_PARAM, _VALUE = models.TrialParamModel, models.TrialValueModel
+_REPORT = models.TrialIntermediateValueModel
 
 
 class OutlineStorage(_CachedStorage):
@@ -60,6 +65,25 @@ def outlines_of(study: optuna.Study) -> "Outlines | None":
     """The outlines of a worker's study; None if its storage reads whole trials."""
     storage = study._storage
     return storage.outlines(study._study_id) if isinstance(storage, OutlineStorage) else None
+
+
+def _read_cells(
+    connection: sqlalchemy.Connection,
+    trials: list[int],
+    model: Any,
+    *columns: Any,
+    where: Any = True,
+) -> dict[int, list[Any]]:
+    """The `columns` of a table by the trial's id, in the order of the table's primary key."""
+    query = (
+        sqlalchemy.select(model.trial_id, *columns)
+        .where(model.trial_id.in_(trials), where)
+        .order_by(*model.__table__.primary_key)
+    )
+    found: dict[int, list[Any]] = defaultdict(list)
+    for trial_id, *cells in connection.execute(query):
+        found[trial_id].append(cells)
+    return found
 
 
 class Outlines:
@@ -139,34 +163,20 @@ class Outlines:
         """The outlines of the trials whose id, number and state are `rows`."""
         if not rows:
             return []
-        param, value = models.TrialParamModel, models.TrialValueModel
-        reported = models.TrialIntermediateValueModel
-        user, system = models.TrialUserAttributeModel, models.TrialSystemAttributeModel
         ids = [row.trial_id for row in rows]
-
-        def of_trials(model: Any, *columns: Any, where: Any = True) -> dict[int, list[Any]]:
-            """Rows of `columns` by trial, in the order of the table's primary key."""
-            query = (
-                sqlalchemy.select(model.trial_id, *columns)
-                .where(model.trial_id.in_(ids), where)
-                .order_by(*model.__table__.primary_key)
-            )
-            found: dict[int, list[Any]] = defaultdict(list)
-            for trial_id, *cells in connection.execute(query):
-                found[trial_id].append(cells)
-            return found
-
-        params = of_trials(param, param.param_name, param.param_value, param.distribution_json)
-        values = of_trials(value, value.value, value.value_type)
-        kept = _OF_FINISHED if finished else _OF_RUNNING
-        attrs = of_trials(user, user.key, user.value_json, where=user.key.in_(kept))
-        proposed = system.key.startswith(_PROPOSED, autoescape=True)
-        where = ~proposed if finished else True
-        others = of_trials(system, system.key, system.value_json, where=where)
-        steps: dict[int, list[Any]] = {}
+        user, system = models.TrialUserAttributeModel, models.TrialSystemAttributeModel
+        own = user.key.in_(_OF_FINISHED if finished else _OF_RUNNING)
+        proposals = system.key.startswith(_PROPOSED, autoescape=True)
+        read = partial(_read_cells, connection, ids)
+        params = read(_PARAM, _PARAM.param_name, _PARAM.param_value, _PARAM.distribution_json)
+        values = read(_VALUE, _VALUE.value, _VALUE.value_type)
+        user_attrs = read(user, user.key, user.value_json, where=own)
+        where = ~proposals if finished else True
+        system_attrs = read(system, system.key, system.value_json, where=where)
+        reports: dict[int, list[Any]] = {}
         if finished:
-            columns = (reported.step, reported.intermediate_value, reported.intermediate_value_type)
-            steps = of_trials(reported, *columns)
+            cells = (_REPORT.step, _REPORT.intermediate_value, _REPORT.intermediate_value_type)
+            reports = read(_REPORT, *cells)
         found = []
         for trial_id, number, state in rows:
             space = self._space(params[trial_id])
@@ -175,19 +185,16 @@ class Outlines:
                     number=number,
                     state=state,
                     value=None,
-                    values=[value.stored_repr_to_value(*v) for v in values[trial_id]] or None,
+                    values=[_VALUE.stored_repr_to_value(*v) for v in values[trial_id]] or None,
                     datetime_start=None,
                     datetime_complete=None,
-                    params={
-                        name: space[name].to_external_repr(stored)
-                        for name, stored, _ in params[trial_id]
-                    },
+                    params={n: space[n].to_external_repr(v) for n, v, _ in params[trial_id]},
                     distributions=space,
-                    user_attrs={key: json.loads(text) for key, text in attrs[trial_id]},
-                    system_attrs={key: json.loads(text) for key, text in others[trial_id]},
+                    user_attrs={key: json.loads(text) for key, text in user_attrs[trial_id]},
+                    system_attrs={key: json.loads(text) for key, text in system_attrs[trial_id]},
                     intermediate_values={
-                        step: reported.stored_repr_to_intermediate_value(stored, kind)
-                        for step, stored, kind in steps.get(trial_id, ())
+                        step: _REPORT.stored_repr_to_intermediate_value(value, kind)
+                        for step, value, kind in reports.get(trial_id, ())
                     },
                     trial_id=trial_id,
                 )

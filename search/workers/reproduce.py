@@ -12,6 +12,7 @@ from search.config import custom_model
 from search.config.data_settings import TABLE_SETTINGS
 from search.config.hyperparameters import describe
 from search.config.settings import StudyConfig, differences
+from search.data.dataset import Dataset
 from search.data.load import load_for_study
 from search.errors import InputError
 from search.imports import undisturbed
@@ -49,47 +50,22 @@ def reproduce(
     InputError if there is no such study or trial, or if the dataset differs.
     """
     study, trial = _find(config, number)
-    settings, metadata = study.user_attrs[SETTINGS], study.user_attrs[METADATA]
-    name = moved or metadata["params"]["dataset"]
-    config = replace(
-        config,
-        dataset=name,
-        split=None,
-        task="auto",
-        normalize="auto",
-        test=metadata["params"].get("test"),
-        objective=storage.objective(study).name,
-        class_weight=settings.get("class_weight", "none"),
-        **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
-        **{key: settings[key] for key in (*TABLE_SETTINGS, "image_size") if key in settings},
-    )
+    settings = study.user_attrs[SETTINGS]
+    config = _settings_of(study, config, moved)
     dataset = load_for_study(config, settings)
     if dataset.digest[:12] not in settings["dataset"]:
         raise InputError(
             f"--dataset must be the data of the study, {settings['dataset']}, but "
-            f"{name} has the digest {dataset.digest[:12]}; name the right file"
+            f"{config.dataset} has the digest {dataset.digest[:12]}; name the right file"
         )
     config = replace(config, model=_model_of(settings))
-    history, seed = history_of(trial), trial.user_attrs[SEED]
+    history = history_of(trial)
     report(f"{dataset}")
     report(
         f"trial {trial.number} of study {study.study_name}: {describe(trial.params)}  "
-        f"seed {seed}  {len(history)} epochs"
+        f"seed {trial.user_attrs[SEED]}  {len(history)} epochs"
     )
-
-    from search.workers.tasks import load_trial
-
-    load_trial()
-    from search.training.train import TrainingDiverged, use_one_thread_each
-    from search.workers.trial import train_again
-
-    use_one_thread_each(1)  # as a worker does
-    now: list[dict[str, float]] = []
-    value, diverged = math.nan, []
-    try:
-        value = train_again(config, dataset, trial, metadata, seed, now, only=len(history))
-    except TrainingDiverged as error:
-        diverged.append(f"epoch {len(now)}: {error}")
+    value, now, diverged = _train(config, dataset, study, trial)
     recorded = trial.user_attrs.get(ENVIRONMENT)
     return Reproduction(
         trial=trial.number,
@@ -99,6 +75,44 @@ def reproduce(
         differences=diverged + list(_differences(history, now)),
         changed=differences(recorded, environment.here()) if recorded else None,
     )
+
+
+def _settings_of(study: optuna.Study, config: StudyConfig, moved: str | None) -> StudyConfig:
+    """The configuration with the settings that the study has stored."""
+    settings, params = study.user_attrs[SETTINGS], study.user_attrs[METADATA]["params"]
+    return replace(
+        config,
+        dataset=moved or params["dataset"],
+        split=None,
+        task="auto",
+        normalize="auto",
+        test=params.get("test"),
+        objective=storage.objective(study).name,
+        class_weight=settings.get("class_weight", "none"),
+        **{key: settings[key] for key in ("validation_split", "seed", "epochs")},
+        **{key: settings[key] for key in (*TABLE_SETTINGS, "image_size") if key in settings},
+    )
+
+
+def _train(
+    config: StudyConfig, dataset: Dataset, study: optuna.Study, trial: FrozenTrial
+) -> tuple[float, list[dict[str, float]], list[str]]:
+    """Train the trial again; returns its value, its epochs and whether it diverged, in a line."""
+    from search.workers.tasks import load_trial
+
+    load_trial()
+    from search.training.train import TrainingDiverged, use_one_thread_each
+    from search.workers.trial import train_again
+
+    use_one_thread_each(1)  # as a worker does
+    metadata, seed = study.user_attrs[METADATA], trial.user_attrs[SEED]
+    epochs = len(history_of(trial))
+    now: list[dict[str, float]] = []
+    try:
+        value = train_again(config, dataset, trial, metadata, seed, now, only=epochs)
+    except TrainingDiverged as error:
+        return math.nan, now, [f"epoch {len(now)}: {error}"]
+    return value, now, []
 
 
 def _differences(history: list[dict[str, float]], now: list[dict[str, float]]) -> Iterator[str]:
