@@ -218,9 +218,13 @@ class Proxy:
                     return
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
                 delay = proxy.delay
-                answer = requests.request(
-                    self.command, target + self.path, data=body, headers=headers, timeout=60
-                )
+                try:
+                    answer = requests.request(
+                        self.command, target + self.path, data=body, headers=headers, timeout=60
+                    )
+                except requests.ConnectionError:  # nobody listens there: so it seems here
+                    self.connection.close()
+                    return
                 time.sleep(delay)  # the fault itself: the server has done it, the answer is late
                 try:
                     self.send_response(answer.status_code)
