@@ -127,8 +127,18 @@ def objective_of(settings: Mapping[str, Any]) -> Metric:
     return METRICS.get(str(settings.get("objective")), DEFAULT_OBJECTIVE)
 
 
+class Named:
+    """What knows its classes or labels by `class_names`; these are empty if there are none."""
+
+    class_names: tuple[str, ...]
+
+    def name(self, label: int) -> str:
+        """A class or label by its name, or its number."""
+        return self.class_names[label] if self.class_names else str(label)
+
+
 @dataclass(frozen=True)
-class Task:
+class Task(Named):
     """What is predicted.
 
     kind: a key of KINDS. outputs: the number of the network's outputs: of classes, of labels, or 1.
@@ -187,10 +197,6 @@ class Task:
         if self.is_number:
             return f"a number to predict ({self.mean:.5g} ± {self.deviation:.5g})"
         return f"{self.outputs} {'labels' if self.labels else 'classes'}"
-
-    def name_of(self, label: int) -> str:
-        """The name of a class or label, or its number."""
-        return self.class_names[label] if self.class_names else str(label)
 
     def objective(self, name: str) -> Metric:
         """The metric that --objective `name` means; auto: the default of the kind.

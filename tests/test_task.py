@@ -33,8 +33,8 @@ def test_text_shows_unbounded_metrics_in_their_own_size() -> None:
 
 
 def test_class_names() -> None:
-    assert Task("classification", 2, ("no", "yes")).name_of(1) == "yes"
-    assert Task("classification", 2).name_of(1) == "1"
+    assert Task("classification", 2, ("no", "yes")).name(1) == "yes"
+    assert Task("classification", 2).name(1) == "1"
     assert Task("regression").classes == 0 and Task("classification", 2).classes == 2
 
 

@@ -165,7 +165,7 @@ class Dataset:
             present = np.bincount(labels, minlength=self.classes) > 0
             lacking = np.flatnonzero(~present & (counts >= needed))
             if len(lacking):
-                shown = ", ".join(map(self.task.name_of, lacking[:8]))
+                shown = ", ".join(map(self.task.name, lacking[:8]))
                 shown += ", ..." if len(lacking) > 8 else ""
                 remedy = (
                     "--split stratified"
@@ -191,7 +191,7 @@ class Dataset:
         return (
             f"--dataset {self.name}: the training part ({self.split} split, {len(y):,} of "
             f"{len(self.y_all):,} examples) must have examples with and without every label, but "
-            f"has none {which} label {self.task.name_of(constant[0])}; give "
+            f"has none {which} label {self.task.name(constant[0])}; give "
             + ("--split random" if self.split == "last" else "more examples of it")
         )
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from search.data.dataset import Dataset
 from search.promotion.measures import is_right
-from search.task import MOST_OUTPUTS, THRESHOLD
+from search.task import MOST_OUTPUTS, THRESHOLD, Named
 
 SHOWN = 12  # mistakes
 _POINTS = 2_000  # residuals kept and drawn
@@ -58,18 +58,8 @@ class ClassScore:
     examples: int
 
 
-class _Named:
-    """What knows its classes or labels by `class_names`; these are empty if there are none."""
-
-    class_names: tuple[str, ...]
-
-    def name(self, label: int) -> str:
-        """A class or label by its name, or its number."""
-        return self.class_names[label] if self.class_names else str(label)
-
-
 @dataclass(frozen=True)
-class Evaluation(_Named):
+class Evaluation(Named):
     """A model on the test examples: it classifies `right` of `total` correctly.
 
     confusion: counts of test examples by true class (row) and predicted class (column), None above
@@ -99,7 +89,7 @@ class Evaluation(_Named):
 
 
 @dataclass(frozen=True)
-class Labels(_Named):
+class Labels(Named):
     """A model on the test examples: it predicts all labels of `right` of `total` correctly.
 
     classes: the scores of each label. class_names: empty, or the name of each.
