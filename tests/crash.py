@@ -29,7 +29,8 @@ class Point:
 
 
 CLIENT, TRACKING = "mlflow.tracking:MlflowClient", "search.tracking.runs:Tracking"
-FIRST_START = {  # as all of these, in the order in which a study comes by
+# In the order in which a study comes by.
+OF_SEARCH = {
     "study database half created": Point("pathlib:Path", "rename", before=True),
     "study created": Point("optuna", "create_study"),
     "study identified": Point("optuna:Study", "set_user_attr", word="study_uid"),
@@ -42,22 +43,24 @@ FIRST_START = {  # as all of these, in the order in which a study comes by
         "search.tracking.sync:Stores", "write_baselines", before=True
     ),
     "baselines in MLflow": Point(TRACKING, "log_values"),
-}
-TRIALS = {  # the second one after a start
+    # the second trial after a start
     "trial created": Point("search.study.trials:SlottedStudy", "ask", nth=2),
     "run created": Point(TRACKING, "create_run", nth=2),
     "params logged": Point(TRACKING, "log_start", nth=2),
     "mid-report, epoch not in MLflow": Point(TRACKING, "log_epoch", nth=5, before=True),
     "mid-report, epoch in MLflow": Point(TRACKING, "log_epoch", nth=5),
-    "trial told, run open": Point(TRACKING, "finish", nth=2, before=True),
-    "run ended, not tagged": Point(CLIENT, "set_terminated", nth=2),
-}
-REPAIRS = {
+    # the repair of that one
     "mid-sync, trial failed": Point("search.study.trials", "fail_trial"),
     "mid-sync, run not repaired": Point(TRACKING, "repair", before=True),
     "mid-sync, run repaired": Point(TRACKING, "repair"),
+    "trial told, run open": Point(TRACKING, "finish", nth=2, before=True),
+    "run ended, not tagged": Point(CLIENT, "set_terminated", nth=2),
 }
-FINALISTS = {
+LOSES_A_TRIAL = (
+    *("trial created", "run created", "params logged"),
+    *("mid-report, epoch not in MLflow", "mid-report, epoch in MLflow"),
+)
+OF_WINNER = {
     "repeat trained, not stored": Point(
         "search.study.trials", "amend_trial", word="finalist_", before=True
     ),
@@ -67,8 +70,6 @@ FINALISTS = {
         "search.study.trials", "amend_trial", word="finalist_", nth=2
     ),
     "finalists compared": Point("search.study.ranking", "settle"),
-}
-REGISTRATION = {
     "retrained, not logged": Point(TRACKING, "active", before=True),
     "model logged": Point("mlflow.models:Model", "log"),
     "model tagged": Point(CLIENT, "set_tag", word="model_uri"),
@@ -81,13 +82,11 @@ REGISTRATION = {
     "verdict half kept": Point(CLIENT, "set_model_version_tag", nth=2),
     "alias set": Point(CLIENT, "set_registered_model_alias"),
     "stage set": Point(CLIENT, "transition_model_version_stage"),
-}
-PRESENTATION = {
     "report written": Point("search.report.html", "write_html"),
     "report logged": Point(CLIENT, "log_artifact", word="report.html"),
     "note written": Point("search.study.storage", "write_note"),
 }
-POINTS = FIRST_START | TRIALS | REPAIRS | FINALISTS | REGISTRATION | PRESENTATION
+POINTS = OF_SEARCH | OF_WINNER
 
 
 def die_twice(folder: str, number: int) -> int:

@@ -92,40 +92,25 @@ def die(folder: Path, dataset: Path, points: Iterable[str], *more: str) -> None:
         assert process.returncode == -signal.SIGKILL, point + out + err
 
 
-@pytest.mark.parametrize("points", [crash.FIRST_START, crash.TRIALS, crash.REGISTRATION])
-def test_a_kill_at_any_point_is_repaired_by_the_next_start(
-    in_folder: Path, clouds: Path, undisturbed: dict[int, Any], points: dict[str, crash.Point]
+def test_a_kill_at_any_point_of_the_search_is_repaired_by_the_next_start(
+    in_folder: Path, clouds: Path, undisturbed: dict[int, Any]
 ) -> None:
-    die(in_folder, clouds, points)
+    die(in_folder, clouds, crash.OF_SEARCH)
     result = pipeline.run(settings(clouds))
     found = check(in_folder, settings(clouds))
     assert results(found) == undisturbed
-    assert result.winner is not None
-    assert result.winner.version == 1
     assert len(result.baselines) == 2
-    assert result.against_baseline is not None
-    assert len(found["client"].search_model_versions("name = 'MNIST_DNN_Model'")) == 1
     lost = [trial for trial in found["trials"] if trial.state.name == "FAIL"]
-    assert len(lost) == len([point for point in points if point in crash.TRIALS.keys() - ENDED])
+    assert len(lost) == len(crash.LOSES_A_TRIAL)
     assert all(trial.user_attrs["failure"].startswith("lost: ") for trial in lost)
 
 
-ENDED = {"trial told, run open", "run ended, not tagged"}
-
-
-def test_a_kill_in_the_middle_of_a_repair_is_repaired(
+def test_a_kill_at_any_point_on_the_winners_way_is_repaired_by_the_next_start(
     in_folder: Path, clouds: Path, undisturbed: dict[int, Any]
 ) -> None:
-    die(in_folder, clouds, ["mid-report, epoch not in MLflow", *crash.REPAIRS])
-    pipeline.run(settings(clouds))
-    assert results(check(in_folder, settings(clouds))) == undisturbed
-
-
-def test_a_kill_among_the_finalists_is_repaired(
-    in_folder: Path, clouds: Path, undisturbed: dict[int, Any]
-) -> None:
-    config = settings(clouds, finalists=2, repeats=2)
-    die(in_folder, clouds, crash.FINALISTS, "--finalists", "2", "--repeats", "2")
+    config = settings(clouds, finalists=2, repeats=2, report="report.html")
+    more = ("--finalists", "2", "--repeats", "2", "--report", config.report)
+    die(in_folder, clouds, crash.OF_WINNER, *more)
     result = pipeline.run(config)
     found = check(in_folder, config)
     assert results(found) == undisturbed
@@ -133,13 +118,12 @@ def test_a_kill_among_the_finalists_is_repaired(
     repeats = [run for run in found["children"] if "optuna.finalist" in run.data.tags]
     assert len(repeats) == 2 * len(result.finalists)
 
-
-def test_a_kill_while_the_findings_are_written_is_repaired(in_folder: Path, clouds: Path) -> None:
-    config = settings(clouds, report="report.html")
-    die(in_folder, clouds, crash.PRESENTATION, "--report", config.report)
-    result = pipeline.run(config)
-    found = check(in_folder, config)
     assert (result.ran, result.repaired) == (0, ())
+    assert result.winner is not None
+    assert result.winner.version == 1
+    assert result.against_baseline is not None
+    assert len(found["client"].search_model_versions("name = 'MNIST_DNN_Model'")) == 1
+
     (in_folder / "report.html").unlink()
     pipeline.run(config)
     assert (in_folder / "report.html").exists()
