@@ -44,25 +44,33 @@ def config(clouds: Path) -> StudyConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["create_run", "log_batch", "log_inputs", "set_terminated"])
 def test_a_trial_outlives_a_failing_tracking_server_and_its_run_is_written_later(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    working = getattr(MlflowClient, method)
-    outcomes = Outcomes()
+    """In trial 1 the first of the calls fails, in trial 2 the second, and so on."""
+    calls = ("create_run", "log_batch", "log_inputs", "set_terminated")
+    trials = len(calls) + 2
+    outcomes, failed = Outcomes(), set()
 
-    def failing(client: MlflowClient, *arguments: object, **keywords: object) -> object:
-        name = keywords.get("run_name") or ""
-        while_training = len(outcomes.seen) == 1 and not str(name).startswith("retrain")
-        if while_training:
-            raise MlflowException("the server is down")
-        return working(client, *arguments, **keywords)
+    def failing_in(trial: int, working: Any) -> Any:
+        def call(client: MlflowClient, *arguments: object, **keywords: object) -> object:
+            if len(outcomes.seen) == trial:
+                failed.add(trial)
+                raise MlflowException("the server is down")
+            return working(client, *arguments, **keywords)
 
-    monkeypatch.setattr(MlflowClient, method, failing)
-    result = run(config(clouds), outcomes)
-    assert [outcome.state for outcome in outcomes.seen] == ["COMPLETE"] * 3
-    assert any("trial 1" in line for line in result.repaired)
-    invariants.check(in_folder, 3)
+        return call
+
+    load_trial()
+    monkeypatch.setattr("search.workers.trial._REST", 0)  # the next trial asks the server again
+    for trial, name in enumerate(calls, start=1):
+        monkeypatch.setattr(MlflowClient, name, failing_in(trial, getattr(MlflowClient, name)))
+    result = run(replace(config(clouds), n_trials=trials), outcomes)
+    assert [outcome.state for outcome in outcomes.seen] == ["COMPLETE"] * trials
+    repaired = {line.split(":")[0] for line in result.repaired}
+    assert failed == set(range(1, trials - 1))
+    assert repaired == {f"trial {number}" for number in failed}
+    invariants.check(in_folder, trials)
 
 
 class Traffic:
