@@ -66,7 +66,8 @@ VALUES: dict[str, dict[str, Any]] = {  # of each trial, several at once
         "activation": "silu",
         "optimizer": "nadam",
         "weight_decay": 0.01,
-        "batch_size": 16,
+        "learning_rate": 0.03,
+        "batch_size": 16,  # the moving averages of the normalization need some steps
         "schedule": "one_cycle",
         "early_stopping": 2,
         "augmentation": "affine",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import command, mlflow_at
+from in_process import command as command_here
 
 from search import batches
 from search.config.custom_model import ModelError
@@ -419,12 +420,12 @@ def test_a_pipeline_is_searched_resumed_and_reproduced(in_folder: Path) -> None:
     assert "50 / 15 / 15 examples to train, validate, test (own split); 4 features" in out
     assert "; tf.data, trained batch by batch with Keras' fit, in its own batches of 8\n" in out
     assert re.search(r"^baselines: majority class 0.5333, logistic regression ", out, re.MULTILINE)
-    assert command(in_folder, "doctor", "--study-name", "own")[0] == 0
-    code, out, err = command(in_folder, "reproduce", "--study-name", "own")
+    assert command_here(in_folder, "doctor", "--study-name", "own")[0] == 0
+    code, out, err = command_here(in_folder, "reproduce", "--study-name", "own")
     assert (code, err) == (0, ""), out
     assert "the same to the last digit" in out
     Path("mine.py").write_text(AUGMENTED.replace("noise.normal([4])", "0.1 * noise.normal([4])"))
-    code, out, err = command(in_folder, *options, "--n-trials", "3", "--workers", "1")
+    code, out, err = command_here(in_folder, *options, "--n-trials", "3", "--workers", "1")
     assert (code, err) == (0, ""), out
     assert "own: 1 more trials of 2 epochs to run" in out
     with mlflow_at(in_folder) as client:
@@ -432,7 +433,7 @@ def test_a_pipeline_is_searched_resumed_and_reproduced(in_folder: Path) -> None:
         params = client.get_run(version.run_id).data.params
     assert [params[name] for name in ("batch_size", "train_samples", "split")] == ["8", "50", "own"]
     Path("mine.py").write_text(AUGMENTED.replace("batch(8)", "batch(5)"))
-    code, _, err = command(in_folder, *options, "--n-trials", "4")
+    code, _, err = command_here(in_folder, *options, "--n-trials", "4")
     assert code == 2
     assert "dataset: mine:load (" in err
     assert "; batch_size: 8 -> 5" in err

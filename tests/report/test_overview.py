@@ -10,9 +10,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import conftest
 import optuna
 import pytest
-from conftest import ROOT, TRIALS, command, start_anew
+from conftest import ROOT, TRIALS, start_anew
+from in_process import command
 from optuna.trial import TrialState, create_trial
 from servers import MlflowServer
 
@@ -85,11 +87,11 @@ def test_show_takes_less_than_two_seconds_and_loads_no_tensorflow(
     def seconds() -> float:
         """Of processor: other tests run beside this one."""
         before = os.times()
-        assert command(finished["folder"], "show", by=start_anew)[0] == 0
+        assert conftest.command(finished["folder"], "show", by=start_anew)[0] == 0
         after = os.times()
         return sum(after[2:4]) - sum(before[2:4])
 
-    assert min(seconds() for _ in range(3)) < 2.0
+    assert any(seconds() < 2.0 for _ in range(3))
 
 
 def test_show_changes_nothing(finished: dict[str, Any]) -> None:
