@@ -62,13 +62,30 @@ def test_the_pages_example_has_twenty_lines_or_so() -> None:
     assert len(SOURCE[1].strip().splitlines()) <= 21
 
 
+FUNCTION = """
+import numpy as np
+
+print("read", file=open("calls.txt", "a"))
+
+
+def load():
+    return {**np.load("digits.npz"), "class_names": [f"digit {number}" for number in range(10)]}
+"""
+
+
 @pytest.mark.slow
-def test_the_pages_custom_model_is_searched_registered_and_reproduced(folder: Path) -> None:
+def test_the_pages_custom_model_is_searched_by_two_workers_registered_and_reproduced(
+    folder: Path,
+) -> None:
+    """On the data of a function, which is called once."""
     assert COMMAND is not None
-    options = COMMAND[1].split()
+    (folder / "read.py").write_text(FUNCTION)
+    options = (*COMMAND[1].split(), *SMALL, "--dataset", "read:load")
     name = options[options.index("--study-name") + 1]
-    code, out, err = conftest.command(folder, *options, *SMALL, "--workers", "2")
+    code, out, err = conftest.command(folder, *options, "--workers", "2")
     assert (code, err) == (0, "")
+    assert "read:load: 360 / 40 / 100 examples to train, validate, test (stratified split)" in out
+    assert (folder / "calls.txt").read_text() == "read\n"
     assert "pooling " in out
     found = invariants.check(folder, 3, study_name=name)
     searched = {"filters", "kernel", "dropout", "pooling", "learning_rate", "optimizer"}
@@ -92,7 +109,7 @@ def test_the_pages_custom_model_is_searched_registered_and_reproduced(folder: Pa
         x = data["x_test"].reshape(-1, 784).astype("float32") / 255
         accuracy = np.mean(model.predict(x, verbose=0).argmax(axis=1) == data["y_test"])
     assert accuracy == pytest.approx(found["winner"].data.metrics["test_accuracy"], abs=1e-6)
-    check_another_source(folder, name, (*options, *SMALL))
+    check_another_source(folder, name, options)
 
 
 def check_another_source(folder: Path, name: str, options: tuple[str, ...]) -> None:

@@ -1,4 +1,7 @@
-"""A dataset from the user's own function: what it may return, and what is refused in one line."""
+"""A dataset from the user's own function: what it may return, and what is refused in one line.
+
+That a function of arrays is called once, whatever the workers, is in config/test_custom_model.
+"""
 
 import re
 from dataclasses import replace
@@ -356,30 +359,6 @@ def test_a_function_that_is_not_there_is_refused(in_folder: Path, name: str, fou
     with pytest.raises(InputError, match=r"--dataset must name a ") as refusal:
         load_dataset(name, 0.1)
     assert found in str(refusal.value)
-
-
-@pytest.mark.slow
-def test_a_function_is_searched_by_two_workers_and_called_once(in_folder: Path) -> None:
-    source = ARRAYS + "print('read', file=open('calls.txt', 'a'))\n"
-    Path("mine.py").write_text(
-        f"{source}\n\ndef load():\n    return {{**arrays, 'class_names': ['even', 'odd']}}\n"
-    )
-    options = [
-        "--n-trials",
-        "3",
-        "--epochs",
-        "1",
-        "--hidden-units",
-        "4,8",
-        "--workers",
-        "2",
-        "--report",
-        "none",
-    ]
-    code, out, err = command(in_folder, "--dataset", "mine:load", *options)
-    assert (code, err) == (0, "")
-    assert "mine:load: 27 / 3 / 10 examples to train, validate, test (stratified split)" in out
-    assert Path("calls.txt").read_text() == "read\n"
 
 
 AUGMENTED = """
