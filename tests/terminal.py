@@ -6,8 +6,6 @@ import pty
 import re
 import select
 import struct
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable
@@ -25,26 +23,14 @@ LINE = re.compile(
 
 
 class Terminal:
-    """Runs Python on a terminal of its own, which it controls: keys typed here are its keys.
+    """Runs Python on a terminal of its own, which it controls: keys typed here are its keys."""
 
-    shell: a command of bash's in which "$@" runs it.
-    """
-
-    def __init__(self, arguments: list[str], folder: Path, shell: str | None = None) -> None:
+    def __init__(self, arguments: list[str], folder: Path) -> None:
         self._mine, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         given: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
         given |= {"cwd": folder, "env": {**os.environ, "TERM": "xterm-256color"}}
-        self.process: forks.Python | subprocess.Popen[bytes]
-        if shell is None:
-            self.process = forks.Python(arguments, **given)
-        else:
-            self.process = subprocess.Popen(
-                ["bash", "-c", shell, "-", sys.executable, *arguments],
-                start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-                **given,
-            )
+        self.process = forks.Python(arguments, **given)
         self.modes = termios.tcgetattr(theirs)
         self._theirs = theirs  # kept open, so that its modes can be read at the end
         self._screen = pyte.HistoryScreen(COLUMNS, ROWS, history=5000)

@@ -1,29 +1,32 @@
-"""The real command on a folder of images: as on its arrays, with class names, and served."""
+"""A study of a folder of images: as of its arrays, with class names, and served."""
 
 import json
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import numpy as np
-import optuna
 import pytest
-from conftest import ROOT, command, mlflow_at
+from conftest import ROOT, mlflow_at
+from in_process import command
+from mlflow.pyfunc.scoring_server import invocations
 from PIL import Image
-from servers import ask_model_server, model_server
 
-from search.data.load import load_dataset
+from search import StudyConfig
+from search.data.dataset import Dataset
+from search.data.load import load_dataset, load_for_study
 from search.report import publish
+from search.workers.trial import train_again
 
 PAGE = (ROOT / "docs" / "your-data.md").read_text().split("## A folder of images")[1]
 COMMAND = shlex.split(re.findall(r"^    python study.py (.*)$", PAGE, re.MULTILINE)[0])
 EXAMPLE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
 SERVE, ASK = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)[:2]
+RESULTS = (ROOT / "docs" / "results.md").read_text()
+SERVED, ASKED = re.findall(r"```sh\n(.*?)```", RESULTS, re.DOTALL)
 NAMES = "cat", "dog & fox"
 SMALL = (
     *("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1"),
@@ -39,13 +42,14 @@ def write(root: Path, x: Any, y: Any, names: Any) -> None:
         Image.fromarray(pixels).save(path)
 
 
-def histories(folder: Path) -> list[Any]:
-    study = optuna.load_study(study_name="own", storage=f"sqlite:///{folder / 'study.db'}")
-    kept = [dict(trial.user_attrs["history"][-1]) for trial in study.trials]
-    return [
-        (trial.params, {name: entry[name] for name in entry if name != "time_ms"})
-        for trial, entry in zip(study.trials, kept, strict=True)
-    ]
+def history(dataset: Dataset) -> list[dict[str, float]]:
+    """The epochs of one and the same trial, but for their times."""
+    config = StudyConfig(epochs=2, batch_size=32)
+    params = {"hidden_units": 8, "dropout_rate": 0.2, "learning_rate": 0.01}
+    epochs: list[dict[str, float]] = []
+    trial = SimpleNamespace(params=params)
+    train_again(config, dataset, trial, {"params": {"batch_size": 32}}, 1, epochs)
+    return [{name: epoch[name] for name in epoch if name != "time_ms"} for epoch in epochs]
 
 
 def test_digits_as_a_folder_train_to_the_same_digits_as_their_arrays(
@@ -55,22 +59,21 @@ def test_digits_as_a_folder_train_to_the_same_digits_as_their_arrays(
         found = dict(archive)
     ordered = {}
     for part in ("train", "test"):
-        x, y = found[f"x_{part}"][:400], found[f"y_{part}"][:400]
+        x, y = found[f"x_{part}"][:200], found[f"y_{part}"][:200]
         write(tmp_path / "digits" / part, x, y, range(10))
         order = np.argsort(y, kind="stable")
         ordered |= {f"x_{part}": x[order], f"y_{part}": y[order].astype(np.int64)}
     np.savez(tmp_path / "digits.npz", **ordered)
-    results = {}
-    for name in ("digits", "digits.npz"):
-        folder = tmp_path / f"of-{name}"
-        folder.mkdir()
-        code, out, err = command(folder, "--dataset", f"../{name}", *SMALL, "--study-name", "own")
-        assert (code, err) == (0, ""), out
-        results[name] = histories(folder)
-    assert results["digits"] == results["digits.npz"]
-    assert len(results["digits"]) == 2
-    folders, arrays = (load_dataset(str(tmp_path / name), 0.1) for name in results)
-    assert folders.digest == arrays.digest
+    folders, arrays = (
+        load_for_study(StudyConfig(dataset=str(tmp_path / name)), None)
+        for name in ("digits", "digits.npz")
+    )
+    assert (folders.digest, folders.split) == (arrays.digest, arrays.split)
+    for one, other in zip(folders.training, arrays.training, strict=True):
+        np.testing.assert_array_equal(one, other)
+    results = history(folders)
+    assert results == history(arrays)
+    assert len(results) == 2
 
 
 @pytest.fixture(scope="module")
@@ -115,23 +118,29 @@ def test_the_study_is_resumed_and_reproduced(photos: Path) -> None:
     assert "image_size: 6 -> 5" in err
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(photos: Path) -> None:
+def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(
+    photos: Path, in_folder: Path
+) -> None:
     dataset = load_dataset(str(photos / "photos"), 0.1, split="stratified")
     with mlflow_at(photos) as client:
         version = client.get_model_version_by_alias("Photos", "production")
         tested = client.get_run(version.run_id).data.metrics["test_accuracy"]
         model = mlflow.keras.load_model("models:/Photos@production")
+        served = mlflow.pyfunc.load_model(re.findall(r"--model-uri (\S+)", SERVE)[0])
     probabilities = model.predict(dataset.test_inputs(), verbose=0)  # uint8, as read
     assert (probabilities.argmax(axis=1) == dataset.y_test).mean() == pytest.approx(tested)
-    (photos / "photos/cat/0001.png").symlink_to("0000.png")  # an example's name on the page
-    example = EXAMPLE.replace("(64, 64)", "(6, 6)")
-    subprocess.run([sys.executable, "-c", example], cwd=photos, check=True)
-    with model_server(photos, SERVE) as port:
-        answered = ask_model_server(photos, ASK, port)
-    (answer,) = json.loads(answered)["predictions"]
-    expected = model.predict(np.array(Image.open(photos / "photos/cat/0000.png"))[None], verbose=0)
+    image = photos / "photos/cat/0000.png"
+    (in_folder / "photos/cat").mkdir(parents=True)
+    (in_folder / "photos/cat/0001.png").symlink_to(image)  # an example's name on the page
+    exec(EXAMPLE.replace("(64, 64)", "(6, 6)"), {})
+    # The commands are those of docs/results.md, which are run; here what they send is answered.
+    assert SERVED.replace("-m models:/MNIST_DNN_Model", "--model-uri models:/Photos") == SERVE
+    assert ASKED.splitlines()[-1].replace("digits.json", "images.json") == ASK.strip()
+    sent = Path("images.json").read_text()
+    answered = invocations(sent, "application/json", served, served.metadata.get_input_schema())
+    assert answered.status == 200, answered.response
+    (answer,) = json.loads(answered.response)["predictions"]
+    expected = model.predict(np.array(Image.open(image))[None], verbose=0)
     assert answer.pop("prediction") == NAMES[expected[0].argmax()]
     assert list(answer) == [f"probability_{name}" for name in NAMES]
     np.testing.assert_allclose(list(answer.values()), expected[0], rtol=1e-5, atol=1e-6)
-    (photos / "photos/cat/0001.png").unlink()

@@ -1,4 +1,4 @@
-"""A study of several labels, through the real command: the page's example, to the served model."""
+"""A study of several labels: the page's example, to the served model."""
 
 import json
 import re
@@ -12,7 +12,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, command, mlflow_at
+from conftest import ROOT, mlflow_at
+from in_process import command
 from sklearn import metrics
 
 from search import StudyConfig
@@ -120,8 +121,9 @@ def test_arrays_are_compared_by_the_examples_with_all_labels_right(in_folder: Pa
     x = random.normal(size=(160, 4)).astype(np.float32)
     y = x[:, :3] + random.normal(size=(160, 3)) > 0
     np.savez("mine.npz", x_train=x[:120], y_train=y[:120], x_test=x[120:], y_test=y[120:])
-    options = ("--dataset", "mine.npz", *SMALL, "--n-trials", "1", "--objective", "val_accuracy")
-    assert command(in_folder, *options, "--baselines", "none", "--report", "none")[0] == 0
+    small = ("--n-trials", "1", "--report", "none", "--hidden-units", "8")
+    options = ("--dataset", "mine.npz", *SMALL, *small, "--objective", "val_accuracy")
+    assert command(in_folder, *options, "--baselines", "none")[0] == 0
     code, out, err = command(in_folder, *options, "--study-name", "again", "--seed", "1")
     assert (code, err) == (0, "")
     invariants.check(in_folder, 1, study_name="again")

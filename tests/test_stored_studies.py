@@ -17,7 +17,7 @@ import mlflow
 import numpy as np
 import optuna
 import pytest
-from conftest import command
+from in_process import command
 
 from search.data.load import load_dataset
 from search.data.preparation import scaled

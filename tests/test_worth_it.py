@@ -1,31 +1,41 @@
-"""Baselines in a study, through the real command: shown, kept, compared with the winner."""
+"""Baselines in a study: computed once, shown, kept, compared with the winner."""
 
 import json
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import forks
 import invariants
+import mlflow
 import numpy as np
 import optuna
 import pytest
-from conftest import command
+from conftest import copy_databases, mlflow_at
+from in_process import command
 from sklearn import datasets
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression
 
 from search import StudyConfig, run
-from search.data.load import load_dataset
+from search.data import sources
+from search.data.load import load_dataset, load_for_study
 from search.data.preparation import scaled
 from search.promotion import baselines
-from search.promotion.baselines import Baseline, BestBaseline
-from search.promotion.comparison import Comparison
+from search.promotion.baselines import Baseline, BestBaseline, Found, compute
+from search.promotion.comparison import Comparison, compare_with_baseline
+from search.promotion.evaluation import outputs_of
 from search.report.progress import Progress, Result
 from search.task import METRICS
 from search.training.simple_models import MODELS, Limit
 
 SMALL = ("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1")
+ONE_TRIAL = (
+    *("--n-trials", "1", "--epochs", "1", "--hidden-units", "8", "--workers", "1"),
+    *("--report", "none"),
+)
 
 
 def write(name: str) -> str:
@@ -51,13 +61,37 @@ def logistic(file: str) -> tuple[float, float]:
     )
 
 
-@pytest.mark.slow
+def baselines_of(objective: str, **settings: Any) -> Found:
+    """The baselines of the data of these settings."""
+    data = load_for_study(StudyConfig(**settings), None)
+    return compute(data, METRICS[objective], 0, Limit(time.monotonic() + 60, threading.Event()))
+
+
 @pytest.mark.parametrize("name", ["breast_cancer", "wine", "digits"])
-def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -> None:
-    given = ("--dataset", write(name), *SMALL)
+def test_the_baselines_of_real_data_are_the_majority_class_and_scikit_learns_regression(
+    name: str, in_folder: Path
+) -> None:
+    file = write(name)
+    found = baselines_of("val_accuracy", dataset=file)
+    assert [baseline.name for baseline in found.baselines] == [
+        "majority class",
+        "logistic regression",
+    ]
+    metrics, (validation, test) = found.baselines[1].metrics, logistic(file)
+    assert metrics["val_accuracy"] == pytest.approx(validation, abs=0.011)
+    assert metrics["test_accuracy"] == pytest.approx(test, abs=0.011)
+    assert {"val_loss", "val_f1", "test_auc", "test_balanced_accuracy"} < metrics.keys()
+    assert found.best is not None and found.best.name == "logistic regression"
+    right = found.best.correct(len(np.load(file)["y_test"]))
+    assert right.mean() == metrics["test_accuracy"]
+
+
+@pytest.mark.slow
+def test_real_data_have_their_baselines_everywhere(in_folder: Path) -> None:
+    given = ("--dataset", write("breast_cancer"), *SMALL)
     code, out, err = command(in_folder, *given)
     assert (code, err) == (0, "")
-    validation, test = logistic(f"{name}.npz")
+    validation, test = logistic("breast_cancer.npz")
     lines = out.splitlines()
     shown = re.fullmatch(
         r"baselines: majority class (0\.\d{4}), logistic regression (\d\.\d{4}) "
@@ -91,7 +125,7 @@ def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -
     counts = against["only_winner"], against["only_baseline"]
     p_value = Comparison(winner, theirs, *counts).p_value
     assert against["p_value"] == p_value
-    examples = len(np.load(f"{name}.npz")["y_test"])
+    examples = len(np.load("breast_cancer.npz")["y_test"])
     assert (counts[0] - counts[1]) / examples == pytest.approx(winner - theirs, abs=1e-6)
     assert f"{winner:.4f} against {theirs:.4f}, exact McNemar p = {p_value:.2g}." in sentence
     kept = BestBaseline(**found["study"].user_attrs["best_baseline"])
@@ -109,83 +143,40 @@ def test_real_data_have_their_baselines_everywhere(name: str, in_folder: Path) -
     assert lines[2] in again and sentence in again
     assert invariants.dump(in_folder) == before
     assert command(in_folder, "doctor")[0] == 0
-    code, out, _ = command(in_folder, "reproduce", "--dataset", f"{name}.npz", "--trial", "1")
+    code, out, _ = command(in_folder, "reproduce", "--dataset", "breast_cancer.npz", "--trial", "1")
     assert (code, "the same to the last digit" in out) == (0, True)
 
 
-@pytest.mark.slow
-def test_a_regression_is_compared_by_its_objective_in_the_unit_of_its_target(
-    in_folder: Path,
-) -> None:
-    given = ("--dataset", write("diabetes"), "--task", "regression", *SMALL)
-    code, out, err = command(in_folder, *given)
-    assert (code, err) == (0, "")
-    data = load_dataset("diabetes.npz", 0.1, split="random", normalize=True, task="regression")
-    (x, y), (x_val, y_val) = data.train, data.validation
-    errors = (Ridge().fit(x, y).predict(x_val) - y_val) * data.task.deviation
-    lines = out.splitlines()
-    shown = re.fullmatch(
-        r"baselines: mean [\d.]+, ridge regression ([\d.]+) \(validation RMSE\)", lines[2]
-    )
-    assert shown is not None, out
-    assert float(shown[1]) == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-3)
-    assert f"\nridge regression       val_rmse {shown[1]}\n" in out
-
-    found = invariants.check(in_folder, 2)
-    metrics = found["parent"].data.metrics
-    names = ("loss", "mae", "rmse", "r2")
-    assert {f"baseline_mean_{part}_{name}" for part in ("val", "test") for name in names} <= {
-        *metrics
-    }
-    against = json.loads(command(in_folder, "show", "--json")[1])["against_baseline"]
-    assert (against["baseline"], against["metric"]) == ("ridge regression", "test_rmse")
-    assert against["value"] == pytest.approx(found["winner"].data.metrics["test_rmse"])
-    assert against["baseline_value"] == metrics["baseline_ridge_regression_test_rmse"]
-    assert against["significant"]  # a network of so few epochs predicts little but the mean
-    sentence = (
-        "The network is significantly worse than ridge regression on the test examples: RMSE "
-        f"{against['value']:.5g} against {against['baseline_value']:.5g}, paired bootstrap "
-        f"p = {against['p_value']:.2g}."
-    )
-    assert sentence in lines
-    assert sentence in command(in_folder, "show")[1]
-    assert sentence in (in_folder / "report.html").read_text()
-    before = invariants.dump(in_folder)
-    assert sentence in command(in_folder, *given)[1]
-    assert invariants.dump(in_folder) == before
-
-
-@pytest.mark.slow
 def test_a_column_of_many_words_is_no_obstacle(in_folder: Path) -> None:
     """The word alone tells the class; above 50 different words it is an index."""
     random = np.random.default_rng(0)
     words = random.integers(0, 60, 1200)
     rows = [f"w{word},{random.normal():.3f},{'even' if word % 2 else 'odd'}" for word in words]
     Path("words.csv").write_text("\n".join(["word,size,kind", *rows]))
-    given = ("--dataset", "words.csv", "--target", "kind", "--objective", "val_auc")
-    code, out, err = command(in_folder, *given, *SMALL)
-    assert (code, err) == (0, "")
-    assert ", logistic regression 1.0000 (validation AUC)\n" in out
-    against = json.loads(command(in_folder, "show", "--json")[1])["against_baseline"]
-    assert (against["baseline"], against["metric"]) == ("logistic regression", "test_auc")
-    assert against["baseline_value"] > 0.99
+    found = baselines_of("val_auc", dataset="words.csv", target="kind")
+    assert found.baselines[1].text(METRICS["val_auc"]) == "logistic regression 1.0000"
+    assert found.best is not None
+    assert (found.best.name, found.best.metric) == ("logistic regression", "val_auc")
+    assert found.baselines[1].metrics["test_auc"] > 0.99
+
+
+def check_none(out: str) -> None:
+    """Assert that a run that printed this left no baselines."""
+    assert not re.search("baseline|logistic|majority", out)
+    told = json.loads(command(Path.cwd(), "show", "--json")[1])
+    assert (told["baselines"], told["against_baseline"]) == ([], None)
 
 
 @pytest.mark.slow
-def test_none_and_mnist_have_none(in_folder: Path) -> None:
-    for name, options in (
-        ("mine", ("--dataset", write("wine"), *SMALL, "--baselines", "none")),
-        ("mnist", (*SMALL, "--n-trials", "1", "--epochs", "1", "--batch-size", "2000")),
-    ):
-        models = ("--study-name", name, "--model-name", name)
-        code, out, err = command(in_folder, *models, *options, "--report", "none")
-        assert (code, err) == (0, "")
-        assert not re.search("baseline|logistic|majority", out)
-        told = json.loads(command(in_folder, "show", "--json", *models)[1])
-        assert (told["baselines"], told["against_baseline"]) == ([], None)
+def test_mnist_has_none(in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MNIST", clouds)  # fewer examples, by the same name
+    code, out, err = command(in_folder, *ONE_TRIAL)
+    assert (code, err) == (0, "")
+    assert "mnist: 135 / 15 / 30 examples" in out
+    check_none(out)
 
 
-# ---- from Python, with one worker: in this process -----------------------------------------------
+# ---- when they are computed ----------------------------------------------------------------------
 
 
 class Told(Progress):
@@ -213,14 +204,26 @@ def do(clouds: Path, told: Progress | None = None, **changed: Any) -> Result:
     return run(StudyConfig(dataset=str(clouds), **{**settings, **changed}), told)
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> tuple[Path, Told, Result]:
+    """A folder in which a study by the loss ran, what it reported and its result."""
+    folder, told = tmp_path_factory.mktemp("compared"), Told()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, told, do(clouds, told, objective="val_loss")
+
+
 def test_they_are_computed_before_the_first_trial_and_once(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+    compared: tuple[Path, Told, Result],
+    in_folder: Path,
+    clouds: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = Told()
-    result = do(clouds, told)
+    folder, told, result = compared
     assert told.found == [result.baselines]
     assert told.trials_before == 0
     assert result.against_baseline is not None
+    copy_databases(folder, in_folder)
     monkeypatch.setattr(baselines, "compute", None)
     again = Told()
     assert do(clouds, again, n_trials=2).baselines == result.baselines
@@ -228,74 +231,36 @@ def test_they_are_computed_before_the_first_trial_and_once(
     assert again.warnings == []
 
 
-@pytest.mark.slow
-def test_a_study_without_them_gets_them_with_its_next_trial(in_folder: Path, clouds: Path) -> None:
-    assert do(clouds, baselines="none").against_baseline is None
-    before = invariants.dump(in_folder)
-    finished = do(clouds)
-    assert (finished.baselines, finished.against_baseline) == ([], None)
-    assert invariants.dump(in_folder) == before
-    assert len(do(clouds, n_trials=2).baselines) == 2
-    invariants.check(in_folder, 2)
-
-
 @pytest.mark.parametrize("objective", ["val_loss", "val_auc", "val_balanced_accuracy"])
-def test_they_are_compared_by_the_objective(objective: str, in_folder: Path, clouds: Path) -> None:
-    result = do(clouds, objective=objective)
-    metric, against = METRICS[objective], result.against_baseline
-    assert against is not None and result.winner is not None
+def test_they_are_compared_by_the_objective(
+    objective: str, compared: tuple[Path, Told, Result], clouds: Path
+) -> None:
+    folder, _, result = compared
+    assert result.winner is not None
+    data = load_for_study(StudyConfig(dataset=str(clouds)), None)
+    found = baselines_of(objective, dataset=str(clouds))
+    with mlflow_at(folder):
+        model = mlflow.keras.load_model("models:/MNIST_DNN_Model@production")
+    assert found.best is not None
+    against = compare_with_baseline(model, data, outputs_of(model, data), found.best, 0)
+    metric = METRICS[objective]
     name = f"test_{metric.stem}"
     assert (against["metric"], against["test"]) == (name, "paired bootstrap")
     assert against["value"] == pytest.approx(result.winner.metrics[name], rel=1e-5)
-    values = {baseline.name: baseline.metrics[name] for baseline in result.baselines}
+    values = {baseline.name: baseline.metrics[name] for baseline in found.baselines}
     assert against["baseline_value"] == values[against["baseline"]]
     assert against["baseline_value"] == metric.best(values.values())
     assert "only_winner" not in against
+    assert found.baselines == result.baselines
+    if objective == result.config.objective:
+        value = pytest.approx(against["value"], rel=1e-5)
+        assert result.against_baseline == {**against, "value": value}
 
 
-def test_one_that_fails_is_a_warning(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fit(*_: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setitem(MODELS["classification"], "logistic regression", fit)
-    told = Told()
-    result = do(clouds, told)
-    assert told.warnings == [
-        "the baseline logistic regression could not be computed (MemoryError: MemoryError)"
-    ]
-    assert [baseline.name for baseline in result.baselines] == ["majority class"]
-    assert result.winner is not None
-    assert result.against_baseline is not None
-    assert result.against_baseline["baseline"] == "majority class"
-
-
-@pytest.mark.slow
-def test_a_stop_meanwhile_leaves_them_to_the_next_run(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = Told()
-
-    def fit(_: Any, __: Any, ___: int, limit: Limit) -> Any:
-        told.stop()  # the first Ctrl-C
-        limit.stop.wait(60)
-        limit.is_over()
-
-    with monkeypatch.context() as patch:
-        patch.setitem(MODELS["classification"], "logistic regression", fit)
-        stopped = do(clouds, told)
-    assert (stopped.winner, stopped.baselines, stopped.ran) == (None, [], 0)
-    assert told.found == []
-    assert len(do(clouds).baselines) == 2
-    invariants.check(in_folder, 1)
-
-
-@pytest.mark.slow
 def test_metrics_that_mlflow_lacks_are_repaired(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+    compared: tuple[Path, Told, Result], in_folder: Path
 ) -> None:
-    do(clouds)
+    copy_databases(compared[0], in_folder)
     expected = invariants.check(in_folder, 1)["parent"].data.metrics
     stored = study()
     values = stored.user_attrs["baselines"]
@@ -310,6 +275,53 @@ def test_metrics_that_mlflow_lacks_are_repaired(
     assert command(in_folder, "doctor")[0] == 0
     found = invariants.check(in_folder, 1)["parent"].data.metrics
     assert found == {**expected, "baseline_logistic_regression_val_accuracy": 0.125}
+
+
+@pytest.mark.slow
+def test_a_study_without_them_gets_them_with_its_next_trial(in_folder: Path, clouds: Path) -> None:
+    given = ("--dataset", str(clouds), *ONE_TRIAL)
+    code, out, err = command(in_folder, *given, "--baselines", "none")
+    assert (code, err) == (0, "")
+    check_none(out)
+    before = invariants.dump(in_folder)
+    finished = do(clouds)
+    assert (finished.baselines, finished.against_baseline) == ([], None)
+    assert invariants.dump(in_folder) == before
+    assert len(do(clouds, n_trials=2).baselines) == 2
+    invariants.check(in_folder, 2)
+
+
+@pytest.mark.slow
+def test_a_stop_leaves_them_to_the_next_run_and_one_that_fails_is_a_warning(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+
+    def stop(_: Any, __: Any, ___: int, limit: Limit) -> Any:
+        told.stop()  # the first Ctrl-C
+        limit.stop.wait(60)
+        limit.is_over()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setitem(MODELS["classification"], "logistic regression", stop)
+    stopped = do(clouds, told)
+    assert (stopped.winner, stopped.baselines, stopped.ran) == (None, [], 0)
+    assert told.found == []
+
+    monkeypatch.setitem(MODELS["classification"], "logistic regression", fail)
+    told = Told()
+    result = do(clouds, told)
+    assert told.warnings == [
+        "the baseline logistic regression could not be computed (MemoryError: MemoryError)"
+    ]
+    assert [baseline.name for baseline in result.baselines] == ["majority class"]
+    assert told.found == [result.baselines]
+    assert result.winner is not None
+    assert result.against_baseline is not None
+    assert result.against_baseline["baseline"] == "majority class"
+    invariants.check(in_folder, 1)
 
 
 WITH_A_SLOW_ONE = """
@@ -327,21 +339,21 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_sigterm_meanwhile_ends_the_run_in_one_line(
-    in_folder: Path, clouds: Path, workers: str
-) -> None:
-    given = ("--dataset", str(clouds), *SMALL, "--report", "none", "--workers", workers)
-    process = forks.Python(["-c", WITH_A_SLOW_ONE, *given], cwd=in_folder)
-    line = ""
-    while line != "fitting\n":
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert err == "error: terminated by SIGTERM; run the same command again to go on\n"
-    assert process.returncode == 143
+def test_sigterm_meanwhile_ends_the_run_in_one_line(in_folder: Path, clouds: Path) -> None:
+    given = ("--dataset", str(clouds), *ONE_TRIAL, "--n-trials", "2")
+    for workers in ("1", "2"):
+        arguments = ["-c", WITH_A_SLOW_ONE, *given, "--workers", workers]
+        process = forks.Python(arguments, cwd=in_folder)
+        line = ""
+        while line != "fitting\n":
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert err == "error: terminated by SIGTERM; run the same command again to go on\n"
+        assert process.returncode == 143
+        assert study().trials == []
     code, out, err = command(in_folder, *given)
     assert (code, err) == (0, "")
     assert "\nbaselines: majority class " in out

@@ -1,26 +1,29 @@
-"""A custom model, as in docs/your-model.md, through the real command."""
+"""A custom model, as in docs/your-model.md."""
 
 import hashlib
 import importlib
 import math
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import forks
 import invariants
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, command, mlflow_at
+from conftest import ROOT, mlflow_at
+from in_process import command
 
 from search import StudyConfig, run
 from search.config import custom_model
-from search.data.load import load_dataset
+from search.data.load import load_dataset, load_for_study
 from search.errors import InputError, RunError
 from search.tracking.schema import study_metadata
+from search.workers.trial import train_again
 
 PAGE = (ROOT / "docs" / "your-model.md").read_text()
 SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", PAGE, re.DOTALL)
@@ -37,17 +40,20 @@ def build(hyperparameters, shape, classes):
 """
 OF_A_TRIAL = {"seed", "trainable_parameters"}  # what each trial's run says of itself
 SMALL = (
-    *("--dataset", "digits.npz", "--n-trials", "4", "--epochs", "2"),
+    *("--dataset", "digits.npz", "--n-trials", "3", "--epochs", "2"),
     *("--report", "none", "--baselines", "none"),
 )
 
 
 @pytest.fixture
-def folder(tmp_path: Path, digits: Path) -> Path:
-    """The page's mine.py beside some digits."""
+def folder(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's mine.py beside some digits, where modules are found, as in a new process."""
     assert SOURCE is not None
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine.py").write_text(SOURCE[1])
-    shutil.copy(digits, tmp_path / "digits.npz")
+    with np.load(digits) as data:
+        few = {name: array[: 400 if "train" in name else 100] for name, array in data.items()}
+    np.savez(tmp_path / "digits.npz", **few)
     return tmp_path
 
 
@@ -56,15 +62,32 @@ def test_the_pages_example_has_twenty_lines_or_so() -> None:
     assert len(SOURCE[1].strip().splitlines()) <= 21
 
 
+FUNCTION = """
+import numpy as np
+
+print("read", file=open("calls.txt", "a"))
+
+
+def load():
+    return {**np.load("digits.npz"), "class_names": [f"digit {number}" for number in range(10)]}
+"""
+
+
 @pytest.mark.slow
-def test_the_pages_custom_model_is_searched_registered_and_reproduced(folder: Path) -> None:
+def test_the_pages_custom_model_is_searched_by_two_workers_registered_and_reproduced(
+    folder: Path,
+) -> None:
+    """On the data of a function, which is called once."""
     assert COMMAND is not None
-    options = COMMAND[1].split()
+    (folder / "read.py").write_text(FUNCTION)
+    options = (*COMMAND[1].split(), *SMALL, "--dataset", "read:load")
     name = options[options.index("--study-name") + 1]
-    code, out, err = command(folder, *options, *SMALL, "--workers", "2")
+    code, out, err = conftest.command(folder, *options, "--workers", "2")
     assert (code, err) == (0, "")
+    assert "read:load: 360 / 40 / 100 examples to train, validate, test (stratified split)" in out
+    assert (folder / "calls.txt").read_text() == "read\n"
     assert "pooling " in out
-    found = invariants.check(folder, 4, study_name=name)
+    found = invariants.check(folder, 3, study_name=name)
     searched = {"filters", "kernel", "dropout", "pooling", "learning_rate", "optimizer"}
     for trial in found["trials"]:
         assert set(trial.params) == searched
@@ -86,12 +109,27 @@ def test_the_pages_custom_model_is_searched_registered_and_reproduced(folder: Pa
         x = data["x_test"].reshape(-1, 784).astype("float32") / 255
         accuracy = np.mean(model.predict(x, verbose=0).argmax(axis=1) == data["y_test"])
     assert accuracy == pytest.approx(found["winner"].data.metrics["test_accuracy"], abs=1e-6)
+    check_another_source(folder, name, options)
+
+
+def check_another_source(folder: Path, name: str, options: tuple[str, ...]) -> None:
+    """Assert that another source is another model."""
+    before = invariants.dump(folder)
+    with (folder / "mine.py").open("a") as file:
+        file.write("# changed\n")
+    code, out, err = command(folder, *options)
+    assert (code, out) == (2, "")
+    assert "exists with other settings (stored -> given): model: mine:build (" in err
+    code, out, err = command(folder, "reproduce", "--study-name", name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "mine:build must be the model of the study" in err
+    assert "restore its source" in err
+    assert invariants.dump(folder) == before
 
 
 def test_no_name_with_another_meaning_in_a_store_is_free(
     in_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     config = StudyConfig(dataset=str(folder / "digits.npz"), model="mine:build")
     dataset = load_dataset(config.dataset, config.validation_split)
@@ -106,23 +144,6 @@ def test_no_name_with_another_meaning_in_a_store_is_free(
         )
         with pytest.raises(InputError, match=f"names that are free, but '{name}' is not"):
             custom_model.load(f"takes_{name}:build")
-
-
-@pytest.mark.slow
-def test_another_source_is_another_model(folder: Path) -> None:
-    options = ("--model", "mine:build", *SMALL, "--n-trials", "1", "--workers", "1")
-    assert command(folder, *options)[0] == 0
-    before = invariants.dump(folder)
-    with (folder / "mine.py").open("a") as file:
-        file.write("# changed\n")
-    code, out, err = command(folder, *options)
-    assert (code, out) == (2, "")
-    assert "exists with other settings (stored -> given): model: mine:build (" in err
-    code, out, err = command(folder, "reproduce")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "mine:build must be the model of the study" in err
-    assert "restore its source" in err
-    assert invariants.dump(folder) == before
 
 
 EDITED = DENSE.replace("4,8", "5,9")  # of the same size
@@ -185,15 +206,14 @@ def test_an_edited_layer_trains_as_it_is_now(
 ) -> None:
     monkeypatch.syspath_prepend(in_folder)
     losses = []
-    for name, factor in (("first", "1.0"), ("second", "0.0"), ("third", "1.0")):
+    trial = SimpleNamespace(params={"units": 4, "learning_rate": 0.001})
+    for factor in ("1.0", "0.0", "1.0"):
         (in_folder / "with_layer.py").write_text(LAYERED.replace("FACTOR", factor))
-        small = {"n_trials": 1, "epochs": 1, "workers": 1, "report": "none", "baselines": "none"}
-        config = StudyConfig(
-            dataset=str(clouds), study_name=name, model="with_layer:build", **small
-        )
-        result = run(config)
-        assert result.best is not None
-        losses.append(result.best.user_attrs["history"][0]["val_loss"])
+        config = StudyConfig(dataset=str(clouds), model="with_layer:build", epochs=1)
+        dataset = load_for_study(config, None)
+        epochs: list[dict[str, float]] = []
+        train_again(config, dataset, trial, {"params": {}}, 1, epochs)
+        losses.append(epochs[0]["val_loss"])
     assert losses[0] == losses[2]
     assert losses[1] == pytest.approx(math.log(3))  # it sees zeros: every class is as likely
 
@@ -252,7 +272,10 @@ print([epoch["train_loss"] for epoch in history])
 
 
 @pytest.mark.slow
-def test_a_module_that_starts_tensorflow_does_not_change_the_digits(folder: Path) -> None:
+def test_a_module_that_starts_tensorflow_does_not_change_the_digits(
+    folder: Path, digits: Path
+) -> None:
+    (folder / "digits.npz").write_bytes(digits.read_bytes())
     (folder / "late.py").write_text(CONVOLUTION)
     (folder / "early.py").write_text(CONVOLUTION + "\n\nkeras.random.uniform((2, 2))\n")
     losses = [

@@ -1,4 +1,7 @@
-"""A dataset from the user's own function: what it may return, and what is refused in one line."""
+"""A dataset from the user's own function: what it may return, and what is refused in one line.
+
+That a function of arrays is called once, whatever the workers, is in config/test_custom_model.
+"""
 
 import re
 from dataclasses import replace
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import command, mlflow_at
+from in_process import command as command_here
 
 from search import batches
 from search.config.custom_model import ModelError
@@ -357,30 +361,6 @@ def test_a_function_that_is_not_there_is_refused(in_folder: Path, name: str, fou
     assert found in str(refusal.value)
 
 
-@pytest.mark.slow
-def test_a_function_is_searched_by_two_workers_and_called_once(in_folder: Path) -> None:
-    source = ARRAYS + "print('read', file=open('calls.txt', 'a'))\n"
-    Path("mine.py").write_text(
-        f"{source}\n\ndef load():\n    return {{**arrays, 'class_names': ['even', 'odd']}}\n"
-    )
-    options = [
-        "--n-trials",
-        "3",
-        "--epochs",
-        "1",
-        "--hidden-units",
-        "4,8",
-        "--workers",
-        "2",
-        "--report",
-        "none",
-    ]
-    code, out, err = command(in_folder, "--dataset", "mine:load", *options)
-    assert (code, err) == (0, "")
-    assert "mine:load: 27 / 3 / 10 examples to train, validate, test (stratified split)" in out
-    assert Path("calls.txt").read_text() == "read\n"
-
-
 AUGMENTED = """
 import numpy as np
 import tensorflow as tf
@@ -419,12 +399,12 @@ def test_a_pipeline_is_searched_resumed_and_reproduced(in_folder: Path) -> None:
     assert "50 / 15 / 15 examples to train, validate, test (own split); 4 features" in out
     assert "; tf.data, trained batch by batch with Keras' fit, in its own batches of 8\n" in out
     assert re.search(r"^baselines: majority class 0.5333, logistic regression ", out, re.MULTILINE)
-    assert command(in_folder, "doctor", "--study-name", "own")[0] == 0
-    code, out, err = command(in_folder, "reproduce", "--study-name", "own")
+    assert command_here(in_folder, "doctor", "--study-name", "own")[0] == 0
+    code, out, err = command_here(in_folder, "reproduce", "--study-name", "own")
     assert (code, err) == (0, ""), out
     assert "the same to the last digit" in out
     Path("mine.py").write_text(AUGMENTED.replace("noise.normal([4])", "0.1 * noise.normal([4])"))
-    code, out, err = command(in_folder, *options, "--n-trials", "3", "--workers", "1")
+    code, out, err = command_here(in_folder, *options, "--n-trials", "3", "--workers", "1")
     assert (code, err) == (0, ""), out
     assert "own: 1 more trials of 2 epochs to run" in out
     with mlflow_at(in_folder) as client:
@@ -432,7 +412,7 @@ def test_a_pipeline_is_searched_resumed_and_reproduced(in_folder: Path) -> None:
         params = client.get_run(version.run_id).data.params
     assert [params[name] for name in ("batch_size", "train_samples", "split")] == ["8", "50", "own"]
     Path("mine.py").write_text(AUGMENTED.replace("batch(8)", "batch(5)"))
-    code, _, err = command(in_folder, *options, "--n-trials", "4")
+    code, _, err = command_here(in_folder, *options, "--n-trials", "4")
     assert code == 2
     assert "dataset: mine:load (" in err
     assert "; batch_size: 8 -> 5" in err

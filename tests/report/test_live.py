@@ -4,11 +4,10 @@ import io
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import ROOT
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -24,8 +23,8 @@ WORKER = re.compile(r"worker \d+  trial \d+  epoch [123]/3")
 def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
-    def begin(*arguments: str, shell: str | None = None) -> Terminal:
-        started.append(Terminal(list(arguments), tmp_path, shell))
+    def begin(*arguments: str) -> Terminal:
+        started.append(Terminal(list(arguments), tmp_path))
         return started[0]
 
     yield begin
@@ -37,6 +36,7 @@ def options(dataset: Path, trials: int, workers: str = "2") -> list[str]:
     return [
         *(str(ROOT / "study.py"), "--dataset", str(dataset), "--n-trials", str(trials)),
         *("--epochs", "3", "--workers", workers, "--report", "none", "--baselines", "none"),
+        *("--hidden-units", "256,512"),  # few graphs
     ]
 
 
@@ -149,31 +149,35 @@ def test_a_warning_tears_no_line(terminal: Callable[..., Terminal]) -> None:
     assert not any("passed" in line for line in lines)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "shell",
-    [
-        '"$@" < /dev/null',
-        '"$@" <&-',
-        'set -m; "$@" & wait $!',  # in the background, where a terminal's modes are not ours
-    ],
-)
+BEFORE = {  # what a shell does with: < /dev/null, <&-, and with & where it controls jobs
+    "no input": "import os; os.dup2(os.open(os.devnull, os.O_RDONLY), 0)",
+    "closed input": "import os, sys; os.close(0); sys.stdin = None",
+    "in the background": """
+import os
+child = os.fork()
+if child:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os.setpgid(0, 0)  # a terminal's modes are not ours there: to set them stops a process
+""",
+}
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
 def test_a_terminal_that_is_not_all_ours_does_no_harm(
-    terminal: Callable[..., Terminal], shell: str
+    terminal: Callable[..., Terminal], before: str
 ) -> None:
-    running = terminal("-c", WARNING, shell=shell)
+    running = terminal("-c", f"{before}\n{WARNING}")
     lines = running.end()
     assert running.process.returncode == 0
-    assert "the end" in lines[-2:]  # a shell says that its job is done
+    assert lines[-1] == "the end"
 
 
 def test_a_pipe_that_is_called_a_terminal_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    done = subprocess.run(
-        [sys.executable, "-c", WARNING], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("the end\n")
-    assert "passed" not in done.stdout
+    process = forks.Python(["-c", WARNING], cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.endswith("the end\n")
+    assert "passed" not in out

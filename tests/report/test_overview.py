@@ -12,7 +12,8 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import ROOT, TRIALS, command, start_anew
+from conftest import ROOT, TRIALS
+from in_process import command
 from optuna.trial import TrialState, create_trial
 from servers import MlflowServer
 
@@ -73,23 +74,25 @@ def test_show_takes_less_than_two_seconds_and_loads_no_tensorflow(
     finished: dict[str, Any],
 ) -> None:
     code = (
-        "import sys; from search.cli import main; assert main(['show']) == 0;"
+        f"import runpy, sys; sys.argv = ['study.py', 'show']\n"
+        f"try: runpy.run_path({str(ROOT / 'study.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=finished["folder"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert not {"tensorflow", "keras", "mlflow"} & set(done.stdout.splitlines()[-1].split())
 
     def seconds() -> float:
         """Of processor: other tests run beside this one."""
         before = os.times()
-        assert command(finished["folder"], "show", by=start_anew)[0] == 0
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=finished["folder"], capture_output=True, text=True
+        )
         after = os.times()
+        assert done.returncode == 0, done.stderr
+        assert "Study mnist-dnn" in done.stdout
+        assert not {"tensorflow", "keras", "mlflow"} & set(done.stdout.splitlines()[-1].split())
         return sum(after[2:4]) - sum(before[2:4])
 
-    assert min(seconds() for _ in range(3)) < 2.0
+    assert any(seconds() < 2.0 for _ in range(3))
 
 
 def test_show_changes_nothing(finished: dict[str, Any]) -> None:
