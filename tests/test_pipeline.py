@@ -3,7 +3,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from search.data.dataset import Dataset
 from search.pipeline import _preflight
 from search.promotion.evaluation import load_evaluation
 from search.report import overview, publish
+from search.report.progress import Progress, Result
 from search.report.terminal import Lines
 from search.tracking.sync import doctor
 from search.workers import reproduce, tasks
@@ -186,11 +186,11 @@ def test_a_study_learns_and_goes_on_as_it_began_also_under_another_file_name(
     sorted_clouds: Path,
 ) -> None:
     out, fixed = io.StringIO(), {"learning_rate": "0.01", "pruner": "none"}
-    chosen = config(sorted_clouds, n_trials=1, epochs=12, batch_size=16, **fixed)
+    chosen = config(sorted_clouds, n_trials=1, epochs=6, batch_size=16, **fixed)
     result = run(chosen, Lines(Console(file=out)))
     first, second = out.getvalue().splitlines()[:2]
     assert "(stratified split); 4 features, normalized, 3 classes" in first
-    assert "1 trials of 12 epochs to run" in second
+    assert "1 trials of 6 epochs to run" in second
     assert (result.ran, result.winner is not None) == (1, True)
     assert result.winner.test_accuracy > 0.95  # type: ignore[union-attr]
     with np.load(sorted_clouds) as cloud:
@@ -206,8 +206,8 @@ def test_a_study_learns_and_goes_on_as_it_began_also_under_another_file_name(
     found = invariants.check(Path.cwd(), 2)
     params = [run.data.params for run in found["runs"].values()]
     kept = {(p["split"], p["normalize"], p["epochs"], p["batch_size"]) for p in params}
-    assert kept == {("stratified", "auto", "12", "16")}
-    assert {len(trial.user_attrs["history"]) for trial in found["trials"]} == {12}
+    assert kept == {("stratified", "auto", "6", "16")}
+    assert {len(trial.user_attrs["history"]) for trial in found["trials"]} == {6}
     before = invariants.dump(Path.cwd())
     again = run(unsaid)
     assert (again.ran, again.repaired) == (0, ())
@@ -226,13 +226,20 @@ def test_a_split_without_a_class_is_refused_and_nothing_is_created(sorted_clouds
     assert {path.name for path in Path().iterdir()} == {"sorted.npz"}
 
 
+class OneTrial(Progress):
+    """Stops the run after its first trial."""
+
+    def trial(self, *_: Any) -> None:
+        self.stop()
+
+
 def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
     sorted_clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # as it was then
         patch.setattr("search.data.load.is_own", lambda _: False)
         patch.setattr(Dataset, "problem", None)
-        run(config(sorted_clouds, epochs=2, n_trials=1))
+        assert run(config(sorted_clouds, epochs=2, n_trials=2), OneTrial()).ran == 1
     out = io.StringIO()
     again = run(config(sorted_clouds, epochs=None, n_trials=2), Lines(Console(file=out)))
     assert again.ran == 1
@@ -242,30 +249,6 @@ def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
 
 
 # ---- what is only shown ----------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusions(
-    client: MlflowClient, in_folder: Path
-) -> None:
-    classes = 250
-    x = np.random.default_rng(0).normal(size=(classes * 3, 4)).astype("float32")
-    y = np.arange(classes * 3) % classes
-    np.savez("many.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    many = config(Path("many.npz"), n_trials=1, epochs=1, hidden_units="8", report="report.html")
-    winner = run(many).winner
-    assert winner is not None
-    assert winner.in_production == winner.version == 1
-    artifacts = {entry.path for entry in client.list_artifacts(winner.run_id)}
-    assert "confusions.png" in artifacts
-    assert "confusion_matrix.png" not in artifacts
-    kept = client.download_artifacts(winner.run_id, "evaluation.json", str(in_folder))
-    assert set(json.loads(Path(kept).read_text())) == {"right", "total", "confusions", "mistakes"}
-    report = Path("report.html").read_text()
-    first = load_evaluation(Path(kept).read_text()).confusions[0]
-    assert "Most frequent confusions of the winner" in report
-    assert "Confusion matrix of the winner" not in report
-    assert f'"{first.label} called {first.predicted}"' in report
 
 
 @pytest.mark.slow
@@ -316,9 +299,39 @@ LONGEST = {
 }
 
 
+@pytest.fixture
+def at_their_limits(in_folder: Path) -> StudyConfig:
+    """A study of names as long as they may be and of more classes than a picture can show."""
+    classes = 250
+    x = np.random.default_rng(0).normal(size=(classes * 3, 4)).astype("float32")
+    y = np.arange(classes * 3) % classes
+    np.savez(LONGEST["dataset"], x_train=x, y_train=y, x_test=x, y_test=y)
+    return config(in_folder, n_trials=1, epochs=1, **{"hidden_units": "8", **LONGEST})
+
+
+def check_most_frequent_confusions(result: Result) -> None:
+    """Assert that they stand for the matrix, among the winner's artifacts and in the report."""
+    assert result.winner is not None
+    assert result.winner.in_production == result.winner.version == 1
+    client = MlflowClient(LONGEST["tracking_uri"])
+    artifacts = {entry.path for entry in client.list_artifacts(result.winner.run_id)}
+    assert "confusions.png" in artifacts
+    assert "confusion_matrix.png" not in artifacts
+    kept = client.download_artifacts(result.winner.run_id, "evaluation.json", str(Path.cwd()))
+    assert set(json.loads(Path(kept).read_text())) == {"right", "total", "confusions", "mistakes"}
+    first = load_evaluation(Path(kept).read_text()).confusions[0]
+    report = Path(LONGEST["report"]).read_text()
+    assert "Most frequent confusions of the winner" in report
+    assert "Confusion matrix of the winner" not in report
+    assert f'"{first.label} called {first.predicted}"' in report
+
+
 @pytest.mark.slow
-def test_runs_leave_all_as_it_was_and_no_descriptor_open_with_the_longest_names_too(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_leave_all_as_it_was_and_no_descriptor_open_also_at_their_limits(
+    in_folder: Path,
+    clouds: Path,
+    at_their_limits: StudyConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tasks.load_trial()  # the import of TensorFlow sets variables of its own
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "TF_CPP_MIN_LOG_LEVEL"):
@@ -347,20 +360,18 @@ def test_runs_leave_all_as_it_was_and_no_descriptor_open_with_the_longest_names_
         process = psutil.Process()
         gc.collect()  # what other tests have left
         open_before = process.num_fds()
-        shutil.copy(clouds, LONGEST["dataset"])
-        settings = config(clouds, n_trials=1, **LONGEST)
-        assert run(settings).winner is not None
+        result = run(at_their_limits)
         assert (in_folder / LONGEST["report"]).exists()
-        again = run(settings)
+        again = run(at_their_limits)
         assert (again.ran, again.repaired) == (0, ())
         with pytest.raises(InputError, match="other settings"):
-            run(replace(settings, seed=1))
+            run(replace(at_their_limits, seed=1))
         assert [file for file in process.open_files() if str(in_folder) in file.path] == []
         gc.collect()  # what TensorFlow and SQLAlchemy leave in cycles
         assert process.num_fds() <= open_before
         assert state() == expected
 
-        assert doctor(settings, fix=False) == ([], [])
+        assert doctor(at_their_limits, fix=False) == ([], [])
         doctor(config(clouds), fix=False)
         overview.read(config(clouds))
         publish.write_report(config(clouds), "report.html")
@@ -372,3 +383,4 @@ def test_runs_leave_all_as_it_was_and_no_descriptor_open_with_the_longest_names_
     finally:
         for name, level in zip(names, before, strict=True):
             logging.getLogger(name).setLevel(level)
+    check_most_frequent_confusions(result)
