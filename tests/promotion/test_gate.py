@@ -293,9 +293,8 @@ def test_a_production_model_of_other_data_is_not_compared_and_by_hand_only_where
     assert "8 features" in str(shape)
     register_by_hand(held, 2, "of another server")
     assert verdict(pipeline.run(other())).problem == shape.problem
-    register_by_hand(held, 2, held.get_model_version(NAME, "2").run_id)
-    assert verdict(pipeline.run(other())).problem == found.problem
 
+    register_by_hand(held, 2, held.get_model_version(NAME, "2").run_id)
     forced = verdict(pipeline.run(other(promote="always")))
     assert (forced.promoted, forced.problem) == (True, found.problem)
     assert in_production(held) == 3

@@ -272,12 +272,16 @@ def test_a_damaged_mirror_is_repaired_without_a_new_trial_or_version(study: Dama
     for damages in TOGETHER:
         for damage, number in damages.items():
             damage(study, number)
-        result = repair(study)
+        result = pipeline.run(study.config)
+        invariants.check(study.folder, TRIALS)
         assert result.ran == 0
         assert result.winner is not None
         assert (result.winner.version, result.winner.new) == (1, False)
         untold = {damage for damage, told in said(damages, result.repaired).items() if not told}
         assert untold <= {parent_left_running, parent_deleted}
+        expected = tuple(SAID[damage].format(number) for damage, number in damages.items())
+        assert all(line.startswith(expected) for line in result.repaired)  # nothing of before
+    assert repair(study).repaired == ()
 
 
 @pytest.mark.slow
