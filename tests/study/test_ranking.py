@@ -28,7 +28,7 @@ DISTRIBUTIONS = {
     "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
 }
 OTHER = {"hidden_units": 128, "dropout_rate": 0.1, "learning_rate": 0.001}
-TRIALS, REPEATS = 4, 2
+TRIALS, REPEATS = 3, 2
 
 
 def study_of(
