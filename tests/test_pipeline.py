@@ -3,7 +3,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,10 @@ from rich.console import Console
 
 from search import InputError, RunError, StudyConfig, run
 from search.data.dataset import Dataset
+from search.pipeline import _preflight
 from search.promotion.evaluation import load_evaluation
 from search.report import overview, publish
+from search.report.progress import Progress, Result
 from search.report.terminal import Lines
 from search.tracking.sync import doctor
 from search.workers import reproduce, tasks
@@ -35,54 +36,40 @@ def config(clouds: Path, **settings: object) -> StudyConfig:
     return StudyConfig(**{**base, **settings})  # type: ignore[arg-type]
 
 
-def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds(
-    in_folder: Path, clouds: Path, capfd: pytest.CaptureFixture[str]
+def addresses() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
+
+
+def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds_once(
+    in_folder: Path,
+    clouds: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    result = run(config(clouds))
-    assert capfd.readouterr() == ("", "")
-    found = invariants.check(in_folder, 3)
-    assert result.best is not None and result.winner is not None
-    assert result.best.value == max(t.value for t in found["trials"] if t.value is not None)
-    assert result.winner.test_accuracy == found["winner"].data.metrics["test_accuracy"]
-    assert result.winner.version == 1
-    assert (result.complete + result.pruned, result.failed, result.ran) == (3, 0, 3)
-
-
-@pytest.mark.slow
-def test_a_second_run_finds_nothing_to_do(in_folder: Path, clouds: Path) -> None:
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
+    before, default = addresses(), mlflow.get_tracking_uri()
     first = run(config(clouds))
-    before = invariants.dump(in_folder)
-    second = run(config(clouds))
+    assert capfd.readouterr() == ("", "")
+    assert addresses() == before
+    assert mlflow.get_tracking_uri() == default
+    found = invariants.check(in_folder, 3)
+    assert first.best is not None and first.winner is not None
+    assert first.best.value == max(t.value for t in found["trials"] if t.value is not None)
+    assert first.winner.test_accuracy == found["winner"].data.metrics["test_accuracy"]
+    assert (first.winner.version, first.winner.new) == (1, True)
+    assert (first.complete + first.pruned, first.failed, first.ran) == (3, 0, 3)
+
+    kept = invariants.dump(in_folder)
+    second = run(config(clouds))  # finds nothing to do
     assert (second.ran, second.repaired) == (0, ())
-    assert first.winner is not None and second.winner is not None
-    assert second.winner.version == first.winner.version
-    assert (first.winner.new, second.winner.new) == (True, False)
-    assert invariants.dump(in_folder) == before
-
-
-def test_other_settings_are_refused_with_each_difference(in_folder: Path, clouds: Path) -> None:
-    run(config(clouds))
-    before = invariants.dump(in_folder)
+    assert second.winner is not None
+    assert (second.winner.version, second.winner.new) == (1, False)
+    assert invariants.dump(in_folder) == kept
     with pytest.raises(InputError, match="epochs: 2 -> 3; seed: 0 -> 1"):
         run(config(clouds, epochs=3, seed=1))
-    assert invariants.dump(in_folder) == before
-
-
-@pytest.mark.slow
-def test_a_dataset_under_another_name_goes_on_and_another_one_is_refused(
-    in_folder: Path, clouds: Path
-) -> None:
-    shutil.copy(clouds, "old.npz")
-    assert run(config(Path("old.npz"), n_trials=1)).ran == 1
-    Path("old.npz").rename("new (2).npz")
-    assert run(config(Path("new (2).npz"), n_trials=2)).ran == 1
-    before = invariants.dump(in_folder)
-    again = run(config(Path("new (2).npz"), n_trials=2))
-    assert (again.ran, again.repaired) == (0, ())
-    np.savez("old.npz", **arrays())
-    with pytest.raises(InputError, match=r"dataset: old.npz \(.{12}\) -> old.npz \(.{12}\);"):
-        run(config(Path("old.npz"), n_trials=2))
-    assert invariants.dump(in_folder) == before
+    assert invariants.dump(in_folder) == kept
+    mlflow.set_tracking_uri("sqlite:///another.db")
+    assert mlflow.get_registry_uri() == "sqlite:///another.db"
 
 
 def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path: Path) -> None:
@@ -94,17 +81,21 @@ def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path
     invariants.check(in_folder, 1, registered=False)  # the first one, tried twice
 
 
-def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let every trial of 16 units raise `error`; returns the units of all that were built."""
+GRID = {"sampler": "grid", "dropout_rate": "0.1,0.2", "learning_rate": "0.01", "pruner": "none"}
+Point = tuple[int, float]  # units and dropout
+
+
+def failing(points: list[Point], error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """Let every trial of these points raise `error`; returns the points of all that were built."""
     tasks.load_trial()  # TensorFlow, in silence
     from search.training.network import build_network
 
-    tried: list[int] = []
+    tried: list[Point] = []
     build = build_network
 
     def fails(what: Any, *arguments: Any) -> Any:
-        tried.append(what["hidden_units"])
-        if tried[-1] == 16:
+        tried.append((what["hidden_units"], what["dropout_rate"]))
+        if tried[-1] in points:
             raise error
         return build(what, *arguments)
 
@@ -112,37 +103,43 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tried
 
 
-GRID = {"sampler": "grid", "dropout_rate": "0.1", "learning_rate": "0.01", "pruner": "none"}
-
-
 @pytest.mark.slow
-def test_a_grid_with_an_impossible_point_ends_and_registers_the_best_of_the_others(
+def test_a_grid_ends_when_every_point_was_tried_and_registers_the_best_of_the_possible_ones(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = failing(MemoryError("too large"), monkeypatch)
-    settings = config(clouds, hidden_units="8,16,24", n_trials=50, **GRID)
+    tried = failing([(16, 0.1)], MemoryError("too large"), monkeypatch)
+    settings = config(clouds, hidden_units="8,16", n_trials=50, **GRID)
     result = run(settings)
-    assert tried == [8, 16, 16, 24, result.best.params["hidden_units"]]  # type: ignore[union-attr]
-    assert (result.complete, result.failed, result.given_up, result.ran) == (2, 2, 1, 4)
-    found = invariants.check(in_folder, 3)
+    assert result.best is not None and result.winner is not None
+    best = result.best.params["hidden_units"], result.best.params["dropout_rate"]
+    assert tried == [(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.1), (16, 0.2), best]
+    assert (result.complete, result.failed, result.given_up, result.ran) == (3, 2, 1, 5)
+    found = invariants.check(in_folder, 4)
+    points = {(t.params["hidden_units"], t.params["dropout_rate"]) for t in found["trials"]}
+    assert points == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}
     failed = [t for t in found["trials"] if t.state.name == "FAIL"]
     assert [t.user_attrs["failure"] for t in failed] == ["MemoryError: too large"] * 2
     before = invariants.dump(in_folder)
     again = run(settings)
-    assert (again.ran, again.winner.version) == (0, 1)  # type: ignore[union-attr]
+    assert again.winner is not None
+    assert (again.ran, again.winner.version) == (0, 1)
     assert invariants.dump(in_folder) == before
+
+
+ROW = {**GRID, "dropout_rate": "0.1", "hidden_units": "16,8"}
+IMPOSSIBLE, POSSIBLE = (16, 0.1), (8, 0.1)
 
 
 def test_a_slot_is_given_up_by_two_failures_of_its_own_in_one_run_or_two(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = failing(ValueError("impossible"), monkeypatch)
-    settings = config(clouds, hidden_units="16,8", **GRID)
+    tried = failing([IMPOSSIBLE], ValueError("impossible"), monkeypatch)
+    settings = config(clouds, **ROW)
     with pytest.raises(RunError, match="1 configurations in a row failed"):
         run(replace(settings, max_failures=1))
     invariants.check(in_folder, 0, registered=False)
     result = run(settings)
-    assert tried == [16, 16, 8, 8]  # the last one is the retraining
+    assert tried == [IMPOSSIBLE, IMPOSSIBLE, POSSIBLE, POSSIBLE]  # the last one: the retraining
     assert (result.complete, result.given_up, result.ran) == (1, 1, 2)
     invariants.check(in_folder, 2)
 
@@ -150,32 +147,11 @@ def test_a_slot_is_given_up_by_two_failures_of_its_own_in_one_run_or_two(
 def test_a_trial_whose_records_could_not_be_written_says_nothing_of_its_configuration(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = failing(OSError("no space left on device"), monkeypatch)
-    settings = config(clouds, hidden_units="16,8", **GRID)
+    tried = failing([IMPOSSIBLE], OSError("no space left on device"), monkeypatch)
     with pytest.raises(RunError, match="5 configurations in a row failed"):
-        run(settings)
-    assert tried == [16] * 5
+        run(config(clouds, **ROW))
+    assert tried == [IMPOSSIBLE] * 5
     invariants.check(in_folder, 0, registered=False)
-
-
-@pytest.mark.slow
-def test_two_studies_share_the_databases(in_folder: Path, clouds: Path) -> None:
-    run(config(clouds))
-    run(config(clouds, study_name="second", seed=1))
-    invariants.check(in_folder, 3)
-    assert invariants.check(in_folder, 3, study_name="second")["winner"] is not None
-
-
-@pytest.mark.slow
-def test_a_grid_ends_when_it_is_exhausted_and_covers_every_point(
-    in_folder: Path, clouds: Path
-) -> None:
-    grid = {"dropout_rate": "0.1,0.2", "learning_rate": "0.01", "sampler": "grid"}
-    result = run(config(clouds, n_trials=50, pruner="none", **grid))
-    assert result.ran == 4
-    found = invariants.check(in_folder, 4)
-    points = {(t.params["hidden_units"], t.params["dropout_rate"]) for t in found["trials"]}
-    assert points == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}
 
 
 # ---- whatever data a user brings -----------------------------------------------------------------
@@ -197,24 +173,51 @@ def sorted_clouds(in_folder: Path, clouds: Path) -> Path:
     return Path("sorted.npz")
 
 
+def test_sorted_data_on_any_scale_are_split_scaled_and_trained_long_enough(
+    sorted_clouds: Path,
+) -> None:
+    chosen, _, settings = _preflight(config(sorted_clouds, epochs=None))
+    assert chosen.trial_epochs == settings["epochs"] == 20
+    assert (settings["split"], settings["normalize"]) == ("stratified", "auto")
+
+
 @pytest.mark.slow
-def test_sorted_data_on_any_scale_are_learnt_with_defaults(sorted_clouds: Path) -> None:
-    out = io.StringIO()
-    chosen = config(sorted_clouds, epochs=None, learning_rate="0.01", pruner="none")
+def test_a_study_learns_and_goes_on_as_it_began_also_under_another_file_name(
+    sorted_clouds: Path,
+) -> None:
+    out, fixed = io.StringIO(), {"learning_rate": "0.01", "pruner": "none"}
+    chosen = config(sorted_clouds, n_trials=1, epochs=6, batch_size=16, **fixed)
     result = run(chosen, Lines(Console(file=out)))
     first, second = out.getvalue().splitlines()[:2]
     assert "(stratified split); 4 features, normalized, 3 classes" in first
-    assert "3 trials of 20 epochs to run" in second
-    assert result.winner is not None
-    assert result.winner.test_accuracy > 0.95
+    assert "1 trials of 6 epochs to run" in second
+    assert (result.ran, result.winner is not None) == (1, True)
+    assert result.winner.test_accuracy > 0.95  # type: ignore[union-attr]
     with np.load(sorted_clouds) as cloud:
         x, y = cloud["x_test"], cloud["y_test"]
     (file,) = Path().rglob("model.keras")
     registered = keras.saving.load_model(file)
     accuracy = (registered.predict(x, verbose=0).argmax(axis=1) == y).mean()
-    assert accuracy == pytest.approx(result.winner.test_accuracy, abs=1e-6)
-    params = invariants.check(Path.cwd(), 3)["runs"][0].data.params
-    assert (params["split"], params["normalize"], params["epochs"]) == ("stratified", "auto", "20")
+    assert accuracy == pytest.approx(result.winner.test_accuracy, abs=1e-6)  # type: ignore[union-attr]
+
+    renamed = sorted_clouds.rename("new (2).npz")
+    unsaid = config(renamed, n_trials=2, epochs=None, batch_size="auto", **fixed)
+    assert run(unsaid).ran == 1
+    found = invariants.check(Path.cwd(), 2)
+    params = [run.data.params for run in found["runs"].values()]
+    kept = {(p["split"], p["normalize"], p["epochs"], p["batch_size"]) for p in params}
+    assert kept == {("stratified", "auto", "6", "16")}
+    assert {len(trial.user_attrs["history"]) for trial in found["trials"]} == {6}
+    before = invariants.dump(Path.cwd())
+    again = run(unsaid)
+    assert (again.ran, again.repaired) == (0, ())
+    with pytest.raises(InputError, match="split: stratified -> last; normalize: auto -> none"):
+        run(replace(unsaid, split="last", normalize="none"))
+    np.savez("sorted.npz", **arrays())
+    dataset = r"dataset: sorted.npz \(.{12}\) -> sorted.npz \(.{12}\);"
+    with pytest.raises(InputError, match=dataset):
+        run(config(Path("sorted.npz")))
+    assert invariants.dump(Path.cwd()) == before
 
 
 def test_a_split_without_a_class_is_refused_and_nothing_is_created(sorted_clouds: Path) -> None:
@@ -223,17 +226,11 @@ def test_a_split_without_a_class_is_refused_and_nothing_is_created(sorted_clouds
     assert {path.name for path in Path().iterdir()} == {"sorted.npz"}
 
 
-@pytest.mark.slow
-def test_a_study_keeps_its_split_its_scale_its_epochs_and_its_batches(sorted_clouds: Path) -> None:
-    first = run(config(sorted_clouds, epochs=3, n_trials=2, pruner="none", batch_size=16))
-    again = run(config(sorted_clouds, epochs=None, n_trials=3, pruner="none", batch_size="auto"))
-    assert (first.ran, again.ran) == (2, 1)
-    found = invariants.check(Path.cwd(), 3)
-    trials, runs = found["trials"], found["runs"]
-    assert {run.data.params["batch_size"] for run in runs.values()} == {"16"}
-    assert {len(trial.user_attrs["history"]) for trial in trials} == {3}
-    with pytest.raises(InputError, match="split: stratified -> last; normalize: auto -> none"):
-        run(config(sorted_clouds, split="last", normalize="none", epochs=3, batch_size="auto"))
+class OneTrial(Progress):
+    """Stops the run after its first trial."""
+
+    def trial(self, *_: Any) -> None:
+        self.stop()
 
 
 def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
@@ -242,83 +239,44 @@ def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
     with monkeypatch.context() as patch:  # as it was then
         patch.setattr("search.data.load.is_own", lambda _: False)
         patch.setattr(Dataset, "problem", None)
-        run(config(sorted_clouds, epochs=2, n_trials=2))
+        assert run(config(sorted_clouds, epochs=2, n_trials=2), OneTrial()).ran == 1
     out = io.StringIO()
-    again = run(config(sorted_clouds, epochs=None), Lines(Console(file=out)))
+    again = run(config(sorted_clouds, epochs=None, n_trials=2), Lines(Console(file=out)))
     assert again.ran == 1
     assert "(last split); 4 features, 3 classes" in out.getvalue()
     assert "warning: --dataset sorted.npz: the validation part" in out.getvalue()
-    assert invariants.check(Path.cwd(), 3)["winner"] is not None
+    assert invariants.check(Path.cwd(), 2)["winner"] is not None
 
 
 # ---- what is only shown ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_more_than_two_hundred_classes_are_shown_by_their_most_frequent_confusions(
-    client: MlflowClient, in_folder: Path
-) -> None:
-    classes = 250
-    x = np.random.default_rng(0).normal(size=(classes * 3, 4)).astype("float32")
-    y = np.arange(classes * 3) % classes
-    np.savez("many.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    many = config(Path("many.npz"), n_trials=1, epochs=1, hidden_units="8", report="report.html")
-    winner = run(many).winner
-    assert winner is not None
-    assert winner.in_production == winner.version == 1
-    artifacts = {entry.path for entry in client.list_artifacts(winner.run_id)}
-    assert "confusions.png" in artifacts
-    assert "confusion_matrix.png" not in artifacts
-    kept = client.download_artifacts(winner.run_id, "evaluation.json", str(in_folder))
-    assert set(json.loads(Path(kept).read_text())) == {"right", "total", "confusions", "mistakes"}
-    report = Path("report.html").read_text()
-    first = load_evaluation(Path(kept).read_text()).confusions[0]
-    assert "Most frequent confusions of the winner" in report
-    assert "Confusion matrix of the winner" not in report
-    assert f'"{first.label} called {first.predicted}"' in report
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("owner", "step", "line"),
-    [
-        (
-            "search.promotion.evaluation",
-            "evaluate_predictions",
-            "the winner's evaluation.json could not be written",
-        ),
-        (
-            "search.promotion.pictures",
-            "_draw_matrix",
-            "the winner's confusion_matrix.png could not be written",
-        ),
-        ("search.report.html", "build_html", "the report and the notes could not be written"),
-        ("search.study.storage", "write_note", "the report and the notes could not be written"),
-    ],
-)
 def test_what_is_only_shown_never_costs_the_registration(
-    client: MlflowClient,
-    in_folder: Path,
-    clouds: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    owner: str,
-    step: str,
-    line: str,
+    client: MlflowClient, in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError("Unable to allocate 75 GiB")
 
     wanted = config(clouds, n_trials=1, report="report.html")
-    text = io.StringIO()
-    with monkeypatch.context() as patch:
-        patch.setattr(f"{owner}.{step}", fail)
-        result = run(wanted, Lines(Console(file=text, width=60)))
-    assert result.winner is not None
-    assert result.winner.verdict.promoted
-    assert result.winner.in_production == result.winner.version == 1
-    invariants.check(in_folder, 1)
-    (told,) = [told for told in text.getvalue().splitlines() if "75 GiB" in told]
-    assert told.startswith(f"warning: {line} (MemoryError: Unable to allocate 75 GiB)")
+    shown = "the report and the notes could not be written"
+    both = ["search.promotion.evaluation.evaluate_predictions", "search.report.html.build_html"]
+    for steps, lines in (
+        (both, ["the winner's evaluation.json could not be written", shown]),
+        (["search.study.storage.write_note"], [shown]),
+    ):
+        text = io.StringIO()
+        with monkeypatch.context() as patch:
+            for step in steps:
+                patch.setattr(step, fail)
+            result = run(wanted, Lines(Console(file=text, width=60)))
+        assert result.winner is not None
+        assert result.winner.verdict.promoted
+        assert result.winner.in_production == result.winner.version == 1
+        invariants.check(in_folder, 1)
+        told = [line for line in text.getvalue().splitlines() if "75 GiB" in line]
+        for found, line in zip(told, lines, strict=True):
+            assert found.startswith(f"warning: {line} (MemoryError: Unable to allocate 75 GiB)")
 
     run(wanted)
     assert Path("report.html").exists()
@@ -327,55 +285,60 @@ def test_what_is_only_shown_never_costs_the_registration(
     assert [int(v.version) for v in client.search_model_versions()] == [1]
 
 
-@pytest.mark.slow
-def test_the_longest_names_that_are_allowed_work(in_folder: Path, clouds: Path) -> None:
-    given = {
-        "study_name": "s" * 200,
-        "experiment": "e" * 200,
-        "model_name": "m" * 200,
-        "storage": f"sqlite:///{'o' * 197}.db",
-        "tracking_uri": f"sqlite:///{'f' * 197}.db",
-        "report": f"{'r' * 250}.html",
-        "dataset": f"{'d' * 251}.npz",
-    }
-    shutil.copy(clouds, given["dataset"])
-    settings = config(clouds, n_trials=1, **given)
-    assert run(settings).winner is not None
-    assert (in_folder / given["report"]).exists()
-    again = run(settings)
-    assert (again.ran, again.repaired) == (0, ())
-    assert doctor(settings, fix=False) == ([], [])
-
-
 # ---- in the process of who calls it --------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_run_leaves_no_descriptor_open(in_folder: Path, clouds: Path) -> None:
-    run(config(clouds, n_trials=1))  # what it imports keeps some
-    process = psutil.Process()
-    gc.collect()  # what other tests have left
-    before = process.num_fds()
-    for number in range(3):
-        changed = {"study_name": f"study-{number}", "storage": f"sqlite:///study-{number}.db"}
-        settings = config(clouds, tracking_uri=f"sqlite:///mlflow-{number}.db", **changed)
-        run(settings)
-        run(settings)
-        with pytest.raises(InputError, match="other settings"):
-            run(replace(settings, seed=1))
-        assert [file for file in process.open_files() if str(in_folder) in file.path] == []
-        gc.collect()  # what TensorFlow and SQLAlchemy leave in cycles
-        assert process.num_fds() <= before
+LONGEST = {
+    "study_name": "s" * 200,
+    "experiment": "e" * 200,
+    "model_name": "m" * 200,
+    "storage": f"sqlite:///{'o' * 197}.db",
+    "tracking_uri": f"sqlite:///{'f' * 197}.db",
+    "report": f"{'r' * 250}.html",
+    "dataset": f"{'d' * 251}.npz",
+}
+
+
+@pytest.fixture
+def at_their_limits(in_folder: Path) -> StudyConfig:
+    """A study of names as long as they may be and of more classes than a picture can show."""
+    classes = 250
+    x = np.random.default_rng(0).normal(size=(classes * 3, 4)).astype("float32")
+    y = np.arange(classes * 3) % classes
+    np.savez(LONGEST["dataset"], x_train=x, y_train=y, x_test=x, y_test=y)
+    return config(in_folder, n_trials=1, epochs=1, **{"hidden_units": "8", **LONGEST})
+
+
+def check_most_frequent_confusions(result: Result) -> None:
+    """Assert that they stand for the matrix, among the winner's artifacts and in the report."""
+    assert result.winner is not None
+    assert result.winner.in_production == result.winner.version == 1
+    client = MlflowClient(LONGEST["tracking_uri"])
+    artifacts = {entry.path for entry in client.list_artifacts(result.winner.run_id)}
+    assert "confusions.png" in artifacts
+    assert "confusion_matrix.png" not in artifacts
+    kept = client.download_artifacts(result.winner.run_id, "evaluation.json", str(Path.cwd()))
+    assert set(json.loads(Path(kept).read_text())) == {"right", "total", "confusions", "mistakes"}
+    first = load_evaluation(Path(kept).read_text()).confusions[0]
+    report = Path(LONGEST["report"]).read_text()
+    assert "Most frequent confusions of the winner" in report
+    assert "Confusion matrix of the winner" not in report
+    assert f'"{first.label} called {first.predicted}"' in report
 
 
 @pytest.mark.slow
-def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_leave_all_as_it_was_and_no_descriptor_open_also_at_their_limits(
+    in_folder: Path,
+    clouds: Path,
+    at_their_limits: StudyConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tasks.load_trial()  # the import of TensorFlow sets variables of its own
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "TF_CPP_MIN_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    elsewhere = "sqlite:///elsewhere.db"
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", elsewhere)
     names = ("optuna", "mlflow", "alembic", "tensorflow", "distributed")
     before = [logging.getLogger(name).level for name in names]
     for name in names:
@@ -383,37 +346,41 @@ def test_a_run_leaves_variables_log_levels_and_path_as_they_were(
 
     def state() -> tuple[Any, ...]:
         levels = [logging.getLogger(name).level for name in names]
-        return sorted(os.environ.items()), levels, list(sys.path), optuna.logging.get_verbosity()
+        found = sorted(os.environ.items()), mlflow.get_tracking_uri()
+        return *found, levels, list(sys.path), optuna.logging.get_verbosity()
 
     try:
         expected = state()
-        run(config(clouds, n_trials=1))
+        run(config(clouds, n_trials=1))  # what it imports keeps some descriptors
         assert state() == expected
         with pytest.raises(InputError):
             run(config(clouds, n_trials=1, seed=1))
         assert state() == expected
+
+        process = psutil.Process()
+        gc.collect()  # what other tests have left
+        open_before = process.num_fds()
+        result = run(at_their_limits)
+        assert (in_folder / LONGEST["report"]).exists()
+        again = run(at_their_limits)
+        assert (again.ran, again.repaired) == (0, ())
+        with pytest.raises(InputError, match="other settings"):
+            run(replace(at_their_limits, seed=1))
+        assert [file for file in process.open_files() if str(in_folder) in file.path] == []
+        gc.collect()  # what TensorFlow and SQLAlchemy leave in cycles
+        assert process.num_fds() <= open_before
+        assert state() == expected
+
+        assert doctor(at_their_limits, fix=False) == ([], [])
         doctor(config(clouds), fix=False)
         overview.read(config(clouds))
         publish.write_report(config(clouds), "report.html")
         reproduce.reproduce(config(clouds), 0, None, lambda _: None)
         assert state() == expected
+        assert mlflow.get_tracking_uri() == elsewhere
+        mlflow.set_tracking_uri("sqlite:///another.db")
+        assert mlflow.get_registry_uri() == "sqlite:///another.db"
     finally:
         for name, level in zip(names, before, strict=True):
             logging.getLogger(name).setLevel(level)
-
-
-@pytest.mark.parametrize("known", [None, "sqlite:///elsewhere.db"])
-def test_a_run_leaves_no_address_behind(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch, known: str | None
-) -> None:
-    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", known)
-
-    def addresses() -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
-
-    before, default = addresses(), mlflow.get_tracking_uri()
-    run(config(clouds))
-    assert addresses() == before
-    assert mlflow.get_tracking_uri() == (known or default)
-    mlflow.set_tracking_uri("sqlite:///another.db")
-    assert mlflow.get_registry_uri() == "sqlite:///another.db"
+    check_most_frequent_confusions(result)

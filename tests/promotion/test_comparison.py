@@ -1,5 +1,6 @@
 """Two models on the same test examples: the test of the difference, and what can't be compared."""
 
+import shutil
 from pathlib import Path
 
 import invariants
@@ -7,7 +8,18 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
-from registry import BAD, GOOD, NAME, config, in_production, verdict, versions
+from mlflow.utils.file_utils import local_file_uri_to_path
+from registry import (
+    BAD,
+    NAME,
+    config,
+    in_production,
+    register_by_hand,
+    results,
+    unregister,
+    verdict,
+    versions,
+)
 
 from search import pipeline
 from search.data.dataset import Dataset
@@ -70,8 +82,10 @@ def test_a_model_is_compared_with_a_baseline_by_the_bootstrap(
 
 
 @pytest.mark.slow
-def test_the_accuracies_are_those_of_the_models(held: MlflowClient, clouds: Path) -> None:
-    found = verdict(pipeline.run(config(clouds, **BAD)))
+def test_the_accuracies_are_those_of_the_models(
+    rivals: Path, held: MlflowClient, clouds: Path
+) -> None:
+    found = verdict(results(rivals)[1])
     with np.load(clouds) as data:
         x, y = data["x_test"], data["y_test"]
     right = []
@@ -83,52 +97,45 @@ def test_the_accuracies_are_those_of_the_models(held: MlflowClient, clouds: Path
     assert Comparison(0, 0, *alone).p_value == found.p_value
 
 
-@pytest.fixture
-def damaged(in_folder: Path, client: MlflowClient, clouds: Path) -> Path:
-    """The file of the model in production, which was version 1, cut in half."""
-    pipeline.run(config(clouds, study_name="champion", **GOOD))
-    (file,) = in_folder.rglob("model.keras")
-    (in_folder / "whole").write_bytes(file.read_bytes())
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    return file
-
-
 @pytest.mark.slow
-def test_a_damaged_production_model_is_named_and_nothing_is_promoted(
-    damaged: Path, client: MlflowClient, clouds: Path
+def test_a_damaged_production_model_is_named_and_nothing_is_promoted_unless_always(
+    held: MlflowClient, clouds: Path
 ) -> None:
+    shutil.copytree(local_file_uri_to_path(held.get_model_version(NAME, "2").source), "copy")
+    (file,) = Path("copy").rglob("model.keras")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert register_by_hand(held, 2, source=str(Path("copy").resolve())) == 3
+    unregister(held, 1)
+
     result = pipeline.run(config(clouds, **BAD))
     found = verdict(result)
     assert result.winner is not None
-    assert (result.winner.version, found.promoted) == (2, False)
-    assert "version 1, in production, could not be compared: it can't be loaded" in str(found)
+    assert (result.winner.version, found.promoted) == (4, False)
+    assert "version 3, in production, could not be compared: it can't be loaded" in str(found)
     assert "--promote always" in str(found)
     assert "\n" not in str(found)
-    assert in_production(client) == 1
-    assert "gate.problem" in versions(client)[2].tags
+    assert in_production(held) == 3
+    assert "gate.problem" in versions(held)[4].tags
     before = invariants.dump(Path.cwd())
     assert verdict(pipeline.run(config(clouds, **BAD))) == found
     assert invariants.dump(Path.cwd()) == before
 
-    damaged.write_bytes(Path("whole").read_bytes())
+    file.write_bytes(whole)
     repaired = verdict(pipeline.run(config(clouds, **BAD)))
     assert (repaired.promoted, repaired.problem) == (False, None)
-    assert "gate.problem" not in versions(client)[2].tags
+    assert "gate.problem" not in versions(held)[4].tags
 
-
-@pytest.mark.slow
-def test_a_damaged_production_model_can_be_replaced(
-    damaged: Path, client: MlflowClient, clouds: Path
-) -> None:
-    found = verdict(pipeline.run(config(clouds, **BAD, promote="always")))
-    assert found.promoted
-    assert found.problem is not None
-    assert in_production(client) == 2
+    file.write_bytes(whole[: len(whole) // 2])
+    forced = verdict(pipeline.run(config(clouds, **BAD, promote="always")))
+    assert forced.promoted
+    assert forced.problem is not None
+    assert in_production(held) == 4
 
 
 @pytest.mark.slow
 def test_a_model_of_another_kind_is_named(
-    held: MlflowClient, champion: Path, clouds: Path, in_folder: Path
+    held: MlflowClient, clouds: Path, in_folder: Path
 ) -> None:
     class Other(mlflow.pyfunc.PythonModel):
         def predict(self, model_input: list[str]) -> list[str]:
@@ -136,8 +143,8 @@ def test_a_model_of_another_kind_is_named(
 
     source = in_folder / "other"
     mlflow.pyfunc.save_model(source, python_model=Other(), pip_requirements=[])
-    version = held.create_model_version(NAME, str(source))
-    held.set_registered_model_alias(NAME, "production", version.version)
-    found = verdict(pipeline.run(config(clouds, **GOOD)))
+    assert register_by_hand(held, 2, source=str(source)) == 3
+    unregister(held, 1)
+    found = verdict(pipeline.run(config(clouds, **BAD)))
     assert not found.promoted
-    assert "version 2, in production, could not be compared: it is not a Keras model" in str(found)
+    assert "version 3, in production, could not be compared: it is not a Keras model" in str(found)

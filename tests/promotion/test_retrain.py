@@ -1,14 +1,10 @@
 """Registering goes on where it was stopped: one version, one in production, nothing twice."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import invariants
 import keras
-import mlflow
-import numpy as np
 import pytest
 import sqlalchemy
 from conftest import copy_databases
@@ -25,9 +21,16 @@ class Stopped(BaseException):
     """The process ends here, as far as the code above can tell."""
 
 
-@pytest.fixture
-def config(in_folder: Path, clouds: Path) -> StudyConfig:
-    return small(clouds)
+STEPS = (
+    "get_run",
+    "create_registered_model",
+    "get_logged_model",
+    "create_model_version",
+    "set_registered_model_alias",
+    "get_model_version_by_alias",
+    "transition_model_version_stage",
+    "set_model_version_tag",
+)
 
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
@@ -41,31 +44,28 @@ def retrainings(found: dict[str, Any]) -> list[str]:
     return sorted(r.info.status for r in found["children"] if r.info.run_name.startswith("retrain"))
 
 
-# ---- stopped between two steps -------------------------------------------------------------------
-
-STEPS = (
-    "get_run",
-    "create_registered_model",
-    "get_logged_model",
-    "create_model_version",
-    "set_registered_model_alias",
-    "get_model_version_by_alias",
-    "transition_model_version_stage",
-    "set_model_version_tag",
-)
-
-
 @pytest.fixture(scope="module")
-def retrained(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
-    """A study whose best trial was retrained, and whose run was stopped right then."""
+def retrained(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[str, Any]:
+    """A study that was stopped at the end of its best trial's retraining, and, in the next run,
+    right after it; and the errors of the databases, also those that MLflow handles."""
     folder = tmp_path_factory.mktemp("retrained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        stop_at(patch, "create_registered_model", "before")
-        with pytest.raises(Stopped):
-            pipeline.run(small(clouds))
-    return folder
+    errors: list[str] = []
+
+    def note(context: sqlalchemy.engine.ExceptionContext) -> None:
+        errors.append(str(context.original_exception))
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "handle_error", note)
+    try:
+        for step, when in (("log_artifacts", "after"), ("create_registered_model", "before")):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+                stop_at(patch, step, when)
+                with pytest.raises(Stopped):
+                    pipeline.run(small(clouds))
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "handle_error", note)
+    return {"folder": folder, "errors": errors}
 
 
 def stop_at(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
@@ -81,112 +81,68 @@ def stop_at(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("step", "when"),
-    [*((step, "before") for step in STEPS), ("set_model_version_tag", "after")],
-)  # after one step is before the next
 def test_a_registration_stopped_at_any_step_is_completed_by_the_next_run(
-    config: StudyConfig,
-    retrained: Path,
-    client: MlflowClient,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
-    when: str,
+    retrained: dict[str, Any], client: MlflowClient, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_databases(retrained, Path.cwd())
-    with monkeypatch.context() as patch:
-        stop_at(patch, step, when)
-        with pytest.raises(Stopped):
-            pipeline.run(config)
+    config = small(clouds)
+    ends = []
+    # After one step is before the next.
+    for step, when in [*((step, "before") for step in STEPS), ("set_model_version_tag", "after")]:
+        copy_databases(retrained["folder"], Path.cwd())
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, when)
+            with pytest.raises(Stopped):
+                pipeline.run(config)
 
-    result = pipeline.run(config)
-    found = invariants.check(Path.cwd(), TRIALS)
-    assert result.ran == 0
-    assert result.winner is not None
-    assert (result.winner.version, result.winner.new) == (1, False)
-    assert [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")] == [1]
-    assert retrainings(found) == ["FINISHED"]
+        result = pipeline.run(config)
+        found = invariants.check(Path.cwd(), TRIALS)
+        assert result.ran == 0, step
+        assert result.winner is not None
+        assert (result.winner.version, result.winner.new) == (1, False), step
+        assert registered(client) == [1], step
+        assert retrainings(found) == ["FAILED", "FINISHED"], step
+        ends.append((registry_of(client), found["trials"][result.winner.trial].user_attrs))
+        assert ends[-1] == ends[0], step
     before = invariants.dump(Path.cwd())
     pipeline.run(config)
     assert invariants.dump(Path.cwd()) == before
 
 
-@pytest.fixture
-def refused() -> Iterator[list[str]]:
-    """The errors of the databases from here on, also those that MLflow handles."""
-    errors: list[str] = []
+def registry_of(client: MlflowClient) -> dict[str, Any]:
+    """The one version there is, and what it is called, without times."""
+    version = client.get_model_version(NAME, "1")
+    names = ("aliases", "current_stage", "run_id", "source", "tags")
+    return {name: getattr(version, name) for name in names}
 
-    def note(context: sqlalchemy.engine.ExceptionContext) -> None:
-        errors.append(str(context.original_exception))
 
-    sqlalchemy.event.listen(sqlalchemy.Engine, "handle_error", note)
-    yield errors
-    sqlalchemy.event.remove(sqlalchemy.Engine, "handle_error", note)
+def registered(client: MlflowClient) -> list[int]:
+    return [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")]
 
 
 def test_a_retraining_stopped_before_its_end_is_done_again_and_logs_no_point_twice(
-    config: StudyConfig,
-    client: MlflowClient,
-    monkeypatch: pytest.MonkeyPatch,
-    refused: list[str],
+    retrained: dict[str, Any], client: MlflowClient, clouds: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, "log_artifacts", "after")
-        with pytest.raises(Stopped):
-            pipeline.run(config)
-    pipeline.run(config)
+    copy_databases(retrained["folder"], Path.cwd())
+    pipeline.run(small(clouds))
     found = invariants.check(Path.cwd(), TRIALS)
     assert len(retrainings(found)) == 2
-    assert [int(v.version) for v in client.search_model_versions(f"name = '{NAME}'")] == [1]
-    assert [error for error in refused if "metrics" in error] == []
+    assert registered(client) == [1]
+    assert [error for error in retrained["errors"] if "metrics" in error] == []
     winner = found["winner"].data
     model = client.get_logged_model(winner.tags["model_uri"].removeprefix("models:/"))
     measured = {point.key: point.value for point in model.metrics}
     assert measured == {name: v for name, v in winner.metrics.items() if name.startswith("test_")}
 
 
-# ---- production ----------------------------------------------------------------------------------
+# ---- the registered models -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_second_study_takes_over_production_and_the_model_loads_by_alias_and_by_stage(
-    config: StudyConfig, client: MlflowClient, clouds: Path
-) -> None:
-    first = pipeline.run(config)
-    second = pipeline.run(
-        small(clouds, study_name="second", epochs=8, hidden_units="64", learning_rate="0.01")
-    )
-    assert first.winner is not None
-    assert second.winner is not None
-    assert (first.winner.version, second.winner.version) == (1, 2)
-    assert second.winner.test_accuracy > first.winner.test_accuracy
-    versions = {int(v.version): v for v in client.search_model_versions(f"name = '{NAME}'")}
-    assert {n: v.current_stage for n, v in versions.items()} == {1: "Archived", 2: "Production"}
-    assert int(client.get_model_version_by_alias(NAME, "production").version) == 2
-    assert versions[2].run_id == second.winner.run_id
-    assert versions[2].tags["optuna.study_name"] == "second"
-    for study_name, result in (("second", second), ("mnist-dnn", first)):
-        found = invariants.check(Path.cwd(), TRIALS, study_name=study_name)
-        assert found["winner"].info.run_id == result.winner.run_id
-
-    with np.load(clouds) as data:
-        x, y = data["x_test"], data["y_test"]
-    for name in (f"{NAME}@production", f"{NAME}/Production"):
-        model = mlflow.keras.load_model(f"models:/{name}")
-        accuracy = np.mean(model.predict(x, verbose=0).argmax(axis=1) == y)
-        assert accuracy == pytest.approx(second.winner.test_accuracy, abs=1e-6)
-
-    before = invariants.dump(Path.cwd())
-    assert pipeline.run(config).winner == replace(first.winner, new=False, in_production=2)
-    assert invariants.dump(Path.cwd()) == before
-
-
-@pytest.mark.slow
-def test_a_better_trial_is_registered_over_the_old_one(config: StudyConfig, clouds: Path) -> None:
-    wide = {"hidden_units": "8", "learning_rate": "1e-5:1:log", "sampler": "random"}
-    first = pipeline.run(small(clouds, **wide, n_trials=1))
-    more = pipeline.run(small(clouds, **wide, n_trials=8))
-    found = invariants.check(Path.cwd(), 8)
+def test_a_better_trial_is_registered_over_the_old_one(in_folder: Path, clouds: Path) -> None:
+    rates = {"hidden_units": "8", "dropout_rate": "0.1", "learning_rate": "1e-5,0.1"}
+    first = pipeline.run(small(clouds, **rates, sampler="grid", n_trials=1))
+    more = pipeline.run(small(clouds, **rates, sampler="grid", n_trials=2))
+    found = invariants.check(in_folder, 2)
     assert first.winner is not None
     assert more.winner is not None
     assert (first.winner.trial, more.winner.trial) == (0, more.best.number)  # type: ignore[union-attr]
@@ -196,10 +152,9 @@ def test_a_better_trial_is_registered_over_the_old_one(config: StudyConfig, clou
 
 
 @pytest.mark.slow
-def test_the_model_holds_no_pickle_and_loads_in_safe_mode(
-    config: StudyConfig, client: MlflowClient, in_folder: Path
-) -> None:
-    pipeline.run(config)
-    assert [path for path in in_folder.rglob("*") if path.suffix in (".pkl", ".pickle")] == []
-    (file,) = in_folder.rglob("*.keras")
-    assert keras.saving.load_model(file, safe_mode=True).input_shape == (None, 4)
+def test_the_model_holds_no_pickle_and_loads_in_safe_mode(retrained: dict[str, Any]) -> None:
+    folder: Path = retrained["folder"]
+    assert [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")] == []
+    for file in (files := list(folder.rglob("*.keras"))):
+        assert keras.saving.load_model(file, safe_mode=True).input_shape == (None, 4)
+    assert len(files) == 2

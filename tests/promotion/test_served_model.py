@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +9,9 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import command, mlflow_at
+from conftest import mlflow_at
+
+from search import cli
 
 OPTIONS = (
     *("--dataset", "people.csv", "--target", "answer", "--study-name", "people"),
@@ -38,13 +42,15 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
     """A folder in which a study of a table ran to its end, and the model as MLflow loads it."""
     folder = tmp_path_factory.mktemp("table")
     people().to_csv(folder / "people.csv", index=False)
-    code, out, err = command(folder, *OPTIONS)
-    assert (code, err) == (0, "")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+        patch.chdir(folder)
+        assert cli.main(OPTIONS) == 0
+    assert err.getvalue() == ""
     with mlflow_at(folder) as client:
         model = mlflow.pyfunc.load_model("models:/People/Production")
         version = client.get_model_version_by_alias("People", "production")
         run = client.get_run(version.run_id)
-        yield {"folder": folder, "model": model, "run": run, "out": out, "client": client}
+        yield {"folder": folder, "model": model, "run": run, "client": client}
 
 
 def test_the_model_answers_raw_rows_as_it_was_tested(registered: dict[str, Any]) -> None:
@@ -114,19 +120,25 @@ def test_keras_loads_the_model_alone_and_it_takes_arrays(registered: dict[str, A
 
 
 def test_the_same_command_again_changes_nothing_and_a_trial_reproduces(
-    registered: dict[str, Any],
+    registered: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder: Path = registered["folder"]
-    code, out, err = command(folder, *OPTIONS)
-    assert (code, err) == (0, "")
+    monkeypatch.chdir(registered["folder"])
+    assert cli.main(OPTIONS) == 0
+    out, err = capfd.readouterr()
     assert "Already registered as People version 1" in out
-    assert command(folder, "doctor", "--study-name", "people")[0] == 0
-    code, out, err = command(folder, "reproduce", "--study-name", "people")
-    assert (code, err) == (0, "")
+    assert err == ""
+    assert cli.main(["doctor", "--study-name", "people"]) == 0
+    capfd.readouterr()
+    assert cli.main(["reproduce", "--study-name", "people"]) == 0
+    out, err = capfd.readouterr()
     assert "the same to the last digit" in out
+    assert err == ""
 
 
-def test_another_target_needs_another_study(registered: dict[str, Any]) -> None:
-    code, _, err = command(registered["folder"], *OPTIONS, "--target", "member")
-    assert code == 2
+def test_another_target_needs_another_study(
+    registered: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(registered["folder"])
+    assert cli.main([*OPTIONS, "--target", "member"]) == 2
+    err = capfd.readouterr().err
     assert "exists with other settings (stored -> given): target: answer -> member" in err

@@ -1,16 +1,18 @@
 """Where a report is written, and what both user interfaces say of a study."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command
+from conftest import copy_databases
 
-from search import pipeline
+from search import cli, pipeline
 from search.config.settings import StudyConfig
 from search.report import publish
+from search.report.progress import Result
 from search.report.text import summary
 from search.study import storage
 
@@ -22,27 +24,54 @@ def of_study(path: Path) -> str:
     return found[1]
 
 
+def small(clouds: Path, **changed: Any) -> StudyConfig:
+    settings = {"n_trials": 1, "epochs": 1, "workers": 1, "hidden_units": "4", "baselines": "none"}
+    return StudyConfig(dataset=str(clouds), study_name="first", **{**settings, **changed})
+
+
+def told(result: Result) -> str:
+    """Where the last lines of a run say that the report is."""
+    lines = summary(result).splitlines()
+    return lines[lines.index("See also:") + 1].strip()
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> tuple[Path, Result]:
+    """A folder in which a study has ended, with its report."""
+    folder = tmp_path_factory.mktemp("ended")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, pipeline.run(small(clouds))
+
+
+@pytest.fixture
+def first(ended: tuple[Path, Result], in_folder: Path) -> Result:
+    """The same, in this test's own folder; the artifacts stay where they are."""
+    folder, result = ended
+    copy_databases(folder, in_folder)
+    shutil.copy2(folder / "report.html", in_folder)
+    return result
+
+
 @pytest.mark.slow
 def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says(
-    in_folder: Path, clouds: Path
+    first: Result, in_folder: Path, clouds: Path
 ) -> None:
-    small = {"n_trials": 1, "epochs": 1, "workers": 1, "hidden_units": "4"}
-
-    def told(name: str) -> str:
-        result = pipeline.run(StudyConfig(dataset=str(clouds), study_name=name, **small))
-        lines = summary(result).splitlines()
-        return lines[lines.index("See also:") + 1].strip()
+    def of_run(name: str) -> str:
+        return told(pipeline.run(replace(small(clouds), study_name=name)))
 
     expected = {"first": "report.html", "second": "report-second.html"}
-    for name in ("first", "second", "first", "second"):  # from the third on there is nothing to do
-        assert told(name) == expected[name]
-        for study in {"first", name}:
+    assert told(first) == expected["first"]
+    assert of_study(in_folder / "report.html") == "first"
+    for name in ("second", "first", "second"):  # from the second on there is nothing to do
+        assert of_run(name) == expected[name]
+        for study in expected:
             assert of_study(in_folder / expected[study]) == study
     written = (in_folder / "report.html").stat().st_mtime_ns
-    assert told("first") == "report.html"
+    assert of_run("first") == "report.html"
     assert (in_folder / "report.html").stat().st_mtime_ns == written
     (in_folder / "report-second.html").unlink()
-    assert told("second") == "report-second.html"
+    assert of_run("second") == "report-second.html"
     assert of_study(in_folder / "report-second.html") == "second"
     config = StudyConfig(study_name="second")
     assert publish.write_report(config, "report.html") == Path("report-second.html")
@@ -52,14 +81,12 @@ def test_each_of_two_studies_in_a_folder_has_its_report_where_its_last_line_says
 
 @pytest.mark.slow
 def test_a_rerun_replaces_the_report_of_a_namesake_in_another_database(
-    in_folder: Path, clouds: Path
+    first: Result, in_folder: Path, clouds: Path
 ) -> None:
-    small = {"n_trials": 1, "epochs": 1, "workers": 1, "hidden_units": "4"}
-    for storage_url in ("sqlite:///study.db", "sqlite:///other.db"):
-        pipeline.run(StudyConfig(dataset=str(clouds), storage=storage_url, **small))
-    assert "mnist-dnn in sqlite:///other.db" in (in_folder / "report.html").read_text()
-    pipeline.run(StudyConfig(dataset=str(clouds), **small))
-    assert "mnist-dnn in sqlite:///study.db" in (in_folder / "report.html").read_text()
+    pipeline.run(small(clouds, storage="sqlite:///other.db"))
+    assert "first in sqlite:///other.db" in (in_folder / "report.html").read_text()
+    pipeline.run(small(clouds))
+    assert "first in sqlite:///study.db" in (in_folder / "report.html").read_text()
 
 
 def test_a_report_of_before_reports_named_their_study_is_known_by_its_title(
@@ -75,51 +102,47 @@ def test_a_report_of_before_reports_named_their_study_is_known_by_its_title(
 
 @pytest.mark.slow
 def test_it_is_an_artifact_of_the_parent_run_and_can_be_written_again(
-    finished: dict[str, Any], tmp_path: Path
+    finished: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     client, parent = finished["client"], finished["parent"].info.run_id
     logged = Path(client.download_artifacts(parent, "report.html", str(tmp_path)))
     written = (finished["folder"] / "report.html").read_text()
     assert logged.read_text() == written
-    code, out, err = command(finished["folder"], "report", "--output", str(tmp_path / "again.html"))
-    assert (code, out, err) == (0, f"wrote {tmp_path / 'again.html'}\n", "")
+    capfd.readouterr()  # MLflow shows how far it is
+    monkeypatch.chdir(finished["folder"])
+    assert cli.main(["report", "--output", str(tmp_path / "again.html")]) == 0
+    assert capfd.readouterr() == (f"wrote {tmp_path / 'again.html'}\n", "")
     again = (tmp_path / "again.html").read_text()
     assert len(again) == len(written)
 
 
 @pytest.mark.slow
 def test_the_descriptions_name_each_other_and_the_users_own_words_stay(
-    in_folder: Path, clouds: Path
+    first: Result, clouds: Path
 ) -> None:
     from optuna_dashboard import get_note, save_note
 
-    config = StudyConfig(
-        dataset=str(clouds),
-        epochs=2,
-        n_trials=3,
-        hidden_units="8",
-        workers=1,
-        report="none",
-        baselines="none",
-    )
-    result = pipeline.run(config)
-    study = storage.load_study(config)
     from search.tracking.runs import Tracking
 
+    config = small(clouds, report="none")
+    study = storage.load_study(config)
     client = Tracking(config).open().client
 
     def description() -> str:
-        return client.get_run(result.parent_run_id).data.tags["mlflow.note.content"]
+        return client.get_run(first.parent_run_id).data.tags["mlflow.note.content"]
 
-    assert result.parent_run_id in get_note(study)
-    assert "study mnist-dnn in sqlite:///study.db" in description()
+    assert first.parent_run_id in get_note(study)
+    assert "study first in sqlite:///study.db" in description()
     assert "is version 1 of MNIST_DNN_Model" in description()
     assert "is version 1 of MNIST_DNN_Model" in get_note(study)
 
     save_note(study, "my own words")
-    pipeline.run(replace(config, n_trials=5))
+    pipeline.run(replace(config, n_trials=2))
     assert get_note(storage.load_study(config)) == "my own words"
-    assert "5 trials complete" in description()
-    client.set_tag(result.parent_run_id, "mlflow.note.content", "mine, too")
-    pipeline.run(replace(config, n_trials=6))
+    assert "2 trials complete" in description()
+    client.set_tag(first.parent_run_id, "mlflow.note.content", "mine, too")
+    pipeline.run(replace(config, n_trials=3))
     assert description() == "mine, too"

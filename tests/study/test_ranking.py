@@ -6,7 +6,7 @@ from typing import Any
 import invariants
 import optuna
 import pytest
-from conftest import run_elsewhere
+from conftest import copy_databases, run_elsewhere
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -28,7 +28,7 @@ DISTRIBUTIONS = {
     "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
 }
 OTHER = {"hidden_units": 128, "dropout_rate": 0.1, "learning_rate": 0.001}
-TRIALS, REPEATS = 4, 2
+TRIALS, REPEATS = 3, 2
 
 
 def study_of(
@@ -147,6 +147,10 @@ def config(clouds: Path, **changed: Any) -> StudyConfig:
     return StudyConfig(**{**settings, **changed})
 
 
+class Killed(BaseException):
+    """The process ends here, as far as the code above can tell."""
+
+
 class Repeats(Progress):
     """Counts the repeats; after `stop_at` of them it says stop, or raises."""
 
@@ -163,10 +167,6 @@ class Repeats(Progress):
         return self._error is None and len(self.seen) == self._stop_at
 
 
-class Killed(BaseException):
-    """The process ends here, as far as the code above can tell."""
-
-
 def curves(found: dict[str, Any]) -> dict[Any, Any]:
     """Every repeat's seed and history, without times."""
     return {
@@ -181,14 +181,32 @@ def curves(found: dict[str, Any]) -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> dict[str, Any]:
-    """A run with finalists, in one go."""
+def searched(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
+    """A study whose trials are finished, stopped before its finalists."""
+
+    class Chosen(Repeats):
+        def finalists(self, *_: Any) -> None:
+            raise Killed
+
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(Killed):
+            pipeline.run(config(clouds), Chosen())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, searched: Path, clouds: Path) -> dict[str, Any]:
+    """The same, and its finalists in one go."""
     folder = tmp_path_factory.mktemp("whole")
+    copy_databases(searched, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         listener = Repeats()
         result = pipeline.run(config(clouds), listener)
-    return {"result": result, "seen": listener.seen, **invariants.check(folder, TRIALS)}
+    found = invariants.check(folder, TRIALS)
+    return {"folder": folder, "result": result, "seen": listener.seen, **found}
 
 
 @pytest.mark.slow
@@ -214,29 +232,26 @@ def test_the_finalists_are_runs_of_their_own_and_the_best_mean_is_registered(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stop_at", "error"), [(1, None), (4, None), (3, Killed), (2, KeyboardInterrupt)]
-)
 def test_stopped_among_the_finalists_the_next_run_goes_on_and_ends_the_same(
-    whole: dict[str, Any],
-    in_folder: Path,
-    clouds: Path,
-    stop_at: int,
-    error: type[BaseException] | None,
+    whole: dict[str, Any], in_folder: Path, clouds: Path
 ) -> None:
-    listener = Repeats(stop_at, error)
-    if error is None:
-        result = pipeline.run(config(clouds), listener)
-        assert (result.winner, result.stopped) == (None, "interrupted")
-        assert bool(result.finalists) == (stop_at == 2 * REPEATS)
-        invariants.check(in_folder, TRIALS, registered=False)
-    else:
-        with pytest.raises(error):
-            pipeline.run(config(clouds), listener)
+    seen = []
+    for error in (None, KeyboardInterrupt, Killed, None):  # each after one more repeat
+        listener = Repeats(1, error)
+        if error is None:
+            result = pipeline.run(config(clouds), listener)
+            assert (result.winner, result.stopped) == (None, "interrupted")
+            assert bool(result.finalists) == (len(seen) + 1 == 2 * REPEATS)
+            invariants.check(in_folder, TRIALS, registered=False)
+        else:
+            with pytest.raises(error):
+                pipeline.run(config(clouds), listener)
+        assert len(listener.seen) == 1
+        seen += listener.seen
     rest = Repeats()
     result = pipeline.run(config(clouds), rest)
-    assert len(listener.seen) == stop_at
-    assert listener.seen + rest.seen == whole["seen"]
+    assert rest.seen == []
+    assert seen == whole["seen"]
     found = invariants.check(in_folder, TRIALS)
     assert curves(found) == curves(whole)
     assert result.winner is not None
@@ -250,59 +265,53 @@ def test_stopped_among_the_finalists_the_next_run_goes_on_and_ends_the_same(
 
 @pytest.mark.slow
 def test_in_processes_the_repeats_are_the_same(
-    whole: dict[str, Any], in_folder: Path, clouds: Path
+    whole: dict[str, Any], searched: Path, in_folder: Path, clouds: Path
 ) -> None:
-    pipeline.run(config(clouds, finalists=0))
+    copy_databases(searched, in_folder)
     run_elsewhere(config(clouds, workers=2))
     assert curves(invariants.check(in_folder, TRIALS)) == curves(whole)
 
 
 @pytest.mark.slow
-def test_a_repeat_that_diverges_is_recorded_and_does_not_win(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_repeat_that_diverges_does_not_win_and_what_the_server_refused_is_written_later(
+    searched: Path, in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pipeline.run(config(clouds, finalists=0))
-    assert first.best is not None
-    original = training.train
-    hopeless = sampling.repeat_seed(0, first.best.user_attrs["place"], 1)
+    copy_databases(searched, in_folder)
+    study = optuna.load_study(study_name="mnist-dnn", storage="sqlite:///study.db")
+    best = ranking.best(study.get_trials(), METRICS["val_accuracy"])
+    assert best is not None
+    train, hopeless = training.train, sampling.repeat_seed(0, best.user_attrs["place"], 1)
 
-    def train(*arguments: Any, **keywords: Any) -> Any:
+    def diverge(*arguments: Any, **keywords: Any) -> Any:
         if keywords["seed"] == hopeless:
             raise TrainingDiverged("loss became nan in epoch 0")
-        return original(*arguments, **keywords)
+        return train(*arguments, **keywords)
 
-    monkeypatch.setattr("search.workers.trial.train", train)
-    result = pipeline.run(config(clouds))
-    found = invariants.check(in_folder, TRIALS)
-    failed = found["trials"][first.best.number].user_attrs[repeat_attr(1)]
-    assert failed["failure"] == "TrainingDiverged: loss became nan in epoch 0"
-    assert result.finalists[-1].number == first.best.number
-    assert result.winner is not None
-    assert result.winner.trial != first.best.number
-
-
-@pytest.mark.slow
-def test_a_server_that_fails_meanwhile_gets_the_runs_later(
-    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listener, original = Repeats(), MlflowClient.create_run
+    listener, create_run = Repeats(), MlflowClient.create_run
 
     def refuse(self: MlflowClient, *arguments: Any, **keywords: Any) -> Any:
         if keywords["run_name"].startswith("finalist-") and len(listener.seen) < 2:
             raise MlflowException("the server is down")
-        return original(self, *arguments, **keywords)
+        return create_run(self, *arguments, **keywords)
 
+    monkeypatch.setattr("search.workers.trial.train", diverge)
     monkeypatch.setattr(MlflowClient, "create_run", refuse)
     result = pipeline.run(config(clouds), listener)
     assert sum("no run" in line for line in result.repaired) == 2
-    invariants.check(in_folder, TRIALS)
-
-
-def test_a_lost_run_of_a_finalist_is_written_again(in_folder: Path, clouds: Path) -> None:
-    pipeline.run(config(clouds))
     found = invariants.check(in_folder, TRIALS)
-    lost = next(run for run in found["children"] if "optuna.finalist" in run.data.tags)
-    found["client"].delete_run(lost.info.run_id)
+    failed = found["trials"][best.number].user_attrs[repeat_attr(1)]
+    assert failed["failure"] == "TrainingDiverged: loss became nan in epoch 0"
+    assert result.finalists[-1].number == best.number
+    assert result.winner is not None
+    assert result.winner.trial != best.number
+
+
+def test_a_lost_run_of_a_finalist_is_written_again(
+    whole: dict[str, Any], client: MlflowClient, in_folder: Path, clouds: Path
+) -> None:
+    copy_databases(whole["folder"], in_folder)
+    lost = next(run for run in whole["children"] if "optuna.finalist" in run.data.tags)
+    client.delete_run(lost.info.run_id)
     result = pipeline.run(config(clouds))
     assert len(result.repaired) == 1
     assert "repeat" in result.repaired[0]
