@@ -37,6 +37,7 @@ from search.training.train import (
 FEATURES, CLASSES, BATCH = 20, 4, 32
 TASK = Task("classification", CLASSES)
 WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
+FEW = 3 * BATCH + 7  # 4 steps
 Weights = list[NDArray[Any]]
 
 
