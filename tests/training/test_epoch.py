@@ -406,6 +406,8 @@ def test_class_weights_train_as_keras_fit_does_with_them(smoothing: float) -> No
         verbose=0,
     ).history
     assert history["loss"] == pytest.approx(fitted["loss"], rel=1e-4)
+    steps = 1  # of a batch that is larger than the data
+    assert int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) == steps
     assert same(ours.get_weights(), theirs.get_weights())
     plain = build_network(what, (FEATURES,), TASK, 3)
     alone = training.train(plain, data, what, epochs=1, seed=1)
