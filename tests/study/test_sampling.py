@@ -316,9 +316,9 @@ def test_what_a_worker_reads_of_a_file_leads_to_the_same_trials_as_all_of_them_i
 ) -> None:
     settings = config(pruner=pruner, **space)
     backend = open_storage("sqlite:///study.db")
-    trials = search(settings, broken=(3,), slots=18, storage=OutlineStorage(backend))
+    trials = search(settings, broken=(3,), slots=14, storage=OutlineStorage(backend))
     close(backend)
-    in_memory = search(settings, broken=(3,), slots=18)
+    in_memory = search(settings, broken=(3,), slots=14)
     assert proposals(trials) == proposals(in_memory)
     assert decisions(trials) == decisions(in_memory)
 

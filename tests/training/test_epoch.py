@@ -2,7 +2,7 @@
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from search.task import Task
 from search.training import train as training
 from search.training.epoch import epoch_order, plan_of, tensor_of
 from search.training.network import MOMENTUM, build_network, network_to_register
-from search.training.train import History, _of_thread, evaluate, graph_for
+from search.training.train import History, evaluate, graph_for
 
 RATE = 0.01
 SGD = functools.partial(keras.optimizers.SGD, momentum=MOMENTUM, nesterov=True)
@@ -62,14 +62,6 @@ def close(ours: list[Any], theirs: list[Any]) -> bool:
     """Whether weights are the same but for the rounding of other kernels."""
     pairs = zip(ours, theirs, strict=True)
     return all(np.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
-
-
-@pytest.fixture
-def graphs() -> Iterator[OrderedDict[str, Any]]:
-    """The graphs of this test alone; afterwards all are there, as it takes long to trace them."""
-    others, _of_thread.graphs = _of_thread.graphs, OrderedDict()
-    yield _of_thread.graphs
-    _of_thread.graphs = OrderedDict({**others, **_of_thread.graphs})
 
 
 # ---- the same as Keras' own loop -----------------------------------------------------------------

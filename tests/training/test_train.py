@@ -1,6 +1,7 @@
 """The epoch in the graph learns what a plain Keras loop learns, to float precision."""
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from search.training.train import (
     _VALIDATION_BATCH,
     History,
     TrainingDiverged,
-    _of_thread,
     batches_of,
     evaluate,
     gpu_name,
@@ -78,13 +78,8 @@ def same(one: Weights, other: Weights) -> bool:
     return all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(one, other, strict=True))
 
 
-@pytest.fixture
-def no_graphs() -> None:
-    _of_thread.graphs.clear()
-
-
 def test_the_steps_are_those_of_the_plain_loop_after_other_rates_used_the_graph(
-    no_graphs: None,
+    graphs: OrderedDict[str, Any],
 ) -> None:
     train(network(dropout=0.5, rate=0.1), examples(WHOLE))
     ours, plain = network(rate=0.01), network(rate=0.01)
@@ -93,7 +88,7 @@ def test_the_steps_are_those_of_the_plain_loop_after_other_rates_used_the_graph(
     assert same(before, plain.get_weights())
     history = train(ours, examples(4 * BATCH))
     losses = plain_fit(plain, examples(4 * BATCH), epochs=1)
-    assert len(_of_thread.graphs) == 1
+    assert len(graphs) == 1
     assert moved(before, ours.get_weights())
     assert same(ours.get_weights(), plain.get_weights())
     assert history["loss"] == pytest.approx(losses, rel=1e-5)
@@ -141,7 +136,7 @@ def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None
 
 
 def test_equal_architectures_share_one_graph_whatever_their_rates(
-    no_graphs: None, monkeypatch: pytest.MonkeyPatch
+    graphs: OrderedDict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = []
     epoch_order = graph.epoch_order
@@ -153,10 +148,10 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
     monkeypatch.setattr(graph, "epoch_order", counting)
     for dropout, rate in ((0.0, 0.001), (0.4, 0.002), (0.1, 0.1)):
         train(network(dropout, rate), examples(RAGGED), epochs=2)
-    assert len(_of_thread.graphs) == len(traced) == 1
+    assert len(graphs) == len(traced) == 1
     keep(17)
     keep(17, batch_size=16)
-    assert len(_of_thread.graphs) == 3
+    assert len(graphs) == 3
 
 
 def keep(units: int, batch_size: int = BATCH) -> None:
@@ -165,17 +160,17 @@ def keep(units: int, batch_size: int = BATCH) -> None:
 
 
 def test_the_graph_not_used_for_longest_is_dropped_first(
-    no_graphs: None, monkeypatch: pytest.MonkeyPatch
+    graphs: OrderedDict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "_GRAPHS", 3)
     for units in range(1, 4):
         keep(units)
-    first, second = list(_of_thread.graphs)[:2]
+    first, second = list(graphs)[:2]
     keep(1)
     keep(99)
-    assert len(_of_thread.graphs) == 3
-    assert first in _of_thread.graphs
-    assert second not in _of_thread.graphs
+    assert len(graphs) == 3
+    assert first in graphs
+    assert second not in graphs
 
 
 def test_the_same_seed_gives_the_same_history_to_the_last_bit_after_other_trials() -> None:
@@ -334,6 +329,7 @@ def test_a_pipeline_trains_to_the_digits_of_its_arrays(changed: dict[str, Any]) 
     data, validation = examples(2 * BATCH + 7), examples(50, seed=1)
     hp = {**default_network(16), "batch_size": BATCH, **changed}
     weights = np.array([1, 2, 1, 3], np.float32) if "weight_decay" in changed else None
+    held_out = validation if "early_stopping" in changed else None
     found = []
     for given in (data, pipeline(in_the_order_of(data), len(data[1]))):
         net = build_network(hp, (5, 4), TASK, seed=3)
@@ -344,7 +340,7 @@ def test_a_pipeline_trains_to_the_digits_of_its_arrays(changed: dict[str, Any]) 
             epochs=3,
             seed=7,
             shape=(5, 4),
-            validation=validation,
+            validation=held_out,
             class_weights=weights,
         )
         found.append((history, [w.tolist() for w in net.get_weights()]))
