@@ -72,7 +72,7 @@ def nearest(word: str, known: Iterable[str], otherwise: str = "", cutoff: float 
 _SCHEME = r"[A-Za-z][\w+.-]*://"
 _SECRET = re.compile(r"password|passwd|pwd|token|secret", re.IGNORECASE)
 _PAIR = re.compile(  # also within another value, as in odbc_connect=...%3BPWD%3Dsecret
-    r"(?i)([\w.-]*(?:password|passwd|pwd|token|secret)[\w.-]*(?:=|%3D))"
+    r"(?i)(?<![\w.-])([\w.-]*(?:password|passwd|pwd|token|secret)[\w.-]*(?:=|%3D))"
     r"(?:(?!%3B|%26)[^\s&;])+?(?=['\")\],.;:]*(?:[\s&;]|%3B|%26|$))"
 )
 _PORT = r"\d{1,5}(?![^\s/?#'\",;:)\]])"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
@@ -341,6 +342,16 @@ def run_elsewhere(config: StudyConfig) -> None:
     process = forks.Python(["-c", code, json.dumps(given)], cwd=Path.cwd())
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.fixture
+def graphs() -> Iterator[OrderedDict[str, Any]]:
+    """TensorFlow's graphs of this test alone; afterwards all are kept, as tracing takes long."""
+    from search.training.train import _of_thread
+
+    others, _of_thread.graphs = _of_thread.graphs, OrderedDict()
+    yield _of_thread.graphs
+    _of_thread.graphs = OrderedDict({**_of_thread.graphs, **others})  # these are dropped first
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ under test need them. So `Python([...])` stands for `subprocess.Popen([sys.execu
 
 It asks the *fork server*, of which a session of pytest has one, for a process. The server, which is
 this file run as a program, imports what is in LIBRARIES when it is first asked, and nothing else
-ever happens in it; a process forked from it runs the file, `-c` code or `-m` module in a session of
-its own, with the working directory, environment and open files that it was given. There
-`multiprocessing`'s fork server, from which the command forks its workers, is forked as well.
+ever happens in it; a process forked from it runs the file, `-c` code, `-m` module or what it reads
+(`-`) in a session of its own, with the working directory, environment and open files that it was
+given. There `multiprocessing`'s fork server, from which the command forks its workers, is forked as
+well.
 
 The differences to a new interpreter: the libraries are imported already; MLflow's tables are copied
 in place of made; the name in the list of processes is this file's; what Python and the libraries
@@ -350,12 +351,13 @@ def _become(request: dict[str, Any]) -> None:
 def _run(arguments: list[str]) -> None:
     """What a new interpreter with these arguments does."""
     program, *rest = arguments
-    if program == "-c":
-        code, *rest = rest
-        sys.argv = ["-c", *rest]
+    if program in ("-", "-c"):
+        code = sys.stdin.read() if program == "-" else rest.pop(0)
+        sys.argv = [program, *rest]
         sys.path.insert(0, "")
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(code, "<string>", "exec"), main.__dict__)
+        name = "<stdin>" if program == "-" else "<string>"
+        exec(compile(code, name, "exec"), main.__dict__)
     elif program == "-m":
         module, *rest = rest
         sys.argv = [module, *rest]

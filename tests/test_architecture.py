@@ -56,41 +56,39 @@ def test_only_the_study_builds_optunas_storages() -> None:
     assert found == {"study/storage.py", "study/postgres.py", "study/outline.py"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("statement", "unwanted"),
-    [
-        ("import search", HEAVY),
-        ("import search.cli", HEAVY),
-        ("import search.pipeline", KERAS),  # the main process leaves the training to its workers
-    ],
-)
-def test_an_import_loads_nothing_that_it_does_not_need(
-    statement: str, unwanted: set[str], tmp_path: Path
+STAGES = """
+import json, sys
+
+loaded = {}
+
+def note(stage):
+    loaded[stage] = sorted({name.split(".")[0] for name in sys.modules})
+
+import search; note("search")
+import search.cli; note("cli")
+assert search.cli.main(["show"]) == 0; note("show")
+assert search.cli.main(["doctor"]) == 0; note("doctor")
+import search.pipeline; note("pipeline")
+json.dump(loaded, open(sys.argv[1], "w"))
+"""
+
+
+def test_what_is_imported_and_the_verbs_load_nothing_that_they_do_not_need(
+    finished: dict[str, Any], tmp_path: Path
 ) -> None:
-    code = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
-    assert "search" in loaded
-    assert not loaded & unwanted
-
-
-@pytest.mark.parametrize("verb", ["show", "doctor"])
-def test_a_verb_loads_nothing_that_it_does_not_need(verb: str, finished: dict[str, Any]) -> None:
-    code = (
-        f"import sys; from search.cli import main; code = main([{verb!r}]); "
-        "print(*sys.modules); sys.exit(code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
+    """One after the other in a new process, so that each finds what those before it loaded."""
+    subprocess.run(
+        [sys.executable, "-c", STAGES, str(tmp_path / "loaded.json")],
         capture_output=True,
-        text=True,
         check=True,
         cwd=finished["folder"],
     )
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert "optuna" in loaded
-    assert ("mlflow" in loaded) == (verb == "doctor")
-    assert not loaded & {*KERAS, "sklearn", "pandas", "matplotlib", "plotly"}
+    loaded = {k: set(v) for k, v in json.loads((tmp_path / "loaded.json").read_text()).items()}
+    assert "search" in loaded["search"]
+    assert not loaded["search"] & HEAVY
+    assert not loaded["cli"] & HEAVY
+    assert "optuna" in loaded["show"]
+    assert "mlflow" not in loaded["show"]
+    assert "mlflow" in loaded["doctor"]
+    assert not loaded["doctor"] & {*KERAS, "sklearn", "pandas", "matplotlib", "plotly"}
+    assert not loaded["pipeline"] & KERAS  # the main process leaves the training to its workers

@@ -1,5 +1,6 @@
 """Bad input: one line on stderr (rule, value, remedy), exit code 2, nothing created or changed."""
 
+import functools
 import http.server
 import io
 import os
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import typer
 from conftest import arrays
 from numpy.typing import NDArray
 
@@ -64,15 +66,31 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+@pytest.fixture(scope="module")
+def tiny() -> bytes:
+    """A valid dataset's file."""
+    file = io.BytesIO()
+    np.savez(file, **arrays())
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_command() -> Iterator[None]:
+    """Typer makes the command line of the whole program for every call; here once for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: bytes) -> Path:
     """The working directory: it holds a valid dataset, and TensorFlow cannot be imported."""
     monkeypatch.chdir(tmp_path)
     for name in ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    np.savez(tmp_path / "tiny.npz", **arrays())
+    (tmp_path / "tiny.npz").write_bytes(tiny)
     return tmp_path
 
 
@@ -1599,30 +1617,35 @@ def test_the_command_refuses_a_bad_option(folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_the_command_refuses_a_damaged_database(folder: Path, study_database: bytes) -> None:
-    (folder / "study.db").write_bytes(study_database[: len(study_database) // 2])
-    before = contents(folder)
-    result = run_script(folder, str(ROOT / "study.py"), *command())
-    assert result.returncode == 2
-    check_refusal(result.stdout, result.stderr, ("must be a sound SQLite database", NEW))
-    assert contents(folder) == before
+REFUSING = """
+import sys
+from search import cli
+
+arguments = sys.argv[1:]
+while arguments:
+    length = int(arguments[0])
+    code = cli.main(arguments[1 : length + 1])
+    if code != 2 or {"tensorflow", "keras"} & set(sys.modules):
+        sys.exit(f"{code}, with {set(sys.modules)}")
+    arguments = arguments[length + 1 :]
+"""
 
 
-def test_the_command_refuses_a_file_name_that_is_no_text(folder: Path) -> None:
-    before = contents(folder)
-    result = run_script(folder, str(ROOT / "study.py"), "--dataset", b"\xff\xfe.npz")
-    assert result.returncode == 2
-    check_refusal(result.stdout, result.stderr, ("--dataset", PATH))
-    assert contents(folder) == before
-
-
-def test_a_refusal_never_loads_tensorflow(folder: Path, study_database: bytes) -> None:
+def test_refusals_in_a_new_process_never_load_tensorflow(
+    folder: Path, study_database: bytes
+) -> None:
+    (folder / "damaged.db").write_bytes(study_database[: len(study_database) // 2])
     (folder / "study.db").write_bytes(study_database)
-    program = (
-        "import sys; from search import cli; code = cli.main(sys.argv[1:]); "
-        "loaded = {'tensorflow', 'keras'} & set(sys.modules); "
-        "sys.exit(f'loaded {loaded}' if loaded else code)"
-    )
-    result = run_script(folder, "-c", program, *command(epochs="2"))
-    assert result.returncode == 2, result.stderr
-    check_refusal(result.stdout, result.stderr, ("epochs: 1 -> 2", ANOTHER_NAME))
+    before = contents(folder)
+    refused: list[tuple[list[Any], tuple[str, ...]]] = [
+        (["--dataset", b"\xff\xfe.npz"], ("--dataset", PATH)),  # a file's name that is no text
+        (command(storage="sqlite:///damaged.db"), ("must be a sound SQLite database", NEW)),
+        (command(epochs="2"), ("epochs: 1 -> 2", ANOTHER_NAME)),
+    ]
+    words = [word for arguments, _ in refused for word in (str(len(arguments)), *arguments)]
+    result = run_script(folder, "-c", REFUSING, *words)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines(keepends=True)
+    for line, (_, fragments) in zip(lines, refused, strict=True):
+        check_refusal(result.stdout, line, fragments)
+    assert contents(folder) == before

@@ -6,12 +6,11 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from conftest import ROOT, arrays, command
@@ -192,6 +191,7 @@ def test_the_table_is_searched_and_its_model_answers_rows(in_folder: Path) -> No
     exec(write, {})
     (search,) = [words for words in commands(DOCS / "your-data.md") if "wine.csv" in words]
     small = ("--n-trials", "1", "--epochs", "2", "--workers", "1", "--report", "none")
+    small += ("--baselines", "none")
     code, _, err = command(in_folder, *search, *small)
     assert (code, err) == (0, "")
     answers = run_python(use, in_folder)
@@ -238,18 +238,17 @@ def test_every_block_of_python_compiles(page: Path) -> None:
 
 
 def run_python(text: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = forks.Python(["-c", text], cwd=folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
 
 
 @pytest.mark.slow
-def test_the_call_from_python_runs(finished: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copy(finished["folder"] / "digits.npz", tmp_path)
+def test_the_call_from_python_runs(clouds: Path, tmp_path: Path) -> None:
+    shutil.copy(clouds, tmp_path)
     (text,) = blocks(README, "python")
-    small = 'n_trials=2, epochs=1, hidden_units="8", dataset="digits.npz", workers=1'
+    small = 'n_trials=1, epochs=1, dataset="clouds.npz", workers=1, baselines="none"'
     best, accuracy, version = run_python(text.replace("n_trials=50", small), tmp_path).split()[-3:]
     assert (0 < float(best) <= 1, 0 < float(accuracy) <= 1, version) == (True, True, "1")
 
@@ -260,13 +259,12 @@ def test_the_registered_model_and_its_origin_are_loaded(
 ) -> None:
     folder = tmp_path / "study"
     shutil.copytree(finished["folder"], folder)
-    (use,) = blocks(DOCS / "results.md", "python")
-    said = run_python(f"{use}\nprint(probabilities.argmax(axis=1).tolist())", folder)
-    assert said.splitlines()[-1] == "[7, 2]"
-    (origin,) = blocks(DOCS / "trust.md", "python")
-    said = run_python(origin, folder)
+    (use,), (origin,) = (blocks(DOCS / f"{page}.md", "python") for page in ("results", "trust"))
+    shown = "print(probabilities.argmax(axis=1).tolist())"
+    said = run_python(f"{use}\n{shown}\n{origin}", folder).splitlines()
+    assert said[-2] == "[7, 2]"
     trial = finished["study"].best_trial
-    number, rest = said.strip().split(" ", 1)
+    number, rest = said[-1].split(" ", 1)
     tried, seed = rest.rsplit(" ", 1)
     assert (int(number), int(seed)) == (trial.number, trial.user_attrs["seed"])
     assert trial.params.items() <= json.loads(tried).items()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_measures import of_classes, of_numbers
 
-from search.promotion.bootstrap import compare
+from search.promotion.bootstrap import RESAMPLES, compare
 from search.promotion.comparison import SIGNIFICANT
 from search.task import METRICS
 
@@ -51,9 +51,8 @@ def test_the_seed_decides() -> None:
     assert found[0] == found[1] != found[2]
 
 
-@pytest.mark.slow
 def test_ten_thousand_examples_take_seconds() -> None:
     task, y, outputs = of_classes(10, 10_000)
     started = time.process_time()
-    compare(task, METRICS["val_auc"], y, outputs, outputs[:, ::-1], 0)
-    assert time.process_time() - started < 60  # on a slow machine
+    compare(task, METRICS["val_auc"], y, outputs, outputs[:, ::-1], 0, RESAMPLES // 10)
+    assert time.process_time() - started < 6  # on a slow machine

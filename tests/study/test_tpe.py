@@ -79,15 +79,15 @@ BRANCHING = {
 
 
 def fill(study: optuna.Study, config: StudyConfig, complete: int) -> None:
-    """Add 58 trials, 40 of them finished, so many of these COMPLETE; others failed or run."""
+    """Add 38 trials, 28 of them finished, so many of these COMPLETE; others failed or run."""
     random = np.random.default_rng(complete)
-    states = [TrialState.COMPLETE] * complete + [TrialState.PRUNED] * (40 - complete)
-    states += [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 16
+    states = [TrialState.COMPLETE] * complete + [TrialState.PRUNED] * (28 - complete)
+    states += [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 8
     suggestions = optuna.create_study(sampler=optuna.samplers.RandomSampler(complete))
     for number in random.permutation(len(states)):
         proposed = suggestions.ask()
         config.space.suggest(proposed)
-        epochs = int(random.integers(1, 5))
+        epochs = int(random.integers(1, 4))
         value = round(float(random.random()), 1)  # some are equal
         state = states[number]
         study.add_trial(
@@ -108,7 +108,7 @@ def fill(study: optuna.Study, config: StudyConfig, complete: int) -> None:
     params=[
         (space, complete, objective)
         for objective in ("val_accuracy", "val_loss")  # maximized, minimized
-        for space, complete in (("plain", 30), ("plain", 2), ("branching", 30))
+        for space, complete in (("plain", 20), ("plain", 2), ("branching", 20))
     ],
     ids=str,
 )

@@ -1,12 +1,12 @@
 """The epoch in the graph learns what a plain Keras loop learns, to float precision."""
 
 import itertools
-import subprocess
-import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import keras
 import numpy as np
 import pytest
@@ -22,11 +22,9 @@ from search.training import train as training
 from search.training.epoch import Examples, plan_of
 from search.training.network import build_network
 from search.training.train import (
-    _GRAPHS,
     _VALIDATION_BATCH,
     History,
     TrainingDiverged,
-    _of_thread,
     batches_of,
     evaluate,
     gpu_name,
@@ -37,6 +35,7 @@ from search.training.train import (
 FEATURES, CLASSES, BATCH = 20, 4, 32
 TASK = Task("classification", CLASSES)
 WHOLE, RAGGED = 50 * BATCH, 49 * BATCH + 7  # both are 50 steps an epoch
+FEW = 3 * BATCH + 7  # 4 steps
 Weights = list[NDArray[Any]]
 
 
@@ -79,43 +78,36 @@ def same(one: Weights, other: Weights) -> bool:
     return all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(one, other, strict=True))
 
 
-@pytest.fixture
-def no_graphs() -> None:
-    _of_thread.graphs.clear()
-
-
-@pytest.mark.parametrize("count", [WHOLE, RAGGED])
-def test_50_steps_are_those_of_the_plain_loop(count: int) -> None:
-    ours, plain = network(), network()
+def test_the_steps_are_those_of_the_plain_loop_after_other_rates_used_the_graph(
+    graphs: OrderedDict[str, Any],
+) -> None:
+    train(network(dropout=0.5, rate=0.1), examples(WHOLE))
+    ours, plain = network(rate=0.01), network(rate=0.01)
+    plain.run_eagerly = True  # a graph takes longer to trace than four steps take
     before = ours.get_weights()
     assert same(before, plain.get_weights())
-    history = train(ours, examples(count))
-    losses = plain_fit(plain, examples(count), epochs=1)
+    history = train(ours, examples(4 * BATCH))
+    losses = plain_fit(plain, examples(4 * BATCH), epochs=1)
+    assert len(graphs) == 1
     assert moved(before, ours.get_weights())
     assert same(ours.get_weights(), plain.get_weights())
     assert history["loss"] == pytest.approx(losses, rel=1e-5)
-    assert int(ours.optimizer.iterations) == int(plain.optimizer.iterations) == 50
+    assert int(ours.optimizer.iterations) == int(plain.optimizer.iterations) == 4
 
 
-def test_later_epochs_have_an_order_of_their_own_and_the_same_numbers() -> None:
+def test_50_steps_an_epoch_are_those_of_the_plain_loop_each_epoch_in_an_order_of_its_own() -> None:
     ours, plain = network(), network()
+    before = ours.get_weights()
     history = train(ours, examples(RAGGED), epochs=3)
     losses = plain_fit(plain, examples(RAGGED), epochs=3)
+    assert moved(before, ours.get_weights())
     assert same(ours.get_weights(), plain.get_weights())
     assert history["loss"] == pytest.approx(losses, rel=1e-5)
+    assert int(ours.optimizer.iterations) == int(plain.optimizer.iterations) == 150
     orders = [graph.epoch_order(RAGGED, 7, epoch).numpy() for epoch in range(3)]
     assert all(sorted(order) == list(range(RAGGED)) for order in orders)
     assert len({order.tobytes() for order in orders}) == 3
     assert list(graph.epoch_order(100, 7, 0)) != list(graph.epoch_order(100, 8, 0))
-
-
-def test_the_numbers_hold_after_other_rates_used_the_graph(no_graphs: None) -> None:
-    train(network(dropout=0.5, rate=0.1), examples(WHOLE))
-    ours, plain = network(), network()
-    train(ours, examples(WHOLE))
-    plain_fit(plain, examples(WHOLE), epochs=1)
-    assert len(_of_thread.graphs) == 1
-    assert same(ours.get_weights(), plain.get_weights())
 
 
 def test_the_last_smaller_batch_is_trained_on() -> None:
@@ -128,12 +120,6 @@ def test_the_last_smaller_batch_is_trained_on() -> None:
     train(other, (changed, y))
     assert int(one.optimizer.iterations) == 2
     assert not same(one.get_weights(), other.get_weights())
-
-
-def test_a_batch_larger_than_the_data_is_one_step() -> None:
-    net = network()
-    train(net, examples(10))
-    assert int(net.optimizer.iterations) == 1
 
 
 def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None:
@@ -150,7 +136,7 @@ def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None
 
 
 def test_equal_architectures_share_one_graph_whatever_their_rates(
-    no_graphs: None, monkeypatch: pytest.MonkeyPatch
+    graphs: OrderedDict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = []
     epoch_order = graph.epoch_order
@@ -162,25 +148,29 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
     monkeypatch.setattr(graph, "epoch_order", counting)
     for dropout, rate in ((0.0, 0.001), (0.4, 0.002), (0.1, 0.1)):
         train(network(dropout, rate), examples(RAGGED), epochs=2)
-    assert len(_of_thread.graphs) == len(traced) == 1
-    train(network(units=17), examples(RAGGED))
-    train(network(units=17), examples(RAGGED), batch_size=16)
-    assert len(_of_thread.graphs) == len(traced) == 3
+    assert len(graphs) == len(traced) == 1
+    keep(17)
+    keep(17, batch_size=16)
+    assert len(graphs) == 3
 
 
-def keep(units: int) -> None:
-    graph_for(network(units=units), plan_of(default_network(), examples(9), (FEATURES,)))
+def keep(units: int, batch_size: int = BATCH) -> None:
+    plan = plan_of(default_network(batch_size=batch_size), examples(RAGGED), (FEATURES,))
+    graph_for(network(units=units), plan)
 
 
-def test_the_graph_not_used_for_longest_is_dropped_first(no_graphs: None) -> None:
-    for units in range(1, _GRAPHS + 1):
+def test_the_graph_not_used_for_longest_is_dropped_first(
+    graphs: OrderedDict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_GRAPHS", 3)
+    for units in range(1, 4):
         keep(units)
-    first, second = list(_of_thread.graphs)[:2]
+    first, second = list(graphs)[:2]
     keep(1)
     keep(99)
-    assert len(_of_thread.graphs) == _GRAPHS
-    assert first in _of_thread.graphs
-    assert second not in _of_thread.graphs
+    assert len(graphs) == 3
+    assert first in graphs
+    assert second not in graphs
 
 
 def test_the_same_seed_gives_the_same_history_to_the_last_bit_after_other_trials() -> None:
@@ -251,7 +241,24 @@ def test_an_exception_in_a_callback_leaves_the_next_training_unaffected() -> Non
     assert train(network(0.2), examples(WHOLE), epochs=3) == expected
 
 
-@pytest.mark.slow
+WHERE_THIS_PACKAGE_IS_NOT = """
+import sys
+for name in list(sys.modules):
+    if name.split(".")[0] == "search":
+        del sys.modules[name]
+sys.modules["search"] = None
+import keras, numpy as np
+assert keras.saving.get_custom_objects() == {}
+net = keras.saving.load_model("net.keras")
+assert type(net) is keras.Sequential and type(net.optimizer) is keras.optimizers.Adam
+assert int(net.optimizer.iterations) == 100
+np.save("prediction.npy", net.predict(np.load("x.npy"), verbose=0))
+x, y = np.load("x.npy"), np.zeros(50)
+net.fit(x, y, verbose=0)
+assert int(net.optimizer.iterations) == 102
+"""
+
+
 def test_the_trained_model_is_plain_keras_and_loads_where_this_package_is_not(
     tmp_path: Path,
 ) -> None:
@@ -268,23 +275,10 @@ def test_the_trained_model_is_plain_keras_and_loads_where_this_package_is_not(
     x, _ = examples(50, seed=2)
     net.save(tmp_path / "net.keras")
     np.save(tmp_path / "x.npy", x)
-    code = """
-import sys
-sys.modules["search"] = None
-import keras, numpy as np
-net = keras.saving.load_model("net.keras")
-assert type(net) is keras.Sequential and type(net.optimizer) is keras.optimizers.Adam
-assert int(net.optimizer.iterations) == 100
-np.save("prediction.npy", net.predict(np.load("x.npy"), verbose=0))
-x, y = np.load("x.npy"), np.zeros(50)
-net.fit(x, y, verbose=0)
-assert int(net.optimizer.iterations) == 102
-"""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    expected = net.predict(x, verbose=0)
+    process = forks.Python(["-c", WHERE_THIS_PACKAGE_IS_NOT], cwd=tmp_path)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    expected = np.asarray(net(x))
     assert np.allclose(np.load(tmp_path / "prediction.npy"), expected, rtol=1e-5, atol=1e-6)
     assert len(set(expected.argmax(axis=1))) > 1
 
@@ -332,9 +326,10 @@ def in_the_order_of(data: Examples, seed: int = 7) -> tf.data.Dataset:
     ids=str,
 )
 def test_a_pipeline_trains_to_the_digits_of_its_arrays(changed: dict[str, Any]) -> None:
-    data, validation = examples(5 * BATCH + 7), examples(50, seed=1)
+    data, validation = examples(2 * BATCH + 7), examples(50, seed=1)
     hp = {**default_network(16), "batch_size": BATCH, **changed}
     weights = np.array([1, 2, 1, 3], np.float32) if "weight_decay" in changed else None
+    held_out = validation if "early_stopping" in changed else None
     found = []
     for given in (data, pipeline(in_the_order_of(data), len(data[1]))):
         net = build_network(hp, (5, 4), TASK, seed=3)
@@ -345,7 +340,7 @@ def test_a_pipeline_trains_to_the_digits_of_its_arrays(changed: dict[str, Any]) 
             epochs=3,
             seed=7,
             shape=(5, 4),
-            validation=validation,
+            validation=held_out,
             class_weights=weights,
         )
         found.append((history, [w.tolist() for w in net.get_weights()]))

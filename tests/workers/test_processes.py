@@ -11,13 +11,15 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import forks
 import psutil
 import pytest
 from conftest import ROOT
+from optuna.trial import TrialState, create_trial
 
-from search import pipeline
 from search.config.settings import StudyConfig
 from search.errors import RunError
+from search.study import storage
 from search.training import environment
 from search.workers import processes as pool
 from search.workers.processes import InProcess
@@ -175,7 +177,13 @@ def test_tensorflow_is_imported_ahead_where_trials_are_missing(
 
     assert starts()
     assert not starts(workers=1)
-    pipeline.run(small(clouds, n_trials=2))
+    config = small(clouds, n_trials=2)
+    study = storage.open_study(config, config.settings("clouds.npz"))
+    for state, value in ((TrialState.COMPLETE, 0.5), (TrialState.PRUNED, None)):
+        assert starts()
+        study.add_trial(create_trial(state=state, value=value))
+    study.add_trial(create_trial(state=TrialState.FAIL))
+    storage.close_study(study)
     assert not starts()
     assert starts(n_trials=3)
     assert starts(study_name="another")
@@ -209,7 +217,7 @@ import multiprocessing
 from search import StudyConfig, run
 
 if __name__ == "__main__":
-    process = multiprocessing.get_context("spawn").Process(target=print)
+    process = multiprocessing.get_context("forkserver").Process(target=print)
     process.start()
     process.join()
 else:
@@ -217,39 +225,37 @@ else:
 """
 
 
-def python(folder: Path, script: str, *, by_stdin: bool) -> "subprocess.CompletedProcess[str]":
-    """Run `script`, a file or what comes from stdin."""
-    (folder / "script.py").write_text(script)
-    return subprocess.run(
-        [sys.executable, "-" if by_stdin else "script.py"],
-        input=script if by_stdin else "",
-        cwd=folder,
+def test_workers_do_not_import_a_script_that_lacks_its_guard(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=200,
     )
-
-
-def test_workers_do_not_import_a_script_that_lacks_its_guard(tmp_path: Path) -> None:
-    done = python(tmp_path, UNGUARDED, by_stdin=False)
     assert (done.stdout, done.stderr) == ("imported\nTrue\nTrue\n", "")
 
 
 @pytest.mark.slow
 def test_a_script_from_stdin_without_a_guard_runs_a_study(tmp_path: Path, clouds: Path) -> None:
     shutil.copy(clouds, tmp_path)
-    done = python(tmp_path, FROM_STDIN, by_stdin=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "2 finished\n", "")
+    process = forks.Python(["-"], cwd=tmp_path, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(FROM_STDIN)
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, out, err) == (0, "2 finished\n", "")
 
 
-@pytest.mark.slow
 def test_a_run_in_a_child_that_only_imports_the_script_is_refused(
     tmp_path: Path, clouds: Path
 ) -> None:
     shutil.copy(clouds, tmp_path)
-    done = python(tmp_path, IMPORTED, by_stdin=False)
-    assert done.stderr.splitlines()[-1].startswith(
+    script = tmp_path / "script.py"
+    script.write_text(IMPORTED)
+    _, err = forks.Python([str(script)], cwd=tmp_path).communicate(timeout=200)
+    assert err.splitlines()[-1].startswith(
         "search.errors.InputError: run() must not be called when the main module is imported"
     )
     assert not (tmp_path / "study.db").exists()
