@@ -1,5 +1,6 @@
 """Make MLflow follow Optuna, whatever was interrupted; the doctor."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -284,7 +285,9 @@ def doctor(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
     """
     try:
         study, config = existing(config)
-        with study_lock(config):
+        with contextlib.ExitStack() as stack:
+            stack.callback(storage.close_study, study)
+            stack.enter_context(study_lock(config))
             tracking = Tracking(config)
             if not fix and not (tracking.exists() and tracking.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]

@@ -366,7 +366,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
         seen = 0
         with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
             # However slow the machine, something is written between two cuts.
-            while not over.wait(0.05):
+            while not over.wait(0.02):
                 (rows,) = connection.execute(written).fetchone() or (0,)
                 if rows != seen:
                     seen = rows
@@ -382,8 +382,8 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
 
     config = StudyConfig(
         dataset=str(clouds),
-        n_trials=4,
-        epochs=12,
+        n_trials=5,
+        epochs=15,
         hidden_units="8",
         report="none",
         baselines="none",
@@ -396,7 +396,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
         over.set()
         cutting.join()
     assert cuts > 30
-    found = invariants.check(in_folder, 4, url=url)
+    found = invariants.check(in_folder, 5, url=url)
     assert pipeline.run(config).repaired == ()
     finished = {TrialState.COMPLETE, TrialState.PRUNED}
     unheard = [trial for trial in found["trials"] if trial.state not in finished]

@@ -303,6 +303,8 @@ def test_the_doctor_says_what_disagrees_and_repairs_it_only_when_told_to(study: 
     before = invariants.dump(study.folder)
     assert doctor(study.config, fix=True) == ([], [])
     assert doctor(study.config, fix=False) == ([], [])
+    opened = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+    assert str(study.folder / "study.db") not in opened
     assert invariants.dump(study.folder) == before
 
 
