@@ -20,7 +20,7 @@ _NOT_SHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, Reso
 
 
 def command(folder: Path, *options: str) -> tuple[int, str, str]:
-    """As `conftest.command`, with one worker unless the options say otherwise."""
+    """As `conftest.command`; TensorFlow keeps the threads that it has started with."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),

@@ -1,8 +1,10 @@
 """A study of a folder of images: as of its arrays, with class names, and served."""
 
+import contextlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, mlflow_at
 from in_process import command
-from mlflow.pyfunc.scoring_server import invocations
 from PIL import Image
+from servers import ask_model_server, model_server
 
 from search import StudyConfig
 from search.data.dataset import Dataset
@@ -25,8 +27,6 @@ PAGE = (ROOT / "docs" / "your-data.md").read_text().split("## A folder of images
 COMMAND = shlex.split(re.findall(r"^    python study.py (.*)$", PAGE, re.MULTILINE)[0])
 EXAMPLE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
 SERVE, ASK = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)[:2]
-RESULTS = (ROOT / "docs" / "results.md").read_text()
-SERVED, ASKED = re.findall(r"```sh\n(.*?)```", RESULTS, re.DOTALL)
 NAMES = "cat", "dog & fox"
 SMALL = (
     *("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1"),
@@ -118,29 +118,24 @@ def test_the_study_is_resumed_and_reproduced(photos: Path) -> None:
     assert "image_size: 6 -> 5" in err
 
 
-def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(
-    photos: Path, in_folder: Path
-) -> None:
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_served_model_takes_pixels_and_answers_as_it_was_tested(photos: Path) -> None:
     dataset = load_dataset(str(photos / "photos"), 0.1, split="stratified")
     with mlflow_at(photos) as client:
         version = client.get_model_version_by_alias("Photos", "production")
         tested = client.get_run(version.run_id).data.metrics["test_accuracy"]
         model = mlflow.keras.load_model("models:/Photos@production")
-        served = mlflow.pyfunc.load_model(re.findall(r"--model-uri (\S+)", SERVE)[0])
     probabilities = model.predict(dataset.test_inputs(), verbose=0)  # uint8, as read
     assert (probabilities.argmax(axis=1) == dataset.y_test).mean() == pytest.approx(tested)
-    image = photos / "photos/cat/0000.png"
-    (in_folder / "photos/cat").mkdir(parents=True)
-    (in_folder / "photos/cat/0001.png").symlink_to(image)  # an example's name on the page
-    exec(EXAMPLE.replace("(64, 64)", "(6, 6)"), {})
-    # The commands are those of docs/results.md, which are run; here what they send is answered.
-    assert SERVED.replace("-m models:/MNIST_DNN_Model", "--model-uri models:/Photos") == SERVE
-    assert ASKED.splitlines()[-1].replace("digits.json", "images.json") == ASK.strip()
-    sent = Path("images.json").read_text()
-    answered = invocations(sent, "application/json", served, served.metadata.get_input_schema())
-    assert answered.status == 200, answered.response
-    (answer,) = json.loads(answered.response)["predictions"]
-    expected = model.predict(np.array(Image.open(image))[None], verbose=0)
+    (photos / "photos/cat/0001.png").symlink_to("0000.png")  # an example's name on the page
+    example = EXAMPLE.replace("(64, 64)", "(6, 6)")
+    with contextlib.chdir(photos):
+        exec(example, {})
+    with model_server(photos, SERVE) as port:
+        answered = ask_model_server(photos, ASK, port)
+    (answer,) = json.loads(answered)["predictions"]
+    expected = model.predict(np.array(Image.open(photos / "photos/cat/0000.png"))[None], verbose=0)
     assert answer.pop("prediction") == NAMES[expected[0].argmax()]
     assert list(answer) == [f"probability_{name}" for name in NAMES]
     np.testing.assert_allclose(list(answer.values()), expected[0], rtol=1e-5, atol=1e-6)
+    (photos / "photos/cat/0001.png").unlink()
