@@ -1252,13 +1252,13 @@ def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(params=["study.db", "mlflow.db"])
-def ledger(request: pytest.FixtureRequest) -> str:
+def database(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def whole(ledger: str, study_database: bytes, mlflow_database: bytes) -> bytes:
-    return study_database if ledger == "study.db" else mlflow_database
+def whole(database: str, study_database: bytes, mlflow_database: bytes) -> bytes:
+    return study_database if database == "study.db" else mlflow_database
 
 
 OPTION = {"study.db": "--storage", "mlflow.db": "--tracking-uri"}
@@ -1284,24 +1284,24 @@ def in_journal_mode(whole: bytes, mode: int) -> bytes:
     ],
 )
 def test_a_file_that_is_no_database_is_refused(
-    folder: Path, refused: Refused, ledger: str, written: bytes
+    folder: Path, refused: Refused, database: str, written: bytes
 ) -> None:
-    (folder / ledger).write_bytes(written)
+    (folder / database).write_bytes(written)
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be ",
-        f"but '{folder / ledger}' is ",
-        REMEDY[ledger],
+        f"error: {OPTION[database]} must be ",
+        f"but '{folder / database}' is ",
+        REMEDY[database],
     )
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_what_is_no_database(
-    folder: Path, refused: Refused, ledger: str, verb: str
+    folder: Path, refused: Refused, database: str, verb: str
 ) -> None:
-    (folder / ledger).write_bytes(random.Random(2).randbytes(8192))
+    (folder / database).write_bytes(random.Random(2).randbytes(8192))
     places = (f"{option}=sqlite:///{folder}/{name}" for name, option in OPTION.items())
-    refused([verb, *places], f"error: {OPTION[ledger]} must be ", REMEDY[ledger])
+    refused([verb, *places], f"error: {OPTION[database]} must be ", REMEDY[database])
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -1353,24 +1353,24 @@ def test_a_report_overwrites_no_database_be_it_there_or_not_yet(
     refused(["report", "--output", place], "error: the report must be a file of its own")
 
 
-def test_a_zero_length_database_is_refused(folder: Path, refused: Refused, ledger: str) -> None:
-    (folder / ledger).touch()
+def test_a_zero_length_database_is_refused(folder: Path, refused: Refused, database: str) -> None:
+    (folder / database).touch()
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be {OWNER[ledger]}'s database",
-        f"but '{folder / ledger}' is empty",
-        REMEDY[ledger],
+        f"error: {OPTION[database]} must be {OWNER[database]}'s database",
+        f"but '{folder / database}' is empty",
+        REMEDY[database],
     )
 
 
 def test_a_folder_in_a_databases_place_is_refused(
-    folder: Path, refused: Refused, ledger: str
+    folder: Path, refused: Refused, database: str
 ) -> None:
-    (folder / ledger).mkdir()
+    (folder / database).mkdir()
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be a file",
-        f"but '{folder / ledger}' is a folder",
+        f"error: {OPTION[database]} must be a file",
+        f"but '{folder / database}' is a folder",
         "name a file",
     )
 
@@ -1380,32 +1380,32 @@ def test_a_folder_in_a_databases_place_is_refused(
     "share", [17, 100, 512, 1024, 4095, 4096, 4097, 0.3, 0.5, 0.9, -4096, -1], ids=str
 )
 def test_a_truncated_database_is_refused(
-    folder: Path, refused: Refused, ledger: str, whole: bytes, share: float, mode: int
+    folder: Path, refused: Refused, database: str, whole: bytes, share: float, mode: int
 ) -> None:
     size = int(len(whole) * share) if isinstance(share, float) else share
-    (folder / ledger).write_bytes(in_journal_mode(whole, mode)[:size])
+    (folder / database).write_bytes(in_journal_mode(whole, mode)[:size])
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be a sound SQLite database",
-        f"but '{folder / ledger}' is not",
-        REMEDY[ledger],
+        f"error: {OPTION[database]} must be a sound SQLite database",
+        f"but '{folder / database}' is not",
+        REMEDY[database],
     )
 
 
 @pytest.mark.parametrize("fill", ["noise", "zeros"])
 @pytest.mark.parametrize("page", OVERWRITTEN_PAGES)
 def test_a_database_with_an_overwritten_page_is_refused(
-    folder: Path, refused: Refused, ledger: str, whole: bytes, page: int, fill: str
+    folder: Path, refused: Refused, database: str, whole: bytes, page: int, fill: str
 ) -> None:
     start = 4096 * page + (100 if page == 0 else 0)
     length = 4096 * (page + 1) - start
     new = random.Random(page).randbytes(length) if fill == "noise" else bytes(length)
-    (folder / ledger).write_bytes(whole[:start] + new + whole[start + length :])
+    (folder / database).write_bytes(whole[:start] + new + whole[start + length :])
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be a sound SQLite database",
-        f"but '{folder / ledger}' is not",
-        REMEDY[ledger],
+        f"error: {OPTION[database]} must be a sound SQLite database",
+        f"but '{folder / database}' is not",
+        REMEDY[database],
     )
 
 
@@ -1424,9 +1424,9 @@ def edited(folder: Path, whole: bytes, *statements: str) -> bytes:
 
 @pytest.mark.parametrize("tables", [(), ("notes",), ("studies",), ("runs", "trials")])
 def test_another_programs_database_is_refused(
-    folder: Path, refused: Refused, ledger: str, tables: tuple[str, ...]
+    folder: Path, refused: Refused, database: str, tables: tuple[str, ...]
 ) -> None:
-    connection = sqlite3.connect(folder / ledger)
+    connection = sqlite3.connect(folder / database)
     connection.execute("PRAGMA user_version = 7")
     for table in tables:
         connection.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY)")
@@ -1434,21 +1434,21 @@ def test_another_programs_database_is_refused(
     connection.close()
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be {OWNER[ledger]}'s database",
-        f"but '{folder / ledger}' is another program's",
-        REMEDY[ledger],
+        f"error: {OPTION[database]} must be {OWNER[database]}'s database",
+        f"but '{folder / database}' is another program's",
+        REMEDY[database],
     )
 
 
 def test_each_others_database_is_refused(
-    folder: Path, refused: Refused, ledger: str, study_database: bytes, mlflow_database: bytes
+    folder: Path, refused: Refused, database: str, study_database: bytes, mlflow_database: bytes
 ) -> None:
-    (folder / ledger).write_bytes(mlflow_database if ledger == "study.db" else study_database)
+    (folder / database).write_bytes(mlflow_database if database == "study.db" else study_database)
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be {OWNER[ledger]}'s database",
-        f"but '{folder / ledger}' is another program's",
-        REMEDY[ledger],
+        f"error: {OPTION[database]} must be {OWNER[database]}'s database",
+        f"but '{folder / database}' is another program's",
+        REMEDY[database],
     )
 
 
@@ -1463,15 +1463,15 @@ def test_each_others_database_is_refused(
     ],
 )
 def test_another_versions_database_is_refused(
-    folder: Path, refused: Refused, ledger: str, whole: bytes, change: str
+    folder: Path, refused: Refused, database: str, whole: bytes, change: str
 ) -> None:
-    (folder / ledger).write_bytes(edited(folder, whole, change))
+    (folder / database).write_bytes(edited(folder, whole, change))
     found = change.split("'")[1] if "'v" in change else "has the schema "
-    upgrade = "optuna storage upgrade" if ledger == "study.db" else "mlflow db upgrade"
+    upgrade = "optuna storage upgrade" if database == "study.db" else "mlflow db upgrade"
     refused(
         command(),
-        f"error: {OPTION[ledger]} must be a database of {OWNER[ledger]} ",
-        f"'{folder / ledger}' has the schema",
+        f"error: {OPTION[database]} must be a database of {OWNER[database]} ",
+        f"'{folder / database}' has the schema",
         found,
         upgrade,
         "or give another file",
@@ -1631,6 +1631,7 @@ while arguments:
 """
 
 
+@pytest.mark.slow
 def test_refusals_in_a_new_process_never_load_tensorflow(
     folder: Path, study_database: bytes
 ) -> None:

@@ -27,6 +27,7 @@ def file(in_folder: Path) -> str:
     return "study.toml"
 
 
+@pytest.mark.slow
 def test_mlflow_says_nothing_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_PYTHON_REFRESH", "")
     monkeypatch.delenv("GIT_PYTHON_REFRESH")

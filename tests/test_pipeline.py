@@ -40,6 +40,7 @@ def addresses() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.endswith("_URI")}
 
 
+@pytest.mark.slow
 def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds_once(
     in_folder: Path,
     clouds: Path,
@@ -72,6 +73,7 @@ def test_from_python_a_run_prints_nothing_and_returns_what_the_registry_holds_on
     assert mlflow.get_registry_uri() == "sqlite:///another.db"
 
 
+@pytest.mark.slow
 def test_where_nothing_completes_nothing_is_registered(in_folder: Path, tmp_path: Path) -> None:
     huge = np.full((40, 4), 1e30, "float32") * np.arange(1, 41, dtype="float32")[:, None]
     labels = np.arange(40) % 2
@@ -130,6 +132,7 @@ ROW = {**GRID, "dropout_rate": "0.1", "hidden_units": "16,8"}
 IMPOSSIBLE, POSSIBLE = (16, 0.1), (8, 0.1)
 
 
+@pytest.mark.slow
 def test_a_slot_is_given_up_by_two_failures_of_its_own_in_one_run_or_two(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +236,7 @@ class OneTrial(Progress):
         self.stop()
 
 
+@pytest.mark.slow
 def test_a_study_from_before_there_was_a_choice_goes_on_as_it_was(
     sorted_clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

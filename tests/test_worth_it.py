@@ -213,6 +213,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> tuple[Pa
         return folder, told, do(clouds, told, objective="val_loss")
 
 
+@pytest.mark.slow
 def test_they_are_computed_before_the_first_trial_and_once(
     compared: tuple[Path, Told, Result],
     in_folder: Path,

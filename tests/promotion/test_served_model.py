@@ -53,6 +53,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
         yield {"folder": folder, "model": model, "run": run, "client": client}
 
 
+@pytest.mark.slow
 def test_the_model_answers_raw_rows_as_it_was_tested(registered: dict[str, Any]) -> None:
     from search import StudyConfig
     from search.data.load import load_for_study

@@ -201,6 +201,7 @@ def test_an_address_that_no_browser_opens_is_refused(page: str) -> None:
         StudyConfig(mlflow_page=page)
 
 
+@pytest.mark.slow
 def test_quiet_leaves_the_summary(tmp_path: Path, clouds: Path) -> None:
     options = ("--dataset", str(clouds), "--n-trials", "3", "--epochs", "3", "--workers", "1")
     code, out, err = command(tmp_path, *options, "--report", "none", "--quiet")

@@ -100,6 +100,7 @@ def study(template: Damaged, in_folder: Path) -> Damaged:
     return Damaged(in_folder, template.config)
 
 
+@pytest.mark.slow
 def test_an_undamaged_study_is_left_alone(study: Damaged) -> None:
     before = invariants.dump(study.folder)
     assert pipeline.run(study.config).repaired == ()

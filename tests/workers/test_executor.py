@@ -181,6 +181,7 @@ def small(dataset: Path, **changed: Any) -> StudyConfig:
     )
 
 
+@pytest.mark.slow
 def test_patience_stops_early_and_goes_on_to_the_retraining(in_folder: Path, clouds: Path) -> None:
     config = small(clouds, patience=2)
     result = pipeline.run(config)

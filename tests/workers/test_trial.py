@@ -161,6 +161,7 @@ def test_a_failure_is_kept_and_shown_without_control_characters(
     assert found["trials"][0].user_attrs["failure"] == shown
 
 
+@pytest.mark.slow
 def test_an_interruption_while_a_trial_is_being_ended_ends_the_run_as_interrupted(
     in_folder: Path, clouds: Path
 ) -> None:

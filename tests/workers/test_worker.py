@@ -46,7 +46,8 @@ def test_a_worker_with_another_source_trains_nothing(
         Worker(config, result.parent_run_id, dataset)
 
 
-def test_an_outcome_says_what_the_ledgers_say(in_folder: Path, clouds: Path) -> None:
+@pytest.mark.slow
+def test_an_outcome_says_what_the_stores_say(in_folder: Path, clouds: Path) -> None:
     outcomes = Outcomes()
     run(config(clouds), outcomes)
     for outcome, trial in zip(outcomes.seen, invariants.check(in_folder, 3)["trials"], strict=True):
