@@ -3,6 +3,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -398,9 +399,20 @@ def wait_for(condition: Callable[[], Found], process: Process) -> Found:
     deadline = time.monotonic() + 90
     while not (found := condition()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, whereabouts(process)
         time.sleep(0.02)
     return found
+
+
+def whereabouts(process: Process) -> tuple[str, str]:
+    """What a process that hangs has written; at the end of that, where its threads are."""
+    if isinstance(process, forks.Python):
+        process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # until it has written that
+    os.killpg(process.pid, signal.SIGKILL)
+    out, err = process.communicate()
+    return out, err
 
 
 def running_owners(folder: Path) -> set[int]:

@@ -21,6 +21,7 @@ one of these starts a new interpreter.
 
 import atexit
 import contextlib
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -343,6 +344,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     time.tzset()
     tempfile.tempdir = None  # what the environment said then
+    faulthandler.register(signal.SIGUSR1)  # shows where all threads are
     exec(request["first"], {})
     with request["connection"] as connection:
         _write(connection, {"pid": os.getpid()})
