@@ -138,10 +138,10 @@ def write_report(config: StudyConfig, given: str) -> Path:
     check_report(config, given)
     path = report_path(given, config.study_name)
     try:
-        study, config = existing(config)
-        tracking = Tracking(config)
-        found = overview.of(study, config, importances=False)
-        _write(path, study, config, tracking.open() if tracking.exists() else None, found)
+        with existing(config) as (study, config):
+            tracking = Tracking(config)
+            found = overview.of(study, config, importances=False)
+            _write(path, study, config, tracking.open() if tracking.exists() else None, found)
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
     return path

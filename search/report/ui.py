@@ -49,18 +49,18 @@ def serve(config: StudyConfig, report: Callable[[str], None]) -> None:
 def _pages(config: StudyConfig) -> dict[str, str]:
     """The study's page in each of them."""
     try:
-        study, config = existing(config)
-        tracking = Tracking(config)
-        if not tracking.exists():
-            raise InputError(
-                f"--tracking-uri must be where the study's runs are, but "
-                f"{redact(config.tracking_uri)} has no experiment {config.experiment}; "
-                "run the study again, or give another"
-            )
-        return {
-            "optuna-dashboard": f"dashboard/studies/{study._study_id}",
-            "mlflow ui": f"#/experiments/{tracking.open().experiment_id}/runs",
-        }
+        with existing(config) as (study, config):
+            tracking = Tracking(config)
+            if not tracking.exists():
+                raise InputError(
+                    f"--tracking-uri must be where the study's runs are, but "
+                    f"{redact(config.tracking_uri)} has no experiment {config.experiment}; "
+                    "run the study again, or give another"
+                )
+            return {
+                "optuna-dashboard": f"dashboard/studies/{study._study_id}",
+                "mlflow ui": f"#/experiments/{tracking.open().experiment_id}/runs",
+            }
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
 

@@ -38,15 +38,19 @@ class Disagreement:
     repair: Callable[[], object]
 
 
-def existing(config: StudyConfig) -> tuple[optuna.Study, StudyConfig]:
-    """The study of `config`, and `config` with the study's experiment.
+@contextlib.contextmanager
+def existing(config: StudyConfig) -> Iterator[tuple[optuna.Study, StudyConfig]]:
+    """The study of `config`, open in the block, and `config` with the study's experiment.
 
     Raises InputError if it does not exist or a database can't be used.
     """
     storage.check(config)
     check_tracking(config.tracking_uri)
     study = storage.load_study(config)
-    return study, replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
+    try:
+        yield study, replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
+    finally:
+        storage.close_study(study)
 
 
 class Stores:
@@ -284,10 +288,7 @@ def doctor(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
     InputError if there is no study, RunError if it is being run or a database fails.
     """
     try:
-        study, config = existing(config)
-        with contextlib.ExitStack() as stack:
-            stack.callback(storage.close_study, study)
-            stack.enter_context(study_lock(config))
+        with existing(config) as (study, config), study_lock(config):
             tracking = Tracking(config)
             if not fix and not (tracking.exists() and tracking.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]
