@@ -133,62 +133,68 @@ SWITCH = Domain(None, "true or false", "true,false", words={"false": False, "tru
 
 def parse(domain: Domain, text: str) -> Parameter:
     """Read `text` in the notation. Raises ValueError with the rule, the value and an example."""
-    words = [word.strip() for word in text.split(":")]
-    if len(words) == 1 or domain.kind is None:
-        values = tuple(_value(domain, text, word.strip()) for word in text.split(","))
-        if len(set(values)) < len(values):
-            raise _error(domain, text, "must not name a value twice")
-        return Choice(values)
-    if len(words) > 3 or "," in text:
-        rule = "must be a value, a list a,b,c or a range low:high, low:high:step, low:high:log"
-        raise _error(domain, text, rule)
-    return _range(domain, text, *words)
+    return _Notation(domain, text).parameter()
 
 
-def _range(
-    domain: Domain, text: str, first: str, last: str, step_or_log: str | None = None
-) -> Range:
-    low, high = _number(domain, text, first), _number(domain, text, last)
-    if low >= high:
-        raise _error(domain, text, "must be a range from low to high")
-    if step_or_log is None:
-        return Range(low, high)
-    if step_or_log == "log":
-        if low <= 0:
-            raise _error(domain, text, "must start above 0 on a log scale")
-        return Range(low, high, log=True)
-    try:
-        assert domain.kind is not None
-        step = domain.kind(step_or_log)
-    except ValueError:
-        raise _error(domain, text, "must end in a step or in log") from None
-    if not 0 < step <= high - low or not _divides(step, high - low):
-        raise _error(domain, text, "must have a step above 0 that divides the range")
-    return Range(low, high, step=step)
+@dataclass(frozen=True)
+class _Notation:
+    """`text`, which is to name values of `domain`."""
 
+    domain: Domain
+    text: str
 
-def _value(domain: Domain, text: str, word: str) -> Value:
-    """What `word`, a part of `text`, stands for."""
-    if word in domain.words:
-        return domain.words[word]
-    remedy = nearest(word, domain.words)
-    if domain.kind is None:
-        raise _error(domain, text, f"must be {domain.rule} (a value or a list)", remedy)
-    return _number(domain, text, word, remedy)
+    def parameter(self) -> Parameter:
+        words = [word.strip() for word in self.text.split(":")]
+        if len(words) == 1 or self.domain.kind is None:
+            values = tuple(self.value(word.strip()) for word in self.text.split(","))
+            if len(set(values)) < len(values):
+                raise self.error("must not name a value twice")
+            return Choice(values)
+        if len(words) > 3 or "," in self.text:
+            raise self.error(
+                "must be a value, a list a,b,c or a range low:high, low:high:step, low:high:log"
+            )
+        return self.range(*words)
 
+    def range(self, first: str, last: str, step_or_log: str | None = None) -> Range:
+        low, high = self.number(first), self.number(last)
+        if low >= high:
+            raise self.error("must be a range from low to high")
+        if step_or_log is None:
+            return Range(low, high)
+        if step_or_log == "log":
+            if low <= 0:
+                raise self.error("must start above 0 on a log scale")
+            return Range(low, high, log=True)
+        assert self.domain.kind is not None
+        try:
+            step = self.domain.kind(step_or_log)
+        except ValueError:
+            raise self.error("must end in a step or in log") from None
+        if not 0 < step <= high - low or not _divides(step, high - low):
+            raise self.error("must have a step above 0 that divides the range")
+        return Range(low, high, step=step)
 
-def _number(domain: Domain, text: str, word: str, near: str = "") -> Number:
-    assert domain.kind is not None
-    try:
-        value = domain.kind(word)
-    except ValueError:
-        rule = f"must be {domain.rule} (a value, a list or a range)"
-        raise _error(domain, text, rule, near) from None
-    if not domain.holds(value):
-        raise _error(domain, text, f"must be {domain.rule}")
-    return value
+    def value(self, word: str) -> Value:
+        if word in self.domain.words:
+            return self.domain.words[word]
+        remedy = nearest(word, self.domain.words)
+        if self.domain.kind is None:
+            raise self.error(f"must be {self.domain.rule} (a value or a list)", remedy)
+        return self.number(word, remedy)
 
+    def number(self, word: str, near: str = "") -> Number:
+        assert self.domain.kind is not None
+        try:
+            value = self.domain.kind(word)
+        except ValueError:
+            raise self.error(
+                f"must be {self.domain.rule} (a value, a list or a range)", near
+            ) from None
+        if not self.domain.holds(value):
+            raise self.error(f"must be {self.domain.rule}")
+        return value
 
-def _error(domain: Domain, text: str, rule: str, near: str = "") -> ValueError:
-    found = f"{text!r}, {near}" if near else repr(text)
-    return ValueError(f"{rule}, but got {found}; for example {domain.example}")
+    def error(self, rule: str, near: str = "") -> ValueError:
+        found = f"{self.text!r}, {near}" if near else repr(self.text)
+        return ValueError(f"{rule}, but got {found}; for example {self.domain.example}")

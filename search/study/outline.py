@@ -29,8 +29,6 @@ _OF_RUNNING = (*_OF_FINISHED, OWNER)
 _PROPOSED = "tpe:relative_params:"  # system attributes with the proposals of TPE
 _number = attrgetter("number")
 _AT_ONCE = 500  # trials, so that the first read of a long study takes little memory
-
-
 _PARAM, _VALUE = models.TrialParamModel, models.TrialValueModel
 _REPORT = models.TrialIntermediateValueModel
 

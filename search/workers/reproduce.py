@@ -65,7 +65,7 @@ def reproduce(
         f"trial {trial.number} of study {study.study_name}: {describe(trial.params)}  "
         f"seed {trial.user_attrs[SEED]}  {len(history)} epochs"
     )
-    value, now, diverged = _train(config, dataset, study, trial)
+    value, now, diverged = _train(config, dataset, study, trial, len(history))
     recorded = trial.user_attrs.get(ENVIRONMENT)
     return Reproduction(
         trial=trial.number,
@@ -95,7 +95,7 @@ def _settings_of(study: optuna.Study, config: StudyConfig, moved: str | None) ->
 
 
 def _train(
-    config: StudyConfig, dataset: Dataset, study: optuna.Study, trial: FrozenTrial
+    config: StudyConfig, dataset: Dataset, study: optuna.Study, trial: FrozenTrial, epochs: int
 ) -> tuple[float, list[dict[str, float]], list[str]]:
     """Train the trial again; returns its value, its epochs and whether it diverged, in a line."""
     from search.workers.tasks import load_trial
@@ -106,7 +106,6 @@ def _train(
 
     use_one_thread_each(1)  # as a worker does
     metadata, seed = study.user_attrs[METADATA], trial.user_attrs[SEED]
-    epochs = len(history_of(trial))
     now: list[dict[str, float]] = []
     try:
         value = train_again(config, dataset, trial, metadata, seed, now, only=epochs)
