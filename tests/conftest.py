@@ -174,6 +174,19 @@ def clouds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def made_once(
+    factory: pytest.TempPathFactory, worker_id: str, name: str, make: Callable[[Path], None]
+) -> Path:
+    """The folder `name`, filled by `make` in the first of pytest's processes that asks for it."""
+    base = factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, worker_id: str, digits: Path
@@ -182,15 +195,14 @@ def finished(
 
     That takes half a minute, so one process of pytest does it for all.
     """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "finished"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            shutil.copy(digits, folder / "digits.npz")
-            code, out, err = command(folder, *FINISHED)
-            assert (code, err) == (0, "")
-            (folder / "out.txt").write_text(out)
+
+    def make(folder: Path) -> None:
+        shutil.copy(digits, folder / "digits.npz")
+        code, out, err = command(folder, *FINISHED)
+        assert (code, err) == (0, "")
+        (folder / "out.txt").write_text(out)
+
+    folder = made_once(tmp_path_factory, worker_id, "finished", make)
     out = (folder / "out.txt").read_text()
     return {"folder": folder, "options": FINISHED, "out": out, **invariants.check(folder, TRIALS)}
 
@@ -278,13 +290,10 @@ def rivals(tmp_path_factory: pytest.TempPathFactory, worker_id: str, clouds: Pat
     """
     import registry
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "rivals"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            registry.let_a_good_model_follow_a_poor_one(folder, clouds)
-    return folder
+    def make(folder: Path) -> None:
+        registry.let_a_good_model_follow_a_poor_one(folder, clouds)
+
+    return made_once(tmp_path_factory, worker_id, "rivals", make)
 
 
 @pytest.fixture

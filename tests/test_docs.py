@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import in_process
 import numpy as np
 import pytest
 from conftest import ROOT, arrays
@@ -186,15 +187,14 @@ def test_the_arrays_of_a_table_are_a_dataset(in_folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_table_is_searched_and_its_model_answers_rows(
-    in_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_is_searched_and_its_model_answers_rows(in_folder: Path) -> None:
     write, use = [t for t in blocks(DOCS / "your-data.md", "python") if "wine.csv" in t]
     exec(write, {})
     (search,) = [words for words in commands(DOCS / "your-data.md") if "wine.csv" in words]
     small = ("--n-trials", "1", "--epochs", "2", "--workers", "1", "--report", "none")
     small += ("--baselines", "none")
-    assert (cli.main([*search, *small]), capsys.readouterr().err) == (0, "")
+    code, _, err = in_process.command(in_folder, *search, *small)
+    assert (code, err) == (0, "")
     answers = run_python(use, in_folder)
     assert re.findall(r"^prediction +cultivar \d( +cultivar \d)?$", answers, re.MULTILINE)
     assert len(re.findall(r"^probability_cultivar \d +0\.\d+", answers, re.MULTILINE)) == 2 * 3

@@ -1,6 +1,8 @@
 """The gate: what is better goes to production, what is worse is registered and stays out."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,13 +134,19 @@ class Judged:
     challenger: int
 
 
+@contextlib.contextmanager
+def at_copy_of(source: Path, target: Path) -> Iterator[MlflowClient]:
+    """In `target`, which gets the databases of `source`; the artifacts stay where they are."""
+    copy_databases(source, target)
+    with mlflow_at(target) as client, contextlib.chdir(target):
+        yield client
+
+
 @pytest.fixture(scope="module")
 def worse(rivals: Path, clouds: Path, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     """The poor model, registered once more: it meets the good one."""
     folder = tmp_path_factory.mktemp("worse")
-    copy_databases(rivals, folder)
-    with mlflow_at(folder) as client, pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with at_copy_of(rivals, folder) as client:
         unregister(client, 1)
         return Judged(folder, pipeline.run(config(clouds, **BAD)), champion=2, challenger=3)
 
@@ -147,9 +155,7 @@ def worse(rivals: Path, clouds: Path, tmp_path_factory: pytest.TempPathFactory) 
 def equal(rivals: Path, clouds: Path, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     """The good model, registered once more: it meets itself."""
     folder = tmp_path_factory.mktemp("equal")
-    copy_databases(rivals, folder)
-    with mlflow_at(folder) as client, pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with at_copy_of(rivals, folder) as client:
         champion = let_it_meet_itself(client)
         result = pipeline.run(config(clouds, **GOOD))
     return Judged(folder, result, champion, challenger=champion + 1)

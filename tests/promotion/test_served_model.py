@@ -1,5 +1,3 @@
-import contextlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import mlflow_at
-
-from search import cli
+from in_process import command
 
 OPTIONS = (
     *("--dataset", "people.csv", "--target", "answer", "--study-name", "people"),
@@ -42,10 +39,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
     """A folder in which a study of a table ran to its end, and the model as MLflow loads it."""
     folder = tmp_path_factory.mktemp("table")
     people().to_csv(folder / "people.csv", index=False)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
-        patch.chdir(folder)
-        assert cli.main(OPTIONS) == 0
-    assert err.getvalue() == ""
+    code, _, err = command(folder, *OPTIONS)
+    assert (code, err) == (0, "")
     with mlflow_at(folder) as client:
         model = mlflow.pyfunc.load_model("models:/People/Production")
         version = client.get_model_version_by_alias("People", "production")
@@ -121,25 +116,19 @@ def test_keras_loads_the_model_alone_and_it_takes_arrays(registered: dict[str, A
 
 
 def test_the_same_command_again_changes_nothing_and_a_trial_reproduces(
-    registered: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    registered: dict[str, Any],
 ) -> None:
-    monkeypatch.chdir(registered["folder"])
-    assert cli.main(OPTIONS) == 0
-    out, err = capfd.readouterr()
+    folder = registered["folder"]
+    code, out, err = command(folder, *OPTIONS)
+    assert (code, err) == (0, "")
     assert "Already registered as People version 1" in out
-    assert err == ""
-    assert cli.main(["doctor", "--study-name", "people"]) == 0
-    capfd.readouterr()
-    assert cli.main(["reproduce", "--study-name", "people"]) == 0
-    out, err = capfd.readouterr()
+    assert command(folder, "doctor", "--study-name", "people")[0] == 0
+    code, out, err = command(folder, "reproduce", "--study-name", "people")
+    assert (code, err) == (0, "")
     assert "the same to the last digit" in out
-    assert err == ""
 
 
-def test_another_target_needs_another_study(
-    registered: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(registered["folder"])
-    assert cli.main([*OPTIONS, "--target", "member"]) == 2
-    err = capfd.readouterr().err
+def test_another_target_needs_another_study(registered: dict[str, Any]) -> None:
+    code, _, err = command(registered["folder"], *OPTIONS, "--target", "member")
+    assert code == 2
     assert "exists with other settings (stored -> given): target: answer -> member" in err

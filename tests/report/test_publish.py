@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import copy_databases
+from in_process import command
 
-from search import cli, pipeline
+from search import pipeline
 from search.config.settings import StudyConfig
 from search.report import publish
 from search.report.progress import Result
@@ -104,19 +105,15 @@ def test_a_report_of_before_reports_named_their_study_is_known_by_its_title(
 def test_it_is_an_artifact_of_the_parent_run_and_can_be_written_again(
     finished: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     client, parent = finished["client"], finished["parent"].info.run_id
     logged = Path(client.download_artifacts(parent, "report.html", str(tmp_path)))
     written = (finished["folder"] / "report.html").read_text()
     assert logged.read_text() == written
-    capfd.readouterr()  # MLflow shows how far it is
-    monkeypatch.chdir(finished["folder"])
-    assert cli.main(["report", "--output", str(tmp_path / "again.html")]) == 0
-    assert capfd.readouterr() == (f"wrote {tmp_path / 'again.html'}\n", "")
-    again = (tmp_path / "again.html").read_text()
-    assert len(again) == len(written)
+    again = tmp_path / "again.html"
+    told = command(finished["folder"], "report", "--output", str(again))
+    assert told == (0, f"wrote {again}\n", "")
+    assert len(again.read_text()) == len(written)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import crash
+import in_process
 import invariants
 import numpy as np
 import psutil
@@ -18,7 +19,7 @@ import pytest
 from conftest import Process, command, running_owners, start, start_anew, wait_for
 from optuna.trial import TrialState
 
-from search import cli, pipeline
+from search import pipeline
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.errors import RunError
@@ -244,7 +245,7 @@ def test_a_killed_worker_costs_its_trial_and_not_the_budget(tmp_path: Path, clou
 
 @pytest.mark.slow
 def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
-    in_folder: Path, clouds: Path, capsys: pytest.CaptureFixture[str]
+    in_folder: Path, clouds: Path
 ) -> None:
     process = start(in_folder, *options(clouds, 2))
     wait_for(lambda: running_owners(in_folder), process)
@@ -254,8 +255,7 @@ def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
-    code = cli.main([*options(clouds, 2), "--workers", "1"])
-    out, err = capsys.readouterr()
+    code, out, err = in_process.command(in_folder, *options(clouds, 2), "--workers", "1")
     assert (code, err) == (0, "")
     assert "left RUNNING by a process that is gone" in out
     failed = [
