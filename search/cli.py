@@ -105,11 +105,11 @@ def study(
     with contextlib.closing(shown):
         shown.loading(config.study_name)
         with _loading() if processes.trains_here(config) else _loading("pandas", "matplotlib"):
-            from search import pipeline
+            from search import pipeline, session
 
         def abandon(reason: str) -> None:
             shown.close()
-            pipeline.abandon(config, reason)
+            session.abandon(config, reason)
 
         with signals.handled(shown.stop, abandon), contextlib.closing(shown):
             result = pipeline.run(config, shown)

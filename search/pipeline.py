@@ -1,38 +1,34 @@
 """One run, from top to bottom: check, open, search, retrain, register, report."""
 
 import contextlib
-import math
-import multiprocessing
+import json
 import time
-from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from optuna.trial import TrialState
 
-from search.config.hyperparameters import needs_images
-from search.config.settings import AUTO, StudyConfig
-from search.data.dataset import Dataset, check_images
-from search.data.load import load_for_study
-from search.data.sources import is_own
-from search.errors import InputError, one_line
+from search.config.settings import StudyConfig
+from search.errors import RunError, one_line
 from search.imports import undisturbed
-from search.promotion.baselines import Computation
+from search.preflight import check_main_module, preflight
+from search.promotion.gate import Found, Winner, promote
+from search.promotion.retrain import find_retrained
 from search.report import publish
-from search.report.overview import baselines_of
 from search.report.progress import Progress, Result
-from search.session import Session
-from search.study import storage
-from search.study.lock import TakenOver, check_promotion_lock, holds_study, study_lock
-from search.study.trials import fail_trial
-from search.task import MOST_OUTPUTS, Metric, objective_of
-from search.tracking.address import check_experiment, check_tracking
+from search.session import Session, open_session, retry
+from search.study import ranking, storage
+from search.study.trials import TrialSummary, amend_trial
+from search.tracking.registered_model import aliased_version
 from search.tracking.runs import TRACKING_ERRORS
-from search.tracking.schema import study_metadata
-from search.tracking.sync import Stores
-from search.workers.executor import Executor
+from search.tracking.schema import BASELINE, NOT_MADE, test_metrics
+from search.workers.executor import INTERRUPTED, Patience
+from search.workers.processes import trains_here
+from search.workers.reproduce import repeat
+from search.workers.trial import run_trial
+from search.workers.worker import Worker
 
-_STEPS, _MOST = 100, 20  # optimizer steps that a trial needs; the most epochs for that
-_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_OF_EPOCH = 32, 1024, 200  # of --batch-size auto
+_WHILE_IMPORTING = 10  # seconds; on a busy machine, workers take longer until they train
 
 
 def run(config: StudyConfig, progress: Progress | None = None) -> Result:
@@ -42,7 +38,7 @@ def run(config: StudyConfig, progress: Progress | None = None) -> Result:
     where it keeps the one thread that it started with. Raises InputError where something given
     cannot be used, RunError where the run has to stop.
     """
-    _check_main_module()
+    check_main_module()
     try:
         with undisturbed():
             return _run(config, progress or Progress())
@@ -52,198 +48,154 @@ def run(config: StudyConfig, progress: Progress | None = None) -> Result:
 
 def _run(config: StudyConfig, progress: Progress) -> Result:
     started = time.monotonic()
-    config, dataset, settings = _preflight(config)  # creates nothing
-    with _open_session(config, dataset, settings, progress) as session:
+    config, dataset, settings = preflight(config)  # creates nothing
+    with open_session(config, dataset, settings, progress) as session:
         with session.workers:
-            session.search()
-            session.train_finalists()
-            winner = session.register_winner()  # None if interrupted
-        session.finish(winner)
+            search(session)
+            train_finalists(session)
+            winner = register_winner(session)  # None if interrupted
+        finish(session, winner)
         return session.result(winner, time.monotonic() - started)
 
 
-# ---- before anything is created --------------------------------------------------------------
-
-
-def _check_main_module() -> None:
-    """Raise InputError in a child process that is only importing the main module.
-
-    Workers do not import it, but other children of a script may, to find their target function.
-    """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing does
-        raise InputError(
-            "run() must not be called when the main module is imported, as a child process of "
-            "multiprocessing does; put the call under: if __name__ == '__main__':"
-        )
-
-
-def _preflight(config: StudyConfig) -> tuple[StudyConfig, Dataset, dict[str, Any]]:
-    """The configuration with its epochs, the dataset and the study's settings, all checked."""
-    storage.check(config)
-    stored = storage.stored_settings(config)
-    dataset = load_for_study(config, stored)
-    config = config.resolved(
-        epochs=choose_epochs(config, dataset, stored),
-        objective=choose_objective(config, dataset, stored).name,
-        batch_size=choose_batch_size(config, dataset, stored),
-    )
-    check_images(dataset, needs_images(config.space))
-    if dataset.problem is not None and stored is None:
-        raise InputError(dataset.problem)
-    name = f"{dataset.name.rstrip('/').rsplit('/', 1)[-1]} ({dataset.digest[:12]})"
-    normalized = dataset.normalization is not None
-    settings = config.settings(
-        name,
-        split=dataset.split,
-        normalized=normalized,
-        source=dataset.source,
-        task=dataset.task.kind,
-    )
-    check_tracking(config.tracking_uri)
-    check_experiment(config)
-    if config.scheduler is not None:
-        _check_scheduler(config.scheduler)
-    if config.report != "none":
-        publish.check_report(config, config.report)
-    storage.check_same(config, settings)
-    return config, dataset, settings
-
-
-def _check_scheduler(address: str) -> None:
-    try:
-        from search.workers.scheduler import check_scheduler
-    except ImportError as error:
-        raise InputError(
-            f"--scheduler needs Dask's distributed, which is not installed ({error}); "
-            "pip install -e '.[cluster]'"
-        ) from None
-    check_scheduler(address)
-
-
-# ---- settings that follow from the data ------------------------------------------------------
-
-
-def choose_epochs(config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None) -> int:
-    """The epochs of a trial: as in the settings, or else as in the existing study.
-
-    With a thousand examples, 5 epochs are 40 steps, too few to tell trials apart. On scikit-learn's
-    digits, 10 epochs gain 0.009 test accuracy (mean of four splits of 50 trials).
-    """
-    known = (stored or {}).get("epochs")
-    if config.epochs is None and isinstance(known, int):
-        return known
-    if config.epochs is not None or not is_own(config.dataset):
-        return config.trial_epochs
-    steps = math.ceil(dataset.train_examples / 128)
-    return min(_MOST, max(config.trial_epochs, math.ceil(_STEPS / steps)))
-
-
-def choose_batch_size(
-    config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None
-) -> str:
-    """The space of the batch size: as in the settings, or for auto as in the existing study.
-
-    Of a new one 32, which small data need for enough steps; doubled while an epoch has more than
-    200, up to 1024.
-    """
-    if config.batch_size != AUTO:
-        return config.batch_size
-    if stored is not None and "batch_size" in stored:
-        return str(stored["batch_size"])
-    size = _SMALLEST_BATCH
-    while size < _LARGEST_BATCH and dataset.train_size > size * _STEPS_OF_EPOCH:
-        size *= 2
-    return str(size)
-
-
-def choose_objective(
-    config: StudyConfig, dataset: Dataset, stored: Mapping[str, Any] | None
-) -> Metric:
-    """The objective: as in the settings, or else as in the existing study, or the task's default.
-
-    Raises InputError if it is not a metric of the task.
-    """
-    known = None if stored is None else objective_of(stored).name
-    chosen = dataset.task.objective(
-        known or "auto" if config.objective == "auto" else config.objective
-    )
-    outputs = len(dataset.x_test) * dataset.task.outputs
-    if outputs > MOST_OUTPUTS and chosen.name not in ("val_accuracy", "val_loss"):
-        raise InputError(
-            f"--objective {chosen.name} needs at most {MOST_OUTPUTS:,} outputs for the test set",
-            f"{len(dataset.x_test):,} examples of {dataset.task.outputs:,} classes have more",
-            "give --objective val_accuracy, or a smaller test set",
-        )
-    return chosen
-
-
-# ---- the open study --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _open_session(
-    config: StudyConfig, dataset: Dataset, settings: dict[str, Any], progress: Progress
-) -> Iterator[Session]:
-    """Lock and open the study, make both stores agree; an error in the block ends its runs."""
-    with contextlib.ExitStack() as stack:
-        renew_lock = stack.enter_context(study_lock(config))
-        check_promotion_lock(config)  # not after all the training
-        study = storage.open_study(config, settings)
-        stack.callback(storage.close_study, study)
-        if storage.METADATA not in study.user_attrs:
-            study.set_user_attr(storage.METADATA, study_metadata(config, dataset))
-        stores = Stores(study, config)
-        stack.callback(stores.tracking.disconnect)
-        stack.enter_context(_ended_on_error(stores))
-        session = Session(config, stores, progress)
-        session.repaired += stores.sync()
-        progress.repaired(session.repaired)
-        progress.start(study, dataset, len(session.missing()))
-        if dataset.problem is not None:
-            progress.warning(f"{dataset.problem}, and another --study-name")
-        if storage.BASELINES in study.user_attrs:
-            progress.baselines(baselines_of(study))
-        elif config.baselines == "auto" and is_own(config.dataset):
-            session.baselines = Computation(
-                dataset, session.objective, config.seed, config.class_weight
-            )
-            stack.callback(session.baselines.cancel)
-        session.workers = Executor(
-            config,
-            stores.parent,
-            dataset.for_workers(),
-            progress.stopping,
-            progress.workers,
-            renew_lock,
-        )
-        yield session
-
-
-@contextlib.contextmanager
-def _ended_on_error(stores: Stores) -> Iterator[None]:
-    """Where the block is interrupted or fails, end what it left running."""
-    try:
-        yield
-    except TakenOver:
-        raise  # its trials and its parent run are another process's now
-    except (KeyboardInterrupt, Exception) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        reason = str(error) if interrupted else f"stopped with the run: {one_line(error)}"
-        # A database or server may be what failed; the next start repeats both.
-        with contextlib.suppress(Exception):
-            stores.sync(reason or "interrupted")
-        with contextlib.suppress(Exception):
-            stores.tracking.close(stores.parent, "KILLED" if interrupted else "FAILED")
-        raise
-
-
-def abandon(config: StudyConfig, reason: str) -> None:
-    """End what this process left running; called where its main thread does not respond."""
-    if not holds_study(config):
+def search(session: Session) -> None:
+    """Run the missing trials."""
+    missing, finished = session.missing(), session.finished()
+    patience = Patience(session.config.patience, session.objective)
+    for trial in finished:
+        patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
+    if not missing or patience.exhausted:
         return
-    study = storage.load_study(config)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        fail_trial(study, trial, reason)
-    stores = Stores(study, config)
-    stores.sync(reason)
-    stores.tracking.close(stores.parent, "KILLED")
+    known = ranking.best(finished, session.objective)
+    best = None if known is None else known.value
+
+    def on_trial(trial: TrialSummary) -> None:
+        nonlocal best
+        session.ran += 1
+        if trial.final is not None:
+            best = session.objective.best([trial.final, *([] if best is None else [best])])
+        session.progress.trial(trial, best)
+
+    session.tracking.reopen(session.parent)
+    if session.baselines is not None:
+        session.baselines.start()
+    if trains_here(session.config):
+        session.await_baselines()
+    session.stopped = session.workers.run_trials(
+        run_trial,
+        missing,
+        on_trial,
+        session.sync_after_death,
+        timeout=session.config.timeout,
+        patience=patience,
+        max_failures=session.config.max_failures,
+        meanwhile=partial(session.await_baselines, _WHILE_IMPORTING),
+    )
+
+
+def train_finalists(session: Session) -> None:
+    """Train the finalists on fresh seeds, as far as that is not done yet."""
+    if session.progress.stopping():
+        return
+    chosen = ranking.candidates(session.study, session.config)
+    by_number = {trial.number: trial for trial in chosen}
+
+    def missing() -> list[tuple[int, int]]:
+        return ranking.missing(chosen, session.config)
+
+    if missing():
+        session.tracking.reopen(session.parent)
+        session.progress.finalists(chosen, session.config.repeats)
+
+    def on_repeat(number: int, repeat: int, result: dict[str, Any]) -> None:
+        trial, name = by_number[number], ranking.repeat_attr(repeat)
+        amend_trial(session.study, trial, name, result, session.config.storage)
+        seen = ranking.repeats_of(trial)[repeat]
+        with contextlib.suppress(*TRACKING_ERRORS):  # the next sync writes it
+            session.stores.write(seen)
+        session.progress.repeat(number, repeat, seen.value, len(missing()))
+
+    if session.workers.run_repeats(repeat, missing, on_repeat):
+        ranking.settle(session.study, chosen, session.config)
+
+
+def register_winner(session: Session) -> Winner | None:
+    """Retrain, test, register and promote the winner, as far as that is not done yet.
+
+    None where the run was interrupted. Raises RunError where no trial completed.
+    """
+    session.repaired += retry(session.stores.sync)
+    if session.progress.stopping():
+        session.stopped = INTERRUPTED
+    if session.stopped == INTERRUPTED:
+        return None
+    return retry(partial(_register, session), before_again=session.stores.sync)
+
+
+def _register(session: Session) -> Winner:
+    best = ranking.winner(session.study)
+    if best is None:
+        raise RunError(
+            f"no trial of study {session.config.study_name} completed, so there is no best one "
+            "and nothing was registered; look at the failures, or use --pruner none"
+        )
+    run = find_retrained(session.tracking, session.tracking.runs_of(session.parent), best.number)
+    new = run is None
+    if run is None:
+        session.tracking.reopen(session.parent)
+        session.await_baselines()
+        session.progress.retraining(best)
+        run_id = session.workers.call(
+            Worker.retrain,
+            best.number,
+            on_death=session.sync_after_death,
+            meanwhile=partial(_draw, session),
+        )
+        run = session.tracking.client.get_run(run_id)
+        if NOT_MADE in run.data.tags:
+            session.progress.warning(f"the winner's {run.data.tags[NOT_MADE]}")
+    against = run.data.tags.get(BASELINE)
+    if against is not None and storage.AGAINST not in best.user_attrs:
+        session.stores.amend(best, storage.AGAINST, json.loads(against))
+    version, verdict = promote(session.stores, run, partial(_compare, session))
+    champion = aliased_version(session.tracking.client, session.config.model_name)
+    return Winner(
+        trial=best.number,
+        run_id=run.info.run_id,
+        version=version,
+        value=best.value or 0.0,
+        metrics=test_metrics(run.data.metrics),
+        verdict=verdict,
+        in_production=None if champion is None else int(champion.version),
+        new=new,
+    )
+
+
+def _compare(session: Session, challenger: int, champion: int) -> Found:
+    """Compare two versions of the model on a worker."""
+    found: Found = session.workers.call(
+        Worker.compare, challenger, champion, on_death=session.sync_after_death
+    )
+    return found
+
+
+def _draw(session: Session) -> None:
+    """Draw the report's charts; what fails is repeated when the report is written."""
+    if session.config.report != "none" and session.charts is None:
+        with contextlib.suppress(Exception):
+            session.charts = publish.draw(session.study, session.config)
+
+
+def finish(session: Session, winner: Winner | None) -> None:
+    """End the parent run; write the notes and the report."""
+    status = "KILLED" if winner is None else "FINISHED"
+    retry(lambda: session.tracking.close(session.parent, status))
+    if winner is None:
+        return
+    try:  # the winner is registered, so a failure costs only what is shown
+        retry(lambda: publish.publish(session.stores, winner, session.charts))
+    except Exception as error:
+        session.progress.warning(
+            f"the report and the notes could not be written ({type(error).__name__}: "
+            f"{one_line(error)}); the same command tries it again"
+        )

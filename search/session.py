@@ -1,57 +1,108 @@
-"""An open study, and the steps of a run on it."""
+"""An open study: locked, in agreement with MLflow, with workers for the missing trials."""
 
 import contextlib
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config.settings import StudyConfig
-from search.errors import RunError, one_line
+from search.data.dataset import Dataset
+from search.data.sources import is_own
+from search.errors import one_line
 from search.promotion.baselines import LIMIT, Computation
-from search.promotion.gate import Found, Winner, promote
-from search.promotion.retrain import find_retrained
+from search.promotion.gate import Winner
 from search.report import overview, publish
 from search.report.progress import Progress, Result
 from search.study import ranking, sampling, storage
-from search.study.trials import FINISHED, TrialSummary, amend_trial, given_up, missing_slots
-from search.tracking.registered_model import aliased_version
+from search.study.lock import TakenOver, check_promotion_lock, holds_study, study_lock
+from search.study.trials import FINISHED, fail_trial, given_up, missing_slots
 from search.tracking.runs import TRACKING_ERRORS
-from search.tracking.schema import BASELINE, NOT_MADE, test_metrics
+from search.tracking.schema import study_metadata
 from search.tracking.sync import Stores
-from search.workers.executor import INTERRUPTED, Executor, Patience
-from search.workers.processes import trains_here
+from search.workers.executor import Executor
 
 if TYPE_CHECKING:
     from search.report.winner import Chart
 
 T = TypeVar("T")
 
-_WHILE_IMPORTING = 10  # seconds; on a busy machine, workers take longer until they train
 _PATIENCE = 20  # seconds that a failing tracking server gets to come back
 
 
-def retry(step: Callable[[], T], before_again: Callable[[], object] = list) -> T:
-    """Repeat `step`, which may be repeated, until the tracking server accepts it."""
-    deadline = None
-    while True:
-        try:
-            if deadline is not None:
-                before_again()
-            return step()
-        except TRACKING_ERRORS:
-            deadline = deadline or time.monotonic() + _PATIENCE
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
+@contextlib.contextmanager
+def open_session(
+    config: StudyConfig, dataset: Dataset, settings: dict[str, Any], progress: Progress
+) -> Iterator["Session"]:
+    """Lock and open the study, make both stores agree; an error in the block ends its runs."""
+    with contextlib.ExitStack() as stack:
+        renew_lock = stack.enter_context(study_lock(config))
+        check_promotion_lock(config)  # not after all the training
+        study = storage.open_study(config, settings)
+        stack.callback(storage.close_study, study)
+        if storage.METADATA not in study.user_attrs:
+            study.set_user_attr(storage.METADATA, study_metadata(config, dataset))
+        stores = Stores(study, config)
+        stack.callback(stores.tracking.disconnect)
+        stack.enter_context(_ended_on_error(stores))
+        session = Session(config, stores, progress)
+        session.repaired += stores.sync()
+        progress.repaired(session.repaired)
+        progress.start(study, dataset, len(session.missing()))
+        if dataset.problem is not None:
+            progress.warning(f"{dataset.problem}, and another --study-name")
+        if storage.BASELINES in study.user_attrs:
+            progress.baselines(overview.baselines_of(study))
+        elif config.baselines == "auto" and is_own(config.dataset):
+            session.baselines = Computation(
+                dataset, session.objective, config.seed, config.class_weight
+            )
+            stack.callback(session.baselines.cancel)
+        session.workers = Executor(
+            config,
+            stores.parent,
+            dataset.for_workers(),
+            progress.stopping,
+            progress.workers,
+            renew_lock,
+        )
+        yield session
+
+
+@contextlib.contextmanager
+def _ended_on_error(stores: Stores) -> Iterator[None]:
+    """Where the block is interrupted or fails, end what it left running."""
+    try:
+        yield
+    except TakenOver:
+        raise  # its trials and its parent run are another process's now
+    except (KeyboardInterrupt, Exception) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        reason = str(error) if interrupted else f"stopped with the run: {one_line(error)}"
+        # A database or server may be what failed; the next start repeats both.
+        with contextlib.suppress(Exception):
+            stores.sync(reason or "interrupted")
+        with contextlib.suppress(Exception):
+            stores.tracking.close(stores.parent, "KILLED" if interrupted else "FAILED")
+        raise
+
+
+def abandon(config: StudyConfig, reason: str) -> None:
+    """End what this process left running; called where its main thread does not respond."""
+    if not holds_study(config):
+        return
+    study = storage.load_study(config)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        fail_trial(study, trial, reason)
+    stores = Stores(study, config)
+    stores.sync(reason)
+    stores.tracking.close(stores.parent, "KILLED")
 
 
 class Session:
-    """An open study, and the steps of a run on it."""
+    """A study that is open, and what the steps of a run on it share."""
 
     workers: Executor
 
@@ -99,147 +150,16 @@ class Session:
         """The slots that are not finished yet."""
         return missing_slots(self.study, sampling.budget(self.config))
 
-    def _sync_after_death(self) -> list[int]:
+    def sync_after_death(self) -> list[int]:
         """Workers died: end what they left running; returns the slots that are missing now."""
         self.progress.repaired(retry(self.stores.sync))
         return self.missing()
 
-    def search(self) -> None:
-        """Run the missing trials."""
-        missing, finished = self.missing(), self._finished()
-        patience = Patience(self.config.patience, self.objective)
-        for trial in finished:
-            patience.see(trial.value if trial.state is TrialState.COMPLETE else None)
-        if not missing or patience.exhausted:
-            return
-        known = ranking.best(finished, self.objective)
-        best = None if known is None else known.value
-
-        def on_trial(trial: TrialSummary) -> None:
-            nonlocal best
-            self.ran += 1
-            if trial.final is not None:
-                best = self.objective.best([trial.final, *([] if best is None else [best])])
-            self.progress.trial(trial, best)
-
-        self.tracking.reopen(self.parent)
-        if self.baselines is not None:
-            self.baselines.start()
-        if trains_here(self.config):
-            self.await_baselines()
-        self.stopped = self.workers.run_trials(
-            missing,
-            on_trial,
-            self._sync_after_death,
-            timeout=self.config.timeout,
-            patience=patience,
-            max_failures=self.config.max_failures,
-            meanwhile=partial(self.await_baselines, _WHILE_IMPORTING),
-        )
-
-    def _finished(self) -> list[FrozenTrial]:
+    def finished(self) -> list[FrozenTrial]:
+        """The trials that finished a slot or with which one was given up, by slot."""
         trials = self.study.get_trials(deepcopy=False, states=FINISHED)
         trials += given_up(self.study).values()
         return sorted(trials, key=lambda trial: trial.user_attrs.get(storage.SLOT, trial.number))
-
-    def train_finalists(self) -> None:
-        """Train the finalists on fresh seeds, as far as that is not done yet."""
-        if self.progress.stopping():
-            return
-        chosen = ranking.candidates(self.study, self.config)
-        by_number = {trial.number: trial for trial in chosen}
-
-        def missing() -> list[tuple[int, int]]:
-            return ranking.missing(chosen, self.config)
-
-        if missing():
-            self.tracking.reopen(self.parent)
-            self.progress.finalists(chosen, self.config.repeats)
-
-        def on_repeat(number: int, repeat: int, result: dict[str, Any]) -> None:
-            trial, name = by_number[number], ranking.repeat_attr(repeat)
-            amend_trial(self.study, trial, name, result, self.config.storage)
-            seen = ranking.repeats_of(trial)[repeat]
-            with contextlib.suppress(*TRACKING_ERRORS):  # the next sync writes it
-                self.stores.write(seen)
-            self.progress.repeat(number, repeat, seen.value, len(missing()))
-
-        if self.workers.run_repeats(missing, on_repeat):
-            ranking.settle(self.study, chosen, self.config)
-
-    def register_winner(self) -> Winner | None:
-        """Retrain, test, register and promote the winner, as far as that is not done yet.
-
-        None where the run was interrupted. Raises RunError where no trial completed.
-        """
-        self.repaired += retry(self.stores.sync)
-        if self.progress.stopping():
-            self.stopped = INTERRUPTED
-        if self.stopped == INTERRUPTED:
-            return None
-        return retry(self._register, before_again=self.stores.sync)
-
-    def _register(self) -> Winner:
-        best = ranking.winner(self.study)
-        if best is None:
-            raise RunError(
-                f"no trial of study {self.config.study_name} completed, so there is no best one "
-                "and nothing was registered; look at the failures, or use --pruner none"
-            )
-        run = find_retrained(self.tracking, self.tracking.runs_of(self.parent), best.number)
-        new = run is None
-        if run is None:
-            self.tracking.reopen(self.parent)
-            self.await_baselines()
-            self.progress.retraining(best)
-            run_id = self.workers.call(
-                "retrain", best.number, on_death=self._sync_after_death, meanwhile=self._draw
-            )
-            run = self.tracking.client.get_run(run_id)
-            if NOT_MADE in run.data.tags:
-                self.progress.warning(f"the winner's {run.data.tags[NOT_MADE]}")
-        against = run.data.tags.get(BASELINE)
-        if against is not None and storage.AGAINST not in best.user_attrs:
-            self.stores.amend(best, storage.AGAINST, json.loads(against))
-        version, verdict = promote(self.stores, run, self._compare)
-        champion = aliased_version(self.tracking.client, self.config.model_name)
-        return Winner(
-            trial=best.number,
-            run_id=run.info.run_id,
-            version=version,
-            value=best.value or 0.0,
-            metrics=test_metrics(run.data.metrics),
-            verdict=verdict,
-            in_production=None if champion is None else int(champion.version),
-            new=new,
-        )
-
-    def _compare(self, challenger: int, champion: int) -> Found:
-        """Compare two versions of the model on a worker."""
-        found: Found = self.workers.call(
-            "compare", challenger, champion, on_death=self._sync_after_death
-        )
-        return found
-
-    def _draw(self) -> None:
-        """Draw the report's charts; what fails is repeated when the report is written."""
-        if self.config.report != "none" and self.charts is None:
-            with contextlib.suppress(Exception):
-                self.charts = publish.draw(self.study, self.config)
-
-    def finish(self, winner: Winner | None) -> None:
-        """End the parent run; write the notes and the report."""
-        status = "KILLED" if winner is None else "FINISHED"
-        retry(lambda: self.tracking.close(self.parent, status))
-        if winner is None:
-            return
-        try:  # the winner is registered, so a failure costs only what is shown
-            retry(lambda: publish.publish(self.stores, winner, self.charts))
-        except Exception as error:
-            self.progress.warning(
-                f"the report and the notes could not be written ({type(error).__name__}: "
-                f"{one_line(error)}); the same command tries it again"
-            )
 
     def result(self, winner: Winner | None, seconds: float) -> Result:
         """What the run leaves."""
@@ -268,3 +188,18 @@ class Session:
             repaired=tuple(self.repaired),
             report=path,
         )
+
+
+def retry(step: Callable[[], T], before_again: Callable[[], object] = list) -> T:
+    """Repeat `step`, which may be repeated, until the tracking server accepts it."""
+    deadline = None
+    while True:
+        try:
+            if deadline is not None:
+                before_again()
+            return step()
+        except TRACKING_ERRORS:
+            deadline = deadline or time.monotonic() + _PATIENCE
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)

@@ -130,8 +130,7 @@ def arm(point: Point) -> None:
 
 def run(point: str, options: list[str]) -> int:
     """The command, in this process, which is to die at `point`."""
-    import search.pipeline
-    import search.workers.worker  # noqa: F401 - all that may name what is armed
+    import search.pipeline  # noqa: F401 - and by it all that may name what is armed
     from search.cli import main
 
     arm(POINTS[point])

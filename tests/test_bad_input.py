@@ -22,11 +22,12 @@ import typer
 from conftest import arrays
 from numpy.typing import NDArray
 
-from search import cli, pipeline
+from search import cli
 from search.config import files
 from search.config.settings import StudyConfig, options
 from search.data.load import load_dataset
 from search.errors import InputError
+from search.preflight import _check_scheduler
 from search.study import storage
 from search.workers import scheduler
 from search.workers.scheduler import check_scheduler
@@ -534,7 +535,7 @@ def test_a_cluster_without_dask_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delattr("search.workers.scheduler", raising=False)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(InputError, match=r"needs Dask's.*; pip install -e '\.\[cluster\]'"):
-        pipeline._check_scheduler("tcp://127.0.0.1:9")
+        _check_scheduler("tcp://127.0.0.1:9")
 
 
 STORAGE_OPENS = "--storage must be a database that can be opened"

@@ -21,7 +21,7 @@ from search import StudyConfig
 from search.data.dataset import Dataset
 from search.data.load import load_dataset, load_for_study
 from search.report import publish
-from search.workers.trial import train_again
+from search.workers.reproduce import train_again
 
 PAGE = (ROOT / "docs" / "your-data.md").read_text().split("## A folder of images")[1]
 COMMAND = shlex.split(re.findall(r"^    python study.py (.*)$", PAGE, re.MULTILINE)[0])

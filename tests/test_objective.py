@@ -17,7 +17,7 @@ from sklearn.linear_model import Ridge
 from search import StudyConfig
 from search.data.load import load_dataset, load_for_study
 from search.errors import InputError
-from search.pipeline import choose_objective
+from search.preflight import choose_objective
 from search.promotion.baselines import compute
 from search.task import METRICS
 from search.training.simple_models import Limit
@@ -229,7 +229,7 @@ def test_an_objective_of_more_outputs_than_fit_into_memory_is_refused(
 ) -> None:
     data = small_dataset(x_test=np.zeros((40, 5), np.float32))
     assert choose_objective(StudyConfig(objective="val_f1"), data, None).name == "val_f1"
-    monkeypatch.setattr("search.pipeline.MOST_OUTPUTS", 100)
+    monkeypatch.setattr("search.preflight.MOST_OUTPUTS", 100)
     assert choose_objective(StudyConfig(), data, None).name == "val_accuracy"
     with pytest.raises(InputError, match=r"40 examples of 3 classes have more; give --objective"):
         choose_objective(StudyConfig(objective="val_f1"), data, None)

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from search import InputError, RunError, StudyConfig, run
 from search.data.dataset import Dataset
-from search.pipeline import _preflight
+from search.preflight import preflight
 from search.promotion.evaluation import load_evaluation
 from search.report import overview, publish
 from search.report.progress import Progress, Result
@@ -179,7 +179,7 @@ def sorted_clouds(in_folder: Path, clouds: Path) -> Path:
 def test_sorted_data_on_any_scale_are_split_scaled_and_trained_long_enough(
     sorted_clouds: Path,
 ) -> None:
-    chosen, _, settings = _preflight(config(sorted_clouds, epochs=None))
+    chosen, _, settings = preflight(config(sorted_clouds, epochs=None))
     assert chosen.trial_epochs == settings["epochs"] == 20
     assert (settings["split"], settings["normalize"]) == ("stratified", "auto")
 

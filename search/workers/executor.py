@@ -8,7 +8,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from search.config.settings import StudyConfig
@@ -19,7 +18,7 @@ from search.study.trials import TrialSummary
 from search.task import DEFAULT_OBJECTIVE, Metric
 from search.workers import tasks
 from search.workers.processes import ProcessBackend
-from search.workers.tasks import Died, Done, NotStarted
+from search.workers.tasks import Died, Done, NotStarted, Task
 
 if TYPE_CHECKING:
     from search.workers.dask import DaskBackend
@@ -58,12 +57,12 @@ class Executor:
 
     def call(
         self,
-        method: str,
+        task: Task,
         *arguments: int,
         on_death: Callable[[], object],
         meanwhile: Callable[[], object] = list,
     ) -> Any:
-        """What `Worker.<method>(*arguments)` returns on one of the workers.
+        """What `task` returns, called with one of the workers and `arguments`.
 
         on_death: is called when a worker has died, before the call is repeated. meanwhile: is
         called in this process while the worker is busy. Raises Interrupted to stop the run.
@@ -77,17 +76,17 @@ class Executor:
         def on_result(_: Arguments, result: Any) -> None:
             results.append(result)
 
-        task = partial(tasks.call, method)
         if self._run(task, [arguments], on_result, missing, self._why_stop, meanwhile) is not None:
             raise Interrupted("interrupted by Ctrl-C", EXIT_INTERRUPTED)
         return results[0]
 
     def run_repeats(
         self,
+        repeat: Task,
         missing: Callable[[], list[tuple[int, int]]],
         on_repeat: Callable[[int, int, dict[str, Any]], None],
     ) -> bool:
-        """Train finalists again until no (trial, repeat) is `missing`; False where it stopped.
+        """Call `repeat` with a worker and every `missing` (trial, repeat); False where it stopped.
 
         on_repeat: gets each result and stores it, so that it is no longer missing.
         """
@@ -96,11 +95,11 @@ class Executor:
             number, repeat = arguments
             on_repeat(number, repeat, result)
 
-        task = partial(tasks.call, "repeat")
-        return self._run(task, missing(), on_result, missing, self._why_stop) is None
+        return self._run(repeat, missing(), on_result, missing, self._why_stop) is None
 
     def run_trials(
         self,
+        run_trial: Task,
         slots: Iterable[int],
         on_trial: Callable[[TrialSummary], None],
         on_death: Callable[[], Iterable[int]],
@@ -110,7 +109,7 @@ class Executor:
         max_failures: int,
         meanwhile: Callable[[], object] = list,
     ) -> str | None:
-        """Run a trial for every slot; returns why it stopped early, if it did.
+        """Call `run_trial` with a worker and every slot; returns why it stopped early, if it did.
 
         A trial that failed is repeated once, unless its slot is given up.
 
@@ -155,16 +154,15 @@ class Executor:
             return [(slot,) for slot in on_death()]
 
         first = [(slot,) for slot in slots]
-        task = partial(tasks.call, "run_trial")
         stop = lambda: self._why_stop() or why_stop()  # noqa: E731
-        return self._run(task, first, on_result, missing, stop, meanwhile)
+        return self._run(run_trial, first, on_result, missing, stop, meanwhile)
 
     def _why_stop(self) -> str | None:
         return INTERRUPTED if self._stopping() else None
 
     def _run(
         self,
-        task: Callable[..., Any],
+        task: Task,
         first: Iterable[Arguments],
         on_result: Callable[[Arguments, Any], bool | None],
         missing: Callable[[], Iterable[Arguments]],
@@ -186,7 +184,8 @@ class Executor:
             stopped = why_stop()
             while queue and not stopped and len(running) < backend.slots():
                 arguments = queue.popleft()
-                running[backend.submit(task, self._parent_run, *arguments)] = arguments
+                future = backend.submit(tasks.call, task, self._parent_run, *arguments)
+                running[future] = arguments
             if not running and (stopped or not queue):
                 return stopped if queue else None
 

@@ -33,6 +33,8 @@ with quickly(), hidden("sklearn", "matplotlib"):  # a second, for parts of Keras
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     from sqlalchemy.orm import configure_mappers
 
+    import search.workers.reproduce  # noqa: F401 - has the last one of the tasks
+
     configure_mappers()
 
 

@@ -1,4 +1,4 @@
-"""Train a trial again from what its study holds, and compare every epoch to the last digit."""
+"""Train a trial again: on a fresh seed, or as it was to compare every epoch to the last digit."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,16 +10,66 @@ from optuna.trial import FrozenTrial
 
 from search.config import custom_model
 from search.config.data_settings import TABLE_SETTINGS
-from search.config.hyperparameters import describe
+from search.config.hyperparameters import complete, describe
 from search.config.settings import StudyConfig, differences
 from search.data.dataset import Dataset
 from search.data.load import load_for_study
-from search.errors import InputError
+from search.errors import InputError, RunError
 from search.imports import undisturbed
-from search.study import ranking, storage
-from search.study.storage import ENVIRONMENT, METADATA, SEED, SETTINGS
-from search.study.trials import history_of, metrics_in
+from search.study import ranking, sampling, storage
+from search.study.storage import ENVIRONMENT, METADATA, SEED, SETTINGS, SLOT
+from search.study.trials import history_of, metrics_in, read_trial
+from search.tracking.schema import Metadata
 from search.training import environment
+from search.workers.trial import now_ms, reason_of, train_network
+from search.workers.worker import Worker
+
+
+def repeat(worker: Worker, number: int, repeat: int) -> dict[str, Any]:
+    """Train the configuration of trial `number` on a fresh seed; writes to neither store.
+
+    Returns what the trial stores of it: seed, history, start and end (ms), and the failure if
+    the training diverged.
+    """
+    from search.training.train import TrainingDiverged
+
+    trial = read_trial(worker.study, number)
+    seed = sampling.repeat_seed(worker.config.seed, trial.user_attrs[SLOT], repeat)
+    kept: dict[str, Any] = {"seed": seed, "history": [], "began": now_ms()}
+    try:
+        kept["value"] = train_again(
+            worker.config, worker.dataset, trial, worker.metadata, seed, kept["history"]
+        )
+    except TrainingDiverged as error:
+        kept["failure"] = reason_of(error)
+    except Exception as error:
+        raise RunError(
+            f"trial {number} could not be trained again ({reason_of(error)}); fix the cause "
+            "and run the same command again"
+        ) from error
+    return {**kept, "ended": now_ms()}
+
+
+def train_again(
+    config: StudyConfig,
+    dataset: Dataset,
+    trial: FrozenTrial,
+    metadata: Metadata,
+    seed: int,
+    history: list[dict[str, float]],
+    only: int | None = None,
+) -> float:
+    """Train the configuration of `trial`, appending each epoch to `history`.
+
+    metadata: what all trials of the study share. only: end after so many epochs. Returns the
+    objective of the final weights.
+    """
+    from search.training.network import network_for
+
+    tried = complete(trial.params, metadata["params"])
+    network = network_for(dataset, tried, seed, config.custom_model)
+    best = train_network(config, dataset, tried, network, seed, history, only=only)
+    return history[best][dataset.task.objective(config.objective).name]
 
 
 @dataclass(frozen=True)
@@ -102,7 +152,6 @@ def _train(
 
     load_trial()
     from search.training.train import TrainingDiverged, use_one_thread_each
-    from search.workers.trial import train_again
 
     use_one_thread_each(1)  # as a worker does
     metadata, seed = study.user_attrs[METADATA], trial.user_attrs[SEED]

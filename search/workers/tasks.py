@@ -1,9 +1,14 @@
-"""What a worker does, in whichever process or thread: every task names the parent run it is for."""
+"""Tasks, in whichever process or thread of a worker they run, and how they end.
+
+A task is a function of a `Worker` and of numbers, such as `trial.run_trial`; it is submitted with
+the parent run that it is for.
+"""
 
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +39,7 @@ class NotStarted:
 
 
 End = Done | Died | NotStarted
+Task = Callable[..., Any]
 Errors = tuple[type[BaseException], ...]
 
 
@@ -115,6 +121,9 @@ def load_trial() -> "type[Worker]":
     """Import everything heavy that a trial needs, TensorFlow included, in silence."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with silent_stderr():
+        import optuna_integration.keras  # noqa: F401
+
+        import search.training.train  # noqa: F401
         from search.workers.worker import Worker
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # advice on retracing
     return Worker
@@ -129,6 +138,6 @@ def gpu() -> str | None:
         return gpu_name()
 
 
-def call(method: str, parent_run: str, *arguments: int) -> Any:
-    """What `Worker.<method>(*arguments)` returns, on this process's worker of that run."""
-    return getattr(_worker(parent_run), method)(*arguments)
+def call(task: Task, parent_run: str, *arguments: int) -> Any:
+    """What `task` returns, called with this thread's worker of that run and `arguments`."""
+    return task(_worker(parent_run), *arguments)

@@ -6,161 +6,122 @@ tracking server accepts it; `Stores.sync` writes later what the server has misse
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import keras
 import optuna
-from optuna.trial import FrozenTrial
-from optuna_integration import KerasPruningCallback
+from optuna.trial import FrozenTrial, TrialState
 
-from search.config.hyperparameters import complete
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.data.load import class_weights
-from search.errors import one_line, printable
-from search.study import sampling, storage
-from search.study.storage import BY_ITSELF, REASON, RUN_ID, SEED
-from search.study.trials import (
-    HISTORY_BLOCK,
-    SlottedStudy,
-    best_epoch,
-    history_attr,
-    read_trial,
-)
-from search.task import Metric
-from search.tracking.runs import Tracking
-from search.tracking.schema import STATE, Metadata
-from search.training.network import check_output, network_for, trainable_parameters
-from search.training.train import train
+from search.errors import RunError, one_line, printable
+from search.study import sampling, storage, trials
+from search.study.storage import BY_ITSELF, ENVIRONMENT, OWNER, REASON, RUN_ID, SEED, SLOT
+from search.study.trials import TrialSummary, read_trial
+from search.tracking.schema import STATE
+from search.workers.worker import Worker
 
+if TYPE_CHECKING:  # the main process needs no Keras
+    import keras
+
+_LOOK = 1.0  # seconds
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
 _REST = 20  # times as long as a failure of MLflow took, it is left alone
 
 
-def train_again(
-    config: StudyConfig,
-    dataset: Dataset,
-    trial: FrozenTrial,
-    facts: Metadata,
-    seed: int,
-    history: list[dict[str, float]],
-    only: int | None = None,
-) -> float:
-    """Train the configuration of `trial` as a trial is trained, appending each epoch to `history`.
+def run_trial(worker: Worker, slot: int) -> TrialSummary:
+    """Run the trial of `slot` until it ends in some way, unless one has finished there.
 
-    facts: the metadata that all trials of the study share. only: end after so many epochs.
-    Returns the objective of the final weights.
+    Raises RunError if Optuna's database fails, since nothing can be recorded then.
     """
-    tried = complete(trial.params, facts["params"])
-    network = network_for(dataset, tried, seed, config.custom_model)
-
-    def record(epoch: int, logs: dict[str, float]) -> None:
-        history.append(_entry(dataset, epoch, logs))
-
-    _train(config, dataset, tried, network, seed, record, only=only)
-    return _value(dataset.task.objective(config.objective), tried, history)
-
-
-def _train(
-    config: StudyConfig,
-    dataset: Dataset,
-    tried: Mapping[str, Any],
-    network: keras.Sequential,
-    seed: int,
-    record: Callable[[int, dict[str, float]], None],
-    *more: keras.callbacks.Callback,
-    only: int | None = None,
-) -> None:
-    train(
-        network,
-        dataset.training,
-        tried,
-        epochs=config.trial_epochs,
-        seed=seed,
-        shape=dataset.sample_shape,
-        validation=dataset.validation,
-        objective=dataset.task.objective(config.objective),
-        class_weights=class_weights(config, dataset),
-        only=only,
-        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *more],
-    )
+    if slot > 0:
+        _let_the_first_begin(worker)
+    found = _find(worker, slot)
+    if found is not None:
+        return _summary(worker, read_trial(worker.study, found.number))
+    try:
+        return _run(worker, slot)
+    except trials.SlotTaken:
+        return run_trial(worker, slot)
 
 
-def _value(
-    objective: Metric, tried: Mapping[str, Any], history: Sequence[Mapping[str, float]]
-) -> float:
-    """The objective of the final weights."""
-    epoch = best_epoch(history, objective, stopping=bool(tried["early_stopping"]))
-    return history[epoch][objective.name]
+def _let_the_first_begin(worker: Worker) -> None:
+    """The first trial of a study is that of slot 0, whichever worker is ready first."""
+    deadline = time.monotonic() + 60
+    while not worker.study.get_trials(deepcopy=False) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
-def _entry(dataset: Dataset, epoch: int, logs: dict[str, float]) -> dict[str, float]:
-    """One entry of a trial's history."""
-    measured = dataset.task.measured(logs)
-    if "learning_rate" in logs:  # of a schedule that depends on the validation loss
-        measured["learning_rate"] = float(logs["learning_rate"])
-    return {"epoch": epoch, "time_ms": now_ms(), **measured}
+def _find(worker: Worker, slot: int) -> FrozenTrial | None:
+    """The trial that finished `slot`, or with which the slot was given up.
 
-
-def now_ms() -> int:
-    """The time in milliseconds since 1970."""
-    return int(time.time() * 1000)
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a trial failed, in one line."""
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interruption that `error` was raised in the handling of, if it was."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-class _Pruning(KerasPruningCallback):  # type: ignore[misc]
-    """Prunes on the objective after every epoch except the last, where it would save nothing."""
-
-    def __init__(self, trial: optuna.Trial, objective: str, epochs: int) -> None:
-        super().__init__(sampling.Judged(trial), objective)
-        self._objective = objective
-        self._last = epochs - 1
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        if epoch == self._last or self.model.stop_training:
-            self._trial.report(float((logs or {})[self._objective]), step=epoch)
-        else:
-            super().on_epoch_end(epoch, logs)
-
-
-@dataclass
-class Context:
-    """What the trials of a worker have in common.
-
-    rest_until: by the monotonic clock; until then MLflow, which has failed, is left alone.
+    Waits for a running one, unless it is lost.
     """
+    study = worker.study
+    while not worker.closed:
+        started = trials.trials_in_slot(study, slot)
+        if not started:
+            return trials.given_up(study).get(slot)
+        alive = False
+        for trial in started:
+            if trial.state.is_finished():
+                return trial
+            if trial.user_attrs[OWNER] == worker.owner or trials.is_lost(study, trial):
+                # Does nothing if the trial has finished in the meantime.
+                trials.fail_trial(study, trial, trials.LOST)
+            else:
+                alive = True
+        if alive:
+            time.sleep(_LOOK)  # the database does not notify
+    raise RunError("the run has ended")
 
-    config: StudyConfig
-    dataset: Dataset
-    study: SlottedStudy
-    tracking: Tracking
-    parent_run: str
-    facts: Metadata
-    rest_until: float = 0.0
+
+def _summary(worker: Worker, trial: FrozenTrial) -> TrialSummary:
+    """How a finished trial went."""
+    if trial.state is not TrialState.FAIL:
+        return trials.summarize(trial)
+    last = trials.given_up(worker.study).get(trial.user_attrs[SLOT])
+    return trials.summarize(trial, given_up=last is not None and last.number == trial.number)
+
+
+def _run(worker: Worker, slot: int) -> TrialSummary:
+    study = worker.study
+    _, seed = sampling.seeds(worker.config.seed, slot)
+    study.attrs = {
+        SLOT: slot,
+        SEED: seed,
+        OWNER: worker.owner,
+        ENVIRONMENT: worker.environment,
+    }
+    study.sampler = sampling.sampler(worker.config, slot)
+    attempt = Attempt(worker)
+    try:
+        study.optimize(attempt.objective, n_trials=1, catch=(Exception,))
+    except trials.SlotTaken:
+        raise
+    except Exception as error:
+        # Where it ends the trial, Optuna 5 replaces an interruption or a database's error by an
+        # error of its own.
+        interruption = interruption_behind(error)
+        if interruption is not None:
+            raise interruption from None
+        if not attempt.was_ended():
+            raise storage.failure(error) from error
+    finally:
+        attempt.end()
+    return _summary(worker, attempt.frozen())
 
 
 class Attempt:
     """A trial in progress, and its run."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
         self._number: int | None = None
         self._history: list[dict[str, float]] = []
         self._run_id: str | None = None
-        self._mirrored = time.monotonic() >= context.rest_until
+        self._mirrored = time.monotonic() >= worker.rest_until
         self._spent = 0.0
 
     def objective(self, trial: optuna.Trial) -> float:
@@ -179,10 +140,12 @@ class Attempt:
             raise
 
     def _train(self, trial: optuna.Trial) -> float:
-        context, config = self._context, self._context.config
-        seed = context.study.attrs[SEED]
+        from search.training.network import check_output, network_for, trainable_parameters
+
+        config, dataset = self._worker.config, self._worker.dataset
+        seed = self._worker.study.attrs[SEED]
         self._number = trial.number
-        tried, dataset = config.space.suggest(trial), context.dataset
+        tried = config.space.suggest(trial)
         own = config.custom_model
         network = network_for(dataset, tried, seed, own)
         if own is not None:
@@ -190,30 +153,29 @@ class Attempt:
         trial.set_user_attr("trainable_parameters", trainable_parameters(network))
         self._mirror(self._open_run, trial)
 
-        def record(epoch: int, logs: dict[str, float]) -> None:
-            self._record(trial, epoch, logs)
+        def record(entry: dict[str, float]) -> None:
+            self._record(trial, entry)
 
-        objective = dataset.task.objective(config.objective)
-        pruning = _Pruning(trial, objective.name, config.trial_epochs)
-        _train(config, dataset, tried, network, seed, record, pruning)
+        objective = dataset.task.objective(config.objective).name
+        pruning = _pruning(trial, objective, config.trial_epochs)
+        best = train_network(config, dataset, tried, network, seed, self._history, record, pruning)
         if tried["early_stopping"]:
-            trial.set_user_attr("best_epoch", best_epoch(self._history, objective, stopping=True))
-        return _value(objective, tried, self._history)
+            trial.set_user_attr("best_epoch", best)
+        return self._history[best][objective]
 
-    def _record(self, trial: optuna.Trial, epoch: int, logs: dict[str, float]) -> None:
-        entry = _entry(self._context.dataset, epoch, logs)
-        self._history.append(entry)
-        block = self._history[epoch // HISTORY_BLOCK * HISTORY_BLOCK :]
-        trial.set_user_attr(history_attr(epoch), block)
-        self._mirror(lambda: self._context.tracking.log_epoch(str(self._run_id), entry))
+    def _record(self, trial: optuna.Trial, entry: dict[str, float]) -> None:
+        epoch = len(self._history) - 1
+        block = self._history[epoch // trials.HISTORY_BLOCK * trials.HISTORY_BLOCK :]
+        trial.set_user_attr(trials.history_attr(epoch), block)
+        self._mirror(lambda: self._worker.tracking.log_epoch(str(self._run_id), entry))
 
     def _open_run(self, trial: optuna.Trial) -> None:
-        context = self._context
-        self._run_id = context.tracking.create_run(
-            context.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
+        worker = self._worker
+        self._run_id = worker.tracking.create_run(
+            worker.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
         )
         trial.set_user_attr(RUN_ID, self._run_id)
-        context.tracking.log_start(self._run_id, self.frozen(), context.facts)
+        worker.tracking.log_start(self._run_id, self.frozen(), worker.metadata)
 
     def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
         """Call `write`, unless a write of this trial to MLflow has already failed.
@@ -233,20 +195,97 @@ class Attempt:
         if self._spent > _PATIENCE:
             self._mirrored = False
         if not self._mirrored:
-            self._context.rest_until = time.monotonic() + _REST * self._spent
+            self._worker.rest_until = time.monotonic() + _REST * self._spent
 
     def end(self) -> None:
         """End the MLflow run with the status of the trial."""
         if self._number is not None and self._run_id is not None:
-            self._mirror(lambda: self._context.tracking.finish(str(self._run_id), self.frozen()))
+            self._mirror(lambda: self._worker.tracking.finish(str(self._run_id), self.frozen()))
 
     def frozen(self) -> FrozenTrial:
         """The trial, as it is stored."""
         assert self._number is not None
-        return read_trial(self._context.study, self._number)
+        return read_trial(self._worker.study, self._number)
 
     def was_ended(self) -> bool:
         """Whether the trial has ended, here or by a process that considered it lost."""
         with contextlib.suppress(Exception):  # the database may be what failed
             return self._number is not None and self.frozen().state.is_finished()
         return False
+
+
+def _pruning(trial: optuna.Trial, objective: str, epochs: int) -> "keras.callbacks.Callback":
+    """Prunes on the objective after every epoch except the last, where it would save nothing."""
+    from optuna_integration import KerasPruningCallback
+
+    class Pruning(KerasPruningCallback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+            if epoch == epochs - 1 or self.model.stop_training:
+                judged.report(float((logs or {})[objective]), step=epoch)
+            else:
+                super().on_epoch_end(epoch, logs)
+
+    judged = sampling.Judged(trial)
+    return Pruning(judged, objective)
+
+
+def train_network(
+    config: StudyConfig,
+    dataset: Dataset,
+    tried: Mapping[str, Any],
+    network: "keras.Sequential",
+    seed: int,
+    history: list[dict[str, float]],
+    on_epoch: Callable[[dict[str, float]], object] = lambda _: None,
+    *callbacks: "keras.callbacks.Callback",
+    only: int | None = None,
+) -> int:
+    """Train `network` as a trial is trained, and append an entry to `history` after every epoch.
+
+    tried: a value for every hyperparameter. on_epoch: is then called with the entry, before the
+    `callbacks`. only: end after so many epochs. Returns the epoch of the final weights, from 0.
+    """
+    import keras
+
+    from search.training.train import train
+
+    objective = dataset.task.objective(config.objective)
+
+    def record(epoch: int, logs: dict[str, float]) -> None:
+        measured = dataset.task.measured(logs)
+        if "learning_rate" in logs:  # of a schedule that depends on the validation loss
+            measured["learning_rate"] = float(logs["learning_rate"])
+        history.append({"epoch": epoch, "time_ms": now_ms(), **measured})
+        on_epoch(history[-1])
+
+    train(
+        network,
+        dataset.training,
+        tried,
+        epochs=config.trial_epochs,
+        seed=seed,
+        shape=dataset.sample_shape,
+        validation=dataset.validation,
+        objective=objective,
+        class_weights=class_weights(config, dataset),
+        only=only,
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *callbacks],
+    )
+    return trials.best_epoch(history, objective, stopping=bool(tried["early_stopping"]))
+
+
+def now_ms() -> int:
+    """The time in milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a trial failed, in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption that `error` was raised in the handling of, if it was."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error

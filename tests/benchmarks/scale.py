@@ -1,8 +1,8 @@
-"""How many trials a second the ledgers take: a whole trial whose training takes a millisecond.
+"""How many trials a second the stores take: a whole trial whose training takes a millisecond.
 
     python tests/benchmarks/scale.py
 
-Every worker is a process that runs `trial.Worker.run_trial` over and over, on PostgreSQL or SQLite,
+Every worker is a process that runs `trial.run_trial` over and over, on PostgreSQL or SQLite,
 with the curves in MLflow or without; then the same in a study that has 100, 1,000 and 10,000 trials
 already. All of it shares this machine's cores: the workers, both databases and the MLflow server.
 Prints a Markdown table; needs Debian's postgresql.
@@ -41,6 +41,7 @@ from search import StudyConfig
 from search.data.load import load_dataset
 from search.study import sampling, storage
 from search.study.trials import SlottedStudy, owner_of_this_process
+from search.task import KINDS as TASKS
 from search.tracking.runs import Tracking
 from search.tracking.schema import study_metadata
 from search.training import environment
@@ -48,7 +49,7 @@ from search.workers import processes as pool
 
 EPOCHS = 5
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the gRPC proxy is
-KINDS = ("sqlite", "postgresql", "sqlite + mlflow", "postgresql + mlflow", "postgresql by gRPC")
+DATABASES = ("sqlite", "postgresql", "sqlite + mlflow", "postgresql + mlflow", "postgresql by gRPC")
 Spans = dict[str, list[float]]
 
 
@@ -66,7 +67,8 @@ def work(
 
     Among these "cpu" is the processor time of a trial, and "memory" what the study took (MB).
     """
-    from search.workers import trial
+    from search.training import network, train
+    from search.workers.trial import run_trial
     from search.workers.worker import Worker
 
     spans: Spans = defaultdict(list)
@@ -83,29 +85,27 @@ def work(
 
     random = np.random.default_rng(places.start)
 
-    def train(*_: Any, callbacks: Any, **__: Any) -> None:
+    def pretend(*_: Any, callbacks: Any, **__: Any) -> None:
         for callback in callbacks:
             callback.set_model(SimpleNamespace(stop_training=False))
         for epoch in range(EPOCHS):
             time.sleep(0.001 / EPOCHS)
             accuracy = 0.9 + 0.02 * epoch + 0.01 * float(random.random())
-            names = ("loss", "accuracy", "val_loss", "val_accuracy")
+            names = ("loss", "accuracy", *TASKS["classification"].metrics)
             for callback in callbacks:
                 callback.on_epoch_end(epoch, dict.fromkeys(names, accuracy))
 
-    no_dataset: Any = None
-    worker = Worker(config, parent, no_dataset)
+    worker = Worker(config, parent, load_dataset(config.dataset, config.validation_split))
     if proxy is not None:
-        worker.study = worker.context.study = SlottedStudy(
+        worker.study = SlottedStudy(
             study_name=config.study_name,
             storage=optuna.storages.GrpcStorageProxy(port=proxy),
             pruner=sampling.pruner(config),
         )
-    worker.context.dataset = load_dataset(config.dataset, config.validation_split)
-    worker.context.rest_until = 0.0 if mirrored else float("inf")
-    trial.train = train  # type: ignore[assignment]
-    trial.build_network = lambda *_: None  # type: ignore[assignment]
-    trial.trainable_parameters = lambda _: 0  # type: ignore[assignment]
+    worker.rest_until = 0.0 if mirrored else float("inf")
+    train.train = pretend  # type: ignore[assignment]
+    network.network_for = lambda *_: None  # type: ignore[assignment]
+    network.trainable_parameters = lambda _: 0  # type: ignore[assignment]
     SlottedStudy.ask = timed("ask", SlottedStudy.ask)  # type: ignore[method-assign]
     optuna.Trial.report = timed("report", optuna.Trial.report)  # type: ignore[method-assign]
     process = psutil.Process()
@@ -116,7 +116,7 @@ def work(
     cpu = time.process_time()
     done = 0
     for place in places:
-        assert worker.run_trial(place).state in ("COMPLETE", "PRUNED")
+        assert run_trial(worker, place).state in ("COMPLETE", "PRUNED")
         done += 1
         if time.monotonic() > deadline:
             break
@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--trials", type=int, nargs="*", default=[100, 1_000, 10_000])
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="*", choices=DATABASES, default=DATABASES)
     asked = parser.parse_args()
     with_server = any(kind.startswith("postgresql") for kind in asked.kinds)
     with ExitStack() as stack:
@@ -341,7 +341,7 @@ def main() -> None:
                     )
                 storage_is_server = kind.startswith("postgresql")
                 row(kind, workers, 20, rate, spans, said if storage_is_server else "")
-        for kind in (kind for kind in asked.kinds if kind in KINDS[:2]):
+        for kind in (kind for kind in asked.kinds if kind in DATABASES[:2]):
             config, study, parent = study_at(kind, f"long-{kind}")
             for before in asked.trials:
                 fill(study, config, before)

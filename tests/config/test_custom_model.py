@@ -23,7 +23,7 @@ from search.config import custom_model
 from search.data.load import load_dataset, load_for_study
 from search.errors import InputError, RunError
 from search.tracking.schema import study_metadata
-from search.workers.trial import train_again
+from search.workers.reproduce import train_again
 
 PAGE = (ROOT / "docs" / "your-model.md").read_text()
 SOURCE = re.search(r"```python\n(import keras\n\nSPACE = .*?)```", PAGE, re.DOTALL)
@@ -258,7 +258,7 @@ import sys
 from search import StudyConfig
 from search.data.load import load_dataset
 from search.training.train import use_one_thread_each
-from search.workers.trial import train_again
+from search.workers.reproduce import train_again
 from types import SimpleNamespace
 
 config = StudyConfig(dataset="digits.npz", model=sys.argv[1], epochs=3)  # imports the module

@@ -26,7 +26,7 @@ from search.report import overview
 from search.study import sampling
 from search.training.network import network_to_register
 from search.workers import reproduce
-from search.workers.trial import train_again
+from search.workers.reproduce import train_again
 
 CORE = {"hidden_units": 16, "dropout_rate": 0.1, "learning_rate": 0.01}
 ALWAYS = {"label_smoothing": 0.1}  # the same in all trials of the study

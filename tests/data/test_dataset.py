@@ -15,7 +15,7 @@ from search.data.dataset import Dataset
 from search.data.load import class_weights, load_dataset
 from search.data.sources import MNIST
 from search.errors import InputError
-from search.pipeline import choose_batch_size
+from search.preflight import choose_batch_size
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ from search.promotion.gate import Decision, decide
 from search.promotion.retrain import find_commit
 from search.report.progress import Result
 from search.report.text import summary
-from search.session import Session
 from search.tracking.registered_model import find_production
 from search.workers import executor
 
@@ -328,7 +327,7 @@ def test_a_promotion_over_another_that_was_stopped_is_completed(
     refused: bool,
 ) -> None:
     same = verdict(equal.result).value  # as compared there; the models need not be loaded again
-    monkeypatch.setattr(Session, "_compare", lambda *_: Comparison(same, same, 0, 0))
+    monkeypatch.setattr("search.pipeline._compare", lambda *_: Comparison(same, same, 0, 0))
     if refused:  # at first; then the user changes the policy
         copy_databases(equal.folder, Path.cwd())
     else:

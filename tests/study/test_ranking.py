@@ -294,7 +294,7 @@ def test_a_repeat_that_diverges_does_not_win_and_what_the_server_refused_is_writ
             raise MlflowException("the server is down")
         return create_run(self, *arguments, **keywords)
 
-    monkeypatch.setattr("search.workers.trial.train", diverge)
+    monkeypatch.setattr("search.training.train.train", diverge)
     monkeypatch.setattr(MlflowClient, "create_run", refuse)
     result = pipeline.run(config(clouds), listener)
     assert sum("no run" in line for line in result.repaired) == 2

@@ -131,7 +131,7 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
 
     load_trial()
     outcomes = Outcomes()
-    monkeypatch.setattr("search.workers.trial.train", train)
+    monkeypatch.setattr("search.training.train.train", train)
     monkeypatch.setattr("search.workers.trial._PATIENCE", float("inf"))  # a busy machine is slow
     monkeypatch.setattr("search.workers.worker.retrain", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -150,7 +150,7 @@ def test_a_failure_is_kept_and_shown_without_control_characters(
     def fail(*_: object, **__: object) -> None:
         raise ValueError("\x1b[31mrot\x00 \ud800 größer 模型\nnext")
 
-    monkeypatch.setattr("search.workers.trial.train", fail)
+    monkeypatch.setattr("search.training.train.train", fail)
     outcomes = Outcomes()
     with pytest.raises(RunError) as stopped:
         run(replace(config(clouds), max_failures=1), outcomes)
