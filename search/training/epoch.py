@@ -58,7 +58,9 @@ def plan_of(
     if streams := isinstance(examples, Pipeline):
         dtype, size = examples.dtype, examples.size(hp["batch_size"])
     else:
-        dtype, size = examples[0].dtype.name, min(hp["batch_size"], len(examples[0]))
+        dtype, size = examples[0].dtype.name, hp["batch_size"]
+        if distorted:  # which draws as many random numbers as a batch has examples
+            size = min(size, len(examples[0]))
     return Plan(
         dtype=dtype,
         streams=streams,
