@@ -303,15 +303,6 @@ def held(rivals: Path, client: "MlflowClient") -> "MlflowClient":
     return client
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """What `condition` finds, as soon as it finds something."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
-
-
 def start(folder: Path, *options: str) -> forks.Python:
     """The real command, in a process group of its own, as a shell would start it."""
     return forks.Python([str(ROOT / "study.py"), *options], cwd=folder)
@@ -404,12 +395,17 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def wait_for(condition: Callable[[], Found], process: Process) -> Found:
-    """What `condition` finds, as soon as it finds something, while `process` runs."""
-    deadline = time.monotonic() + 90
+def wait_until(
+    condition: Callable[[], Found], process: Process | None = None, seconds: float = 120
+) -> Found:
+    """What `condition` finds, as soon as it finds something; the `process`, if any, has to run."""
+    deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, whereabouts(process)
+        late = time.monotonic() > deadline
+        if process is not None:
+            assert process.poll() is None, process.communicate()
+            assert not late, whereabouts(process)
+        assert not late
         time.sleep(0.02)
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import forks
 import invariants
 import pytest
-from conftest import ROOT, command, running_owners, start, start_anew, wait_for
+from conftest import ROOT, command, running_owners, start, start_anew, wait_until
 from optuna.trial import TrialState
 
 from search import cli
@@ -146,7 +146,7 @@ def ended(process: forks.Python, code: int, reason: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
     process = search(tmp_path, clouds, epochs=300)
-    wait_for(lambda: len(running_owners(tmp_path)) == 2, process)
+    wait_until(lambda: len(running_owners(tmp_path)) == 2, process)
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "stopping when")
     os.killpg(process.pid, signal.SIGINT)
@@ -155,7 +155,7 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
 
 def test_sigterm_ends_at_once(tmp_path: Path, clouds: Path) -> None:
     process = search(tmp_path, clouds, epochs=300)
-    wait_for(lambda: len(running_owners(tmp_path)) == 2, process)
+    wait_until(lambda: len(running_owners(tmp_path)) == 2, process)
     os.killpg(process.pid, signal.SIGTERM)
     ended(process, 143, "terminated by SIGTERM", tmp_path)
 

@@ -380,6 +380,7 @@ def test_runs_leave_all_as_it_was_and_no_descriptor_open_also_at_their_limits(
         overview.read(config(clouds))
         publish.write_report(config(clouds), "report.html")
         reproduce.reproduce(config(clouds), 0, None, lambda _: None)
+        assert [file for file in process.open_files() if str(in_folder) in file.path] == []
         assert state() == expected
         assert mlflow.get_tracking_uri() == elsewhere
         mlflow.set_tracking_uri("sqlite:///another.db")

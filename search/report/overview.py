@@ -112,7 +112,8 @@ def read(config: StudyConfig) -> Overview:
     try:
         storage.check(config)
         check_uri(config.tracking_uri)
-        return of(storage.load_study(config), config)
+        with storage.loaded(config) as study:
+            return of(study, config)
     except storage.ERRORS as error:
         raise storage.failure(error) from error
 

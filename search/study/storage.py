@@ -225,6 +225,16 @@ def load_study(config: StudyConfig) -> optuna.Study:
     )
 
 
+@contextlib.contextmanager
+def loaded(config: StudyConfig) -> Iterator[optuna.Study]:
+    """As `load_study`; closes it after the block."""
+    study = load_study(config)
+    try:
+        yield study
+    finally:
+        close_study(study)
+
+
 def objective(study: optuna.Study) -> Metric:
     """The metric that `study` goes by."""
     return objective_of(study.user_attrs.get(SETTINGS, {}))

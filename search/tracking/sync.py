@@ -46,11 +46,8 @@ def existing(config: StudyConfig) -> Iterator[tuple[optuna.Study, StudyConfig]]:
     """
     storage.check(config)
     check_tracking(config.tracking_uri)
-    study = storage.load_study(config)
-    try:
+    with storage.loaded(config) as study:
         yield study, replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
-    finally:
-        storage.close_study(study)
 
 
 class Stores:

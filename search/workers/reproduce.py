@@ -99,9 +99,14 @@ def reproduce(
     All settings come from the study; `moved` is the dataset's new path, if it has one. Raises
     InputError if there is no such study or trial, or if the dataset differs.
     """
-    study, trial = _find(config, number)
-    settings = study.user_attrs[SETTINGS]
-    config = _settings_of(study, config, moved)
+    try:
+        storage.check(config)
+        with storage.loaded(config) as study:
+            trial = _find(study, number)
+            config = _settings_of(study, config, moved)
+            settings, metadata = study.user_attrs[SETTINGS], study.user_attrs[METADATA]
+    except storage.ERRORS as error:
+        raise storage.failure(error) from error
     dataset = load_for_study(config, settings)
     if dataset.digest[:12] not in settings["dataset"]:
         raise InputError(
@@ -112,10 +117,10 @@ def reproduce(
     history = history_of(trial)
     report(f"{dataset}")
     report(
-        f"trial {trial.number} of study {study.study_name}: {describe(trial.params)}  "
+        f"trial {trial.number} of study {config.study_name}: {describe(trial.params)}  "
         f"seed {trial.user_attrs[SEED]}  {len(history)} epochs"
     )
-    value, now, diverged = _train(config, dataset, study, trial, len(history))
+    value, now, diverged = _train(config, dataset, trial, metadata, len(history))
     recorded = trial.user_attrs.get(ENVIRONMENT)
     return Reproduction(
         trial=trial.number,
@@ -145,7 +150,7 @@ def _settings_of(study: optuna.Study, config: StudyConfig, moved: str | None) ->
 
 
 def _train(
-    config: StudyConfig, dataset: Dataset, study: optuna.Study, trial: FrozenTrial, epochs: int
+    config: StudyConfig, dataset: Dataset, trial: FrozenTrial, metadata: Metadata, epochs: int
 ) -> tuple[float, list[dict[str, float]], list[str]]:
     """Train the trial again; returns its value, its epochs and whether it diverged, in a line."""
     from search.workers.tasks import load_trial
@@ -154,10 +159,9 @@ def _train(
     from search.training.train import TrainingDiverged, use_one_thread_each
 
     use_one_thread_each(1)  # as a worker does
-    metadata, seed = study.user_attrs[METADATA], trial.user_attrs[SEED]
     now: list[dict[str, float]] = []
     try:
-        value = train_again(config, dataset, trial, metadata, seed, now, only=epochs)
+        value = train_again(config, dataset, trial, metadata, trial.user_attrs[SEED], now, epochs)
     except TrainingDiverged as error:
         return math.nan, now, [f"epoch {len(now)}: {error}"]
     return value, now, []
@@ -180,15 +184,10 @@ def _model_of(settings: Mapping[str, Any]) -> str | None:
     return name
 
 
-def _find(config: StudyConfig, number: int | None) -> tuple[optuna.Study, FrozenTrial]:
-    """The study and trial `number`, or the winner. Raises InputError."""
-    try:
-        storage.check(config)
-        study = storage.load_study(config)
-        trials = study.get_trials(deepcopy=False)
-        trial = ranking.winner(study)
-    except storage.ERRORS as error:
-        raise storage.failure(error) from error
+def _find(study: optuna.Study, number: int | None) -> FrozenTrial:
+    """Trial `number`, or the winner. Raises InputError."""
+    trials = study.get_trials(deepcopy=False)
+    trial = ranking.winner(study)
     if number is not None:
         if not 0 <= number < len(trials):
             raise InputError(
@@ -198,7 +197,7 @@ def _find(config: StudyConfig, number: int | None) -> tuple[optuna.Study, Frozen
         trial = trials[number]
     if trial is None:
         raise InputError(
-            f"reproduce needs a trial that completed, but study {config.study_name} has none; "
+            f"reproduce needs a trial that completed, but study {study.study_name} has none; "
             "name another one with --trial"
         )
     if not trial.state.is_finished() or not history_of(trial):
@@ -206,4 +205,4 @@ def _find(config: StudyConfig, number: int | None) -> tuple[optuna.Study, Frozen
             f"--trial must have ended after at least one epoch, but trial {trial.number} is "
             f"{trial.state.name} without one; name another"
         )
-    return study, trial
+    return trial

@@ -12,7 +12,7 @@ from typing import Any
 
 import invariants
 import pytest
-from conftest import ROOT, start, wait_for, wait_until
+from conftest import ROOT, start, wait_until
 from optuna.trial import TrialState
 from servers import BINARIES, Dask, MlflowServer, Postgres, Process, TcpProxy, ask
 
@@ -433,7 +433,7 @@ def test_what_runs_when_the_main_process_is_killed_is_finished_and_not_run_again
 ) -> None:
     config = whole.settings(clouds)
     process = start(in_folder, *options(config))
-    began = wait_for(lambda: len(found := running(whole, config)) == 3 and found, process)
+    began = wait_until(lambda: len(found := running(whole, config)) == 3 and found, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     result = pipeline.run(config)
@@ -450,7 +450,7 @@ def test_what_runs_at_the_second_ctrl_c_is_ended_and_stops_by_itself(
 ) -> None:
     config = whole.settings(clouds, epochs=100_000, n_trials=3)
     process = start(in_folder, *options(config))
-    wait_for(lambda: len(running(whole, config)) == 3, process)
+    wait_until(lambda: len(running(whole, config)) == 3, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.stdout is not None
     for line in process.stdout:

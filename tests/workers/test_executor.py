@@ -16,7 +16,7 @@ import invariants
 import numpy as np
 import psutil
 import pytest
-from conftest import Process, command, running_owners, start, start_anew, wait_for
+from conftest import Process, command, running_owners, start, start_anew, wait_until
 from optuna.trial import TrialState
 
 from search import pipeline
@@ -232,7 +232,7 @@ def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
 def test_a_killed_worker_costs_its_trial_and_not_the_budget(tmp_path: Path, clouds: Path) -> None:
     (tmp_path / "search.py").write_text("raise ImportError('a namesake')")
     process = start_anew(tmp_path, *options(clouds, 3))
-    victim = wait_for(lambda: running_owners(tmp_path), process).pop()
+    victim = wait_until(lambda: running_owners(tmp_path), process).pop()
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (0, "")
@@ -248,7 +248,7 @@ def test_workers_die_with_a_killed_main_process_and_the_next_run_completes(
     in_folder: Path, clouds: Path
 ) -> None:
     process = start(in_folder, *options(clouds, 2))
-    wait_for(lambda: running_owners(in_folder), process)
+    wait_until(lambda: running_owners(in_folder), process)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(workers(process)) == 2
     process.kill()
