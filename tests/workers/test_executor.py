@@ -75,7 +75,7 @@ class Scripted:
         self._submitted = submitted
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        _, place = args
+        *_, place = args
         self._submitted.append(place)
         future: Future[Any] = Future()
         if len(self._submitted) > 1:
@@ -98,6 +98,7 @@ def test_a_trial_that_ended_as_its_worker_died_is_not_run_again(
     told: list[int] = []
     with engine.Executor(StudyConfig(workers=2), "run", dataset) as workers:
         stopped = workers.run_trials(
+            int,
             range(4),
             lambda outcome: told.append(outcome.slot),
             lambda: [place for place in (1, 2, 3) if place not in told],  # 0 is finished
@@ -119,11 +120,10 @@ def test_a_death_is_charged_to_the_task_of_the_process_that_died_and_to_no_other
     def missing() -> list[tuple[int, ...]]:
         return [(number,) for number in (0, 1, 2) if number not in done]
 
+    monkeypatch.setattr(engine.tasks, "call", crash.die_twice)
     monkeypatch.setattr(pool, "_start_method", lambda: multiprocessing.get_context("spawn"))
     with engine.Executor(StudyConfig(workers=2), str(tmp_path), nothing) as workers:
-        workers._run(
-            crash.die_twice, missing(), lambda _, number: done.append(number), missing, lambda: None
-        )
+        workers._run(int, missing(), lambda _, number: done.append(number), missing, lambda: None)
     assert sorted(done) == [0, 1, 2]
     starts = [path.name.split("-")[0] for path in tmp_path.glob("*-*")]
     assert sorted(starts) == [*"0", *"111", *"222"]  # the long one went on all the while
@@ -137,7 +137,7 @@ def outcomes(
     left = dict(failing)
     failed: set[int] = set()
 
-    def call(_: str, __: str, place: int) -> TrialSummary:
+    def call(_: object, __: str, place: int) -> TrialSummary:
         fails = left.get(place, 0) > 0
         left[place] = left.get(place, 0) - 1
         given_up = fails and place in failed
@@ -149,6 +149,7 @@ def outcomes(
     seen: list[tuple[int, str]] = []
     with engine.Executor(StudyConfig(workers=1), "run", nothing) as workers:
         workers.run_trials(
+            int,
             range(8),
             lambda outcome: seen.append((outcome.slot, outcome.state)),
             list,
