@@ -113,6 +113,7 @@ def read_until(process: forks.Python, beginning: str) -> None:
     pytest.fail(f"no line began with {beginning!r}: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_the_running_trials_and_prints_the_summary(
     tmp_path: Path, clouds: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
     ended(process, 130, "interrupted by Ctrl-C", tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_at_once(tmp_path: Path, clouds: Path) -> None:
     process = search(tmp_path, clouds, epochs=300)
     wait_until(lambda: len(running_owners(tmp_path)) == 2, process)

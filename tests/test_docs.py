@@ -200,6 +200,7 @@ def test_the_table_is_searched_and_its_model_answers_rows(in_folder: Path) -> No
     assert len(re.findall(r"^probability_cultivar \d +0\.\d+", answers, re.MULTILINE)) == 2 * 3
 
 
+@pytest.mark.slow
 def test_the_function_on_the_page_of_data_is_a_dataset(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,6 +308,7 @@ def test_numbers_in_a_space_stay_what_they_are(
     assert [type(value) for value in found] == [type(value) for value in values]
 
 
+@pytest.mark.slow
 def test_a_network_of_logits_fails_its_trials_with_the_remedy(
     in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

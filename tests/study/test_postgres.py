@@ -209,6 +209,7 @@ def test_every_connection_is_in_one_time_zone_whatever_the_servers_is(url: str) 
     assert zones == {"UTC"}
 
 
+@pytest.mark.slow
 def test_a_running_trial_sends_heartbeats_also_after_the_server_was_away(
     url: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def test_optuna_itself_fails_no_trial_without_a_reason(url: str) -> None:
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_a_worker_reads_of_a_server_what_it_reads_of_a_file(url: str) -> None:
     study = slotted(url)
     every = optuna.load_study(study_name=study.study_name, storage=storage.open_storage(url))

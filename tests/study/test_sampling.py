@@ -301,6 +301,7 @@ def test_a_pruner_that_is_shown_little_decides_as_one_that_is_shown_everything(
     assert decisions(search(settings, slots=40)) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pruner", "space", "direction"),
     [

@@ -45,6 +45,7 @@ def finished_trial(epochs: int) -> optuna.trial.FrozenTrial:
     return trial
 
 
+@pytest.mark.slow
 def test_a_run_is_written_from_its_trial_and_writing_it_again_changes_nothing(
     tracking: Tracking, clouds: Path
 ) -> None:

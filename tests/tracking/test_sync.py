@@ -251,6 +251,7 @@ TOGETHER: list[dict[Damage, int]] = [  # which damages, each of which trial
 ]
 
 
+@pytest.mark.slow
 def test_every_damage_is_one(study: Damaged, template: Damaged) -> None:
     assert {damage for damages in TOGETHER for damage in damages} == SAID.keys() - {point_changed}
     for damage in SAID:
@@ -327,6 +328,7 @@ def test_the_doctor_on_the_command_line(study: Damaged, capsys: pytest.CaptureFi
     assert "--study-name must come after the verb" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failure_that_an_earlier_version_stored_raw_is_repaired_shown_and_reported(
     study: Damaged, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_strength_scales_the_distortion_down_to_none(kind: str) -> None:
     assert changes[0] < changes[1] < changes[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_channels_of_an_image_move_together_and_it_need_not_be_square(kind: str) -> None:
     grey = np.random.default_rng(0).uniform(size=(5, 12, 20, 1)).astype(np.float32)

@@ -94,7 +94,11 @@ def by_both(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"optimizer": "adamw", "batch_normalization": True}, {"optimizer": "nadam"}, {}],
+    [
+        pytest.param({"optimizer": "adamw", "batch_normalization": True}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": "nadam"}, marks=pytest.mark.slow),
+        {},
+    ],
     ids=str,
 )
 def test_a_training_learns_what_the_plain_loop_learns(
@@ -118,6 +122,7 @@ def test_weights_decay_and_biases_do_not() -> None:
     assert bias > 0.99
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_keras_own(graphs: OrderedDict[str, Any]) -> None:
     what = tried(optimizer="sgd", learning_rate=0.1, weight_decay=0.5, label_smoothing=0.3)
     labels = np.eye(CLASSES, dtype=np.float32)[examples(FEW)[1]]
@@ -128,6 +133,7 @@ def test_label_smoothing_is_keras_own(graphs: OrderedDict[str, Any]) -> None:
     assert history["val_loss"][-1] == pytest.approx(loss_of(ours, held_out), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "start", "up", "kind", "changed"),
     [
@@ -154,6 +160,7 @@ def test_a_schedule_is_keras_own_over_all_steps(
     assert float(ours.optimizer.learning_rate) == pytest.approx(0.05)  # to train on with
 
 
+@pytest.mark.slow
 def test_a_training_that_ends_early_is_the_start_of_the_whole_one() -> None:
     what = tried(schedule="one_cycle", dropout_rate=0.2)
     whole = train(build(what), what, examples(RAGGED), epochs=5)
@@ -161,6 +168,7 @@ def test_a_training_that_ends_early_is_the_start_of_the_whole_one() -> None:
     assert start["loss"] == whole["loss"][:2]
 
 
+@pytest.mark.slow
 def test_early_stopping_gives_back_the_best_weights() -> None:
     what = tried(early_stopping=2, learning_rate=0.1)
     held_out = examples(200, 1)
@@ -327,6 +335,7 @@ def test_networks_that_differ_share_no_graph(
         assert len(graphs) == count
 
 
+@pytest.mark.slow
 def test_a_network_within_that_has_weights_of_its_own_learns() -> None:
     def made(_: Any, shape: Any, classes: int) -> keras.Model:
         last = keras.layers.Dense(classes, activation="softmax")
@@ -377,6 +386,7 @@ def test_a_network_of_a_regression_learns_as_keras_and_counts_its_metrics(tmp_pa
     assert np.asarray(registered(x)) == pytest.approx(np.asarray(net(x)) * 20 + 100, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_weights_train_as_keras_fit_does_with_them(smoothing: float) -> None:
     data = examples(96, 0)

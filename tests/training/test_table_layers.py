@@ -66,6 +66,7 @@ def test_the_registered_model_of_rows_answers_as_the_network_on_encoded_ones(
     np.testing.assert_allclose(loaded(inputs), network(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_embeddings_are_trained_and_their_first_values_depend_on_the_seed_alone() -> None:
     columns = adapt(FRAME[["age", "city", "street"]])
     x, y = columns.encode(columns.rows(FRAME)), np.arange(300, dtype=np.int32) % 2

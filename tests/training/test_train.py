@@ -95,6 +95,7 @@ def test_the_steps_are_those_of_the_plain_loop_after_other_rates_used_the_graph(
     assert int(ours.optimizer.iterations) == int(plain.optimizer.iterations) == 4
 
 
+@pytest.mark.slow
 def test_50_steps_an_epoch_are_those_of_the_plain_loop_each_epoch_in_an_order_of_its_own() -> None:
     ours, plain = network(), network()
     before = ours.get_weights()
@@ -195,6 +196,7 @@ def test_dropout_drops_in_training_by_its_rate_and_seed() -> None:
     assert losses[2] > 1.2 * losses[0]
 
 
+@pytest.mark.slow
 def test_bytes_train_as_their_scaled_floats() -> None:
     random = np.random.default_rng(0)
     x = random.integers(0, 256, (RAGGED, FEATURES)).astype(np.uint8)
@@ -259,6 +261,7 @@ assert int(net.optimizer.iterations) == 102
 """
 
 
+@pytest.mark.slow
 def test_the_trained_model_is_plain_keras_and_loads_where_this_package_is_not(
     tmp_path: Path,
 ) -> None:

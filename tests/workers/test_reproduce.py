@@ -88,6 +88,7 @@ def test_what_differs_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.changed[0].endswith(" -> 9.9")
 
 
+@pytest.mark.slow
 def test_the_command_says_so(here: Path) -> None:
     code, out, err = command(here, "reproduce", "--trial", "1")
     assert (code, err) == (0, "")
