@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before any test module imports TensorFlow
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # in pytest's processes: there are enough
+os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")  # shown nowhere
 gc.set_threshold(50_000, 10, 10)  # TensorFlow makes millions of objects
 
 TRIALS, EPOCHS = 12, 3

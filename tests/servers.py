@@ -258,24 +258,18 @@ class Dask:
         self._folder = folder
         self._port = free_port()
         self.address = f"tcp://127.0.0.1:{self._port}"
-        self._processes: list[Process] = []
+        self._processes: list[forks.Python] = []
         self.start_scheduler()
 
-    def _start(
-        self, log: str, *command: str, disguise: tuple[str, ...] = (), **environment: str
-    ) -> Process:
-        """Start a process, a new interpreter where its machine or environment is another."""
-        arguments = ["-m", f"distributed.cli.dask_{command[0]}", *command[1:]]
-        process: Process
+    def _start(self, log: str, *command: str, first: str = "") -> forks.Python:
         with (self._folder / log).open("ab") as file:
-            given: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), file.fileno())
-            given |= {"cwd": self._folder, "env": {**os.environ, **environment}}
-            if disguise or environment:
-                process = subprocess.Popen(
-                    [*disguise, sys.executable, *arguments], start_new_session=True, **given
-                )
-            else:
-                process = forks.Python(arguments, **given)
+            process = forks.Python(
+                ["-m", f"distributed.cli.dask_{command[0]}", *command[1:]],
+                cwd=self._folder,
+                stdout=file.fileno(),
+                stderr=file.fileno(),
+                first=first,
+            )
         self._processes.append(process)
         return process
 
@@ -291,28 +285,18 @@ class Dask:
         wait_for(f"http://127.0.0.1:{page}/health", self.scheduler, log)
 
     def start_worker(
-        self,
-        threads: int = 1,
-        scheduler: str | None = None,
-        host: str | None = None,
-        **environment: str,
-    ) -> Process:
+        self, threads: int = 1, scheduler: str | None = None, first: str = ""
+    ) -> forks.Python:
         """Start a worker, without a nanny, which would start it again; it may take a while.
 
-        host: the name that its machine seems to have.
+        first: a statement that its process executes before all else.
         """
         folder = tempfile.mkdtemp(prefix="worker-", dir=self._folder)
-        disguise = (
-            ()
-            if host is None
-            else ("unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "")
-        )
         return self._start(
             "workers.log",
             *("worker", scheduler or self.address, "--host", "127.0.0.1", "--no-nanny"),
             *("--nthreads", str(threads), "--no-dashboard", "--local-directory", folder),
-            disguise=disguise,
-            **environment,
+            first=first,
         )
 
     def stop(self) -> None:

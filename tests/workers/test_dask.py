@@ -12,7 +12,7 @@ from typing import Any
 
 import invariants
 import pytest
-from conftest import ROOT, start, wait_until
+from conftest import start, wait_until
 from optuna.trial import TrialState
 from servers import BINARIES, Dask, MlflowServer, Postgres, Process, TcpProxy, ask
 
@@ -268,6 +268,13 @@ def test_a_killed_worker_costs_its_trials_one_cut_off_leaves_and_one_that_joins_
     assert any("left RUNNING by a process that is gone" in line for line in hearing.lines)
 
 
+ELSEWHERE = """
+import ctypes, socket
+ctypes.CDLL(None).unshare(0x04000000)  # CLONE_NEWUTS: a host name of its own
+socket.sethostname("elsewhere")
+"""
+
+
 @pytest.mark.skipif(
     subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0,
     reason="this system lets nobody give a process another host's name",
@@ -275,7 +282,7 @@ def test_a_killed_worker_costs_its_trials_one_cut_off_leaves_and_one_that_joins_
 def test_a_trial_of_a_worker_on_another_host_is_lost_when_it_gives_no_sign_of_life(
     whole: Site, in_folder: Path, clouds: Path, alone: dict[int, Any]
 ) -> None:
-    elsewhere = whole.dask.start_worker(1, host="elsewhere")
+    elsewhere = whole.dask.start_worker(first=ELSEWHERE)
     config = whole.settings(clouds)
     silent: list[Any] = []
 
@@ -307,10 +314,9 @@ def test_a_trial_of_a_worker_on_another_host_is_lost_when_it_gives_no_sign_of_li
     assert [trial._trial_id for trial in lost(found)] == silent
 
 
-def hide(folder: Path, package: str, installed: str = "") -> None:
-    """Let interpreters with `folder` on their path know `package` only by the name `installed`."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(
+def without(package: str, installed: str = "") -> str:
+    """What lets a process know `package` only by the name `installed`."""
+    return (
         "import importlib.metadata as found\n"
         "version = found.version\n"
         "def without(name):\n"
@@ -322,19 +328,24 @@ def hide(folder: Path, package: str, installed: str = "") -> None:
     )
 
 
+def with_path(folder: Path) -> str:
+    """What lets a process find packages in `folder` before all others."""
+    return f"import sys; sys.path.insert(0, {str(folder)!r})"
+
+
 def test_workers_with_other_packages_are_refused_and_slow_ones_are_named(
     whole: Site, clouds: Path, tmp_path: Path
 ) -> None:
-    for name, version in (("keras", "3.14.0"), ("search", "0.0.9")):
+    versions = {"keras": "3.14.0", "search": "0.0.9"}
+    for name, version in versions.items():
         info = tmp_path / f"other-{name}" / f"{name}-{version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    hide(tmp_path / "other-none", "search")
-    hide(tmp_path / "other-build", "tensorflow", installed="tensorflow-cpu")
     other = Dask(tmp_path)
     try:
-        for name in ("keras", "search", "none"):
-            other.start_worker(PYTHONPATH=str(tmp_path / f"other-{name}"))
+        for name in versions:
+            other.start_worker(first=with_path(tmp_path / f"other-{name}"))
+        other.start_worker(first=without("search"))
         client = connect(other.address)
         client.wait_for_workers(3, timeout=60)
         config = whole.settings(clouds, n_trials=2, epochs=1, scheduler=other.address)
@@ -352,8 +363,9 @@ def test_workers_with_other_packages_are_refused_and_slow_ones_are_named(
         assert all(line.endswith(remedy) for line in refused)
 
         # the same TensorFlow, in a package of another name
-        build = os.pathsep.join([str(tmp_path / "other-build"), str(ROOT)])
-        fit = other.start_worker(MALLOC_TRIM_THRESHOLD_="65536", PYTHONPATH=build)
+        trims = "import os; os.environ['MALLOC_TRIM_THRESHOLD_'] = '65536'\n"
+        build = without("tensorflow", installed="tensorflow-cpu")
+        fit = other.start_worker(first=trims + build)
         client.wait_for_workers(4, timeout=60)
         client.close()
         hearing = Hearing()
