@@ -1,6 +1,7 @@
 """The architecture: contracts on what may import what, and what loads at once."""
 
 import ast
+import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +16,10 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 FOLDERS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 HEAVY = {"tensorflow", "keras", "mlflow", "optuna", "numpy"}
 KERAS = {"keras", "tensorflow"}
+WAY = (  # from the command to the step that trains
+    *("study.py", "search/cli.py", "search/pipeline.py", "search/workers/trial.py"),
+    *("search/training/train.py", "search/training/epoch.py"),
+)
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -54,6 +59,22 @@ def test_only_the_study_builds_optunas_storages() -> None:
 
     found = {module for module in MODULES if "RDBStorage" in names(module)}
     assert found == {"study/storage.py", "study/postgres.py", "study/outline.py"}
+
+
+def test_on_the_way_to_the_step_that_trains_each_file_imports_the_next() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    _, described = page.split("From the command to the step that trains", 1)
+    places = [described.index(f"`{file.removeprefix('search/')}") for file in WAY]
+    assert places == sorted(places)
+    for here, there in itertools.pairwise(WAY):
+        imports = [
+            f"{node.module}.{name.name}"
+            for node in ast.walk(ast.parse((ROOT / here).read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for name in node.names
+        ]
+        module = there.removesuffix(".py").replace("/", ".")
+        assert any(f"{imported}.".startswith(f"{module}.") for imported in imports), (here, there)
 
 
 STAGES = """
