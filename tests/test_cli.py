@@ -101,7 +101,9 @@ def test_help_names_every_option(tmp_path: Path) -> None:
 def search(folder: Path, dataset: Path, epochs: int) -> forks.Python:
     options = ("--n-trials", "60", "--workers", "2", "--hidden-units", "8", "--pruner", "none")
     return start(
-        folder, "--dataset", str(dataset), "--epochs", str(epochs), "--report", "none", *options
+        folder,
+        *("--dataset", str(dataset), "--epochs", str(epochs), *options),
+        *("--report", "none", "--baselines", "none"),
     )
 
 

@@ -80,14 +80,14 @@ def test_the_pages_custom_model_is_searched_by_two_workers_registered_and_reprod
     """On the data of a function, which is called once."""
     assert COMMAND is not None
     (folder / "read.py").write_text(FUNCTION)
-    options = (*COMMAND[1].split(), *SMALL, "--dataset", "read:load")
+    options = (*COMMAND[1].split(), *SMALL, "--n-trials", "2", "--dataset", "read:load")
     name = options[options.index("--study-name") + 1]
     code, out, err = conftest.command(folder, *options, "--workers", "2")
     assert (code, err) == (0, "")
     assert "read:load: 360 / 40 / 100 examples to train, validate, test (stratified split)" in out
     assert (folder / "calls.txt").read_text() == "read\n"
     assert "pooling " in out
-    found = invariants.check(folder, 3, study_name=name)
+    found = invariants.check(folder, 2, study_name=name)
     searched = {"filters", "kernel", "dropout", "pooling", "learning_rate", "optimizer"}
     for trial in found["trials"]:
         assert set(trial.params) == searched

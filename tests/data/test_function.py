@@ -388,7 +388,7 @@ def test_a_pipeline_is_searched_resumed_and_reproduced(in_folder: Path) -> None:
             "--epochs",
             "2",
             "--hidden-units",
-            "4,8",
+            "4",
             "--study-name",
             "own",
         ),

@@ -3,12 +3,14 @@
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import requests
 from conftest import EPOCHS, TRIALS, start
+from in_process import command
 
 from search.task import KINDS
 
@@ -107,16 +109,13 @@ def test_optuna_dashboard_shows_the_study_its_trials_and_their_curves(
 
 
 def test_a_database_without_the_studys_runs_is_refused(finished: dict[str, Any]) -> None:
-    process = start(finished["folder"], "ui", "--tracking-uri", "sqlite:///other.db")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (2, "")
+    code, out, err = command(finished["folder"], "ui", "--tracking-uri", "sqlite:///other.db")
+    assert (code, out) == (2, "")
     assert "sqlite:///other.db has no experiment MNIST_Classification" in err
     assert not (finished["folder"] / "other.db").exists()
 
 
-def test_what_is_no_study_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("empty")
-    process = start(folder, "ui")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (2, "")
+def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
+    code, out, err = command(tmp_path, "ui")
+    assert (code, out) == (2, "")
     assert err.startswith("error: --study-name must be a study of this tool")

@@ -384,7 +384,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
 
     config = StudyConfig(
         dataset=str(clouds),
-        n_trials=5,
+        n_trials=3,
         epochs=15,
         hidden_units="8",
         report="none",
@@ -398,7 +398,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
         over.set()
         cutting.join()
     assert cuts > 30
-    found = invariants.check(in_folder, 5, url=url)
+    found = invariants.check(in_folder, 3, url=url)
     assert pipeline.run(config).repaired == ()
     finished = {TrialState.COMPLETE, TrialState.PRUNED}
     unheard = [trial for trial in found["trials"] if trial.state not in finished]

@@ -136,7 +136,7 @@ def config(clouds: Path, **changed: Any) -> StudyConfig:
         "dataset": str(clouds),
         "epochs": 2,
         "n_trials": TRIALS,
-        "hidden_units": "8,16",
+        "hidden_units": "8",
         "workers": 1,
         "pruner": "none",
         "report": "none",
@@ -233,8 +233,9 @@ def test_the_finalists_are_runs_of_their_own_and_the_best_mean_is_registered(
 
 @pytest.mark.slow
 def test_stopped_among_the_finalists_the_next_run_goes_on_and_ends_the_same(
-    whole: dict[str, Any], in_folder: Path, clouds: Path
+    whole: dict[str, Any], searched: Path, in_folder: Path, clouds: Path
 ) -> None:
+    copy_databases(searched, in_folder)
     seen = []
     for error in (None, KeyboardInterrupt, Killed, None):  # each after one more repeat
         listener = Repeats(1, error)

@@ -1,6 +1,5 @@
 """Trials as tasks: exact budgets whatever dies, and early stops that still leave a model."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -10,13 +9,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import crash
+import forks
 import in_process
 import invariants
 import numpy as np
 import psutil
 import pytest
-from conftest import Process, command, running_owners, start, start_anew, wait_until
+from conftest import ROOT, Process, command, running_owners, start, start_anew, wait_until
 from optuna.trial import TrialState
 
 from search import pipeline
@@ -111,20 +110,33 @@ def test_a_trial_that_ended_as_its_worker_died_is_not_run_again(
     assert sorted(told) == [1, 2, 3]
 
 
+DYING = """
+import sys
+
+folder, tests = sys.argv[1:]
+sys.path.insert(0, tests)  # workers look there, too
+import crash
+from search import StudyConfig
+from search.workers import executor
+
+done = []
+
+def missing():
+    return [(number,) for number in (0, 1, 2) if number not in done]
+
+executor.tasks.call = crash.die_twice
+with executor.Executor(StudyConfig(workers=2), folder, None) as workers:
+    workers._run(int, missing(), lambda _, number: done.append(number), missing, lambda: None)
+print(*sorted(done))
+"""
+
+
 def test_a_death_is_charged_to_the_task_of_the_process_that_died_and_to_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    nothing: Any = None
-    done: list[int] = []
-
-    def missing() -> list[tuple[int, ...]]:
-        return [(number,) for number in (0, 1, 2) if number not in done]
-
-    monkeypatch.setattr(engine.tasks, "call", crash.die_twice)
-    monkeypatch.setattr(pool, "_start_method", lambda: multiprocessing.get_context("spawn"))
-    with engine.Executor(StudyConfig(workers=2), str(tmp_path), nothing) as workers:
-        workers._run(int, missing(), lambda _, number: done.append(number), missing, lambda: None)
-    assert sorted(done) == [0, 1, 2]
+    process = forks.Python(["-c", DYING, str(tmp_path), str(ROOT / "tests")], cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (0, "0 1 2\n", "")
     starts = [path.name.split("-")[0] for path in tmp_path.glob("*-*")]
     assert sorted(starts) == [*"0", *"111", *"222"]  # the long one went on all the while
 
@@ -224,7 +236,7 @@ def workers(process: Process) -> list[psutil.Process]:
 def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
     return (
         *("--dataset", str(dataset), "--n-trials", str(trials), "--epochs", str(epochs)),
-        *("--workers", "2", "--hidden-units", "8,16", "--pruner", "none"),
+        *("--workers", "2", "--hidden-units", "8", "--pruner", "none"),
         *("--report", "none", "--baselines", "none"),
     )
 
@@ -232,12 +244,12 @@ def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
 @pytest.mark.slow
 def test_a_killed_worker_costs_its_trial_and_not_the_budget(tmp_path: Path, clouds: Path) -> None:
     (tmp_path / "search.py").write_text("raise ImportError('a namesake')")
-    process = start_anew(tmp_path, *options(clouds, 3))
+    process = start_anew(tmp_path, *options(clouds, 2))
     victim = wait_until(lambda: running_owners(tmp_path), process).pop()
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (0, "")
-    found = invariants.check(tmp_path, 3)
+    found = invariants.check(tmp_path, 2)
     (failed,) = [trial for trial in found["trials"] if trial.state is TrialState.FAIL]
     assert failed.user_attrs["owner"]["pid"] == victim
     assert failed.user_attrs["failure"].startswith("lost: ")
@@ -304,7 +316,7 @@ def test_five_failing_configurations_in_a_row_end_the_run_and_every_one_says_why
     code, out, err = command(
         tmp_path,
         *options(tmp_path / "huge.npz", 20, epochs=2),
-        *("--hidden-units", "8", "--normalize", "none"),
+        *("--normalize", "none"),
     )
     assert code == 1
     assert err.count("\n") == 1

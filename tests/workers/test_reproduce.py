@@ -6,13 +6,15 @@ from typing import Any
 
 import invariants
 import pytest
-from conftest import command, copy_databases, run_elsewhere
+from conftest import copy_databases, run_elsewhere
+from in_process import command
 
 from search import pipeline
 from search.config.settings import StudyConfig
 from search.errors import InputError
+from search.report.progress import Progress
 from search.study import storage
-from search.study.trials import amend_trial
+from search.study.trials import TrialSummary, amend_trial
 from search.training import environment
 from search.workers.reproduce import Reproduction, reproduce
 
@@ -23,7 +25,7 @@ def config(clouds: Path, **changed: Any) -> StudyConfig:
     settings = {
         "epochs": 3,
         "n_trials": TRIALS,
-        "hidden_units": "8,16",
+        "hidden_units": "8",
         "report": "none",
         "baselines": "none",
     }
@@ -33,10 +35,16 @@ def config(clouds: Path, **changed: Any) -> StudyConfig:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Path:
     """A study that one process began and two others, in another run, went on with."""
+
+    class Stopped(Progress):
+        def trial(self, outcome: TrialSummary, best: float | None) -> None:
+            if outcome.number == 1:
+                self.stop()
+
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pipeline.run(config(clouds, workers=1, n_trials=2))
+        assert pipeline.run(config(clouds, workers=1), Stopped()).ran == 2
         run_elsewhere(config(clouds, workers=2))
     return folder
 
