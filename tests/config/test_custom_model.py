@@ -272,10 +272,7 @@ print([epoch["train_loss"] for epoch in history])
 
 
 @pytest.mark.slow
-def test_a_module_that_starts_tensorflow_does_not_change_the_digits(
-    folder: Path, digits: Path
-) -> None:
-    (folder / "digits.npz").write_bytes(digits.read_bytes())
+def test_a_module_that_starts_tensorflow_does_not_change_the_digits(folder: Path) -> None:
     (folder / "late.py").write_text(CONVOLUTION)
     (folder / "early.py").write_text(CONVOLUTION + "\n\nkeras.random.uniform((2, 2))\n")
     losses = [

@@ -40,11 +40,18 @@ def served(finished: dict[str, Any]) -> Iterator[dict[str, Any]]:
             requests.get(address, timeout=5)
 
 
+@pytest.fixture(scope="module")
+def page(browser: Any) -> Iterator[Any]:
+    """One for all: another address on a page of MLflow's does not load its megabytes again."""
+    page = browser.new_page(viewport={"width": 1600, "height": 1400}, reduced_motion="reduce")
+    yield page
+    page.close()
+
+
 @pytest.mark.slow
 def test_mlflow_shows_the_parent_with_its_nested_trials(
-    served: dict[str, Any], finished: dict[str, Any], browser: Any
+    served: dict[str, Any], finished: dict[str, Any], page: Any
 ) -> None:
-    page = browser.new_page(viewport={"width": 1600, "height": 1400})
     page.goto(served["mlflow"])
     parent = page.get_by_role("link", name="mnist-dnn", exact=True)
     parent.wait_for()
@@ -52,14 +59,12 @@ def test_mlflow_shows_the_parent_with_its_nested_trials(
     page.get_by_role("gridcell").filter(has=parent).get_by_role("button").first.click()
     for number in range(TRIALS):
         page.get_by_role("link", name=f"trial-{number:04d}", exact=True).first.wait_for()
-    page.close()
 
 
 @pytest.mark.slow
 def test_mlflow_shows_the_curves_of_a_trial(
-    served: dict[str, Any], finished: dict[str, Any], browser: Any
+    served: dict[str, Any], finished: dict[str, Any], page: Any
 ) -> None:
-    page = browser.new_page(viewport={"width": 1600, "height": 1400})
     run = finished["runs"][0].info
     page.goto(f"{served['mlflow'].removesuffix('/runs')}/runs/{run.run_id}/model-metrics")
     names = "train_loss", "train_accuracy", *KINDS["classification"].metrics
@@ -70,14 +75,12 @@ def test_mlflow_shows_the_curves_of_a_trial(
         "plot => plot.data[0]?.y?.length === length).length === plots",
         arg=[EPOCHS, len(names)],
     )
-    page.close()
 
 
 @pytest.mark.slow
 def test_mlflow_shows_the_summary_and_the_winners_pictures(
-    served: dict[str, Any], finished: dict[str, Any], browser: Any
+    served: dict[str, Any], finished: dict[str, Any], page: Any
 ) -> None:
-    page = browser.new_page(viewport={"width": 1600, "height": 2000})
     runs = served["mlflow"]
     page.goto(f"{runs}/{finished['parent'].info.run_id}")
     page.get_by_text("Study mnist-dnn searched").first.wait_for()
@@ -85,27 +88,24 @@ def test_mlflow_shows_the_summary_and_the_winners_pictures(
     for name in ("confusion_matrix.png", "mistakes.png"):
         page.get_by_text(name, exact=True).first.click()
         page.locator("img[src^='blob:'], img[src*='get-artifact']").first.wait_for()
-    page.close()
 
 
 @pytest.mark.slow
 def test_optuna_dashboard_shows_the_study_its_trials_and_their_curves(
-    served: dict[str, Any], finished: dict[str, Any], browser: Any
+    served: dict[str, Any], finished: dict[str, Any], page: Any
 ) -> None:
-    page = browser.new_page(viewport={"width": 1600, "height": 1400})
-    page.goto(f"{served['dashboard']}/trials")
-    page.get_by_text(f"{TRIALS} Trials").wait_for()
-    for number in range(TRIALS):
-        page.get_by_text(f"Trial {number}", exact=True).first.wait_for()
     page.goto(served["dashboard"])
     page.wait_for_function(
         "lengths => JSON.stringify(document.querySelector('#graph-intermediate-values')?.data"
         "?.map(line => line.x.length).sort()) === JSON.stringify(lengths)",
         arg=sorted(len(trial.intermediate_values) for trial in finished["trials"]),
     )
-    page.goto(f"{served['dashboard']}/note")
+    page.locator("a[href$='/trials']").first.click()
+    page.get_by_text(f"{TRIALS} Trials").wait_for()
+    for number in range(TRIALS):
+        page.get_by_text(f"Trial {number}", exact=True).first.wait_for()
+    page.locator("a[href$='/note']").first.click()
     page.get_by_text(finished["parent"].info.run_id).first.wait_for()
-    page.close()
 
 
 def test_a_database_without_the_studys_runs_is_refused(finished: dict[str, Any]) -> None:
