@@ -12,7 +12,7 @@ import optuna
 import psycopg
 import pytest
 import sqlalchemy
-from conftest import ROOT
+from conftest import ROOT, wait_until
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from servers import BINARIES, Postgres, ask
@@ -217,15 +217,15 @@ def test_a_running_trial_sends_heartbeats_also_after_the_server_was_away(
     study = slotted(url)
     last = "SELECT heartbeat FROM trial_heartbeats"
 
-    def objective(trial: optuna.Trial) -> float:
+    def wait_for_another() -> None:
         before = ask(url, last)
-        while ask(url, last) == before:
-            pass
+        wait_until(lambda: ask(url, last) != before)
+
+    def objective(trial: optuna.Trial) -> float:
+        wait_for_another()
         postgres.stop()
         postgres.start()
-        before = ask(url, last)
-        while ask(url, last) == before:
-            pass
+        wait_for_another()
         return 1.0
 
     study.optimize(objective, n_trials=1)
@@ -385,7 +385,7 @@ def test_connections_that_are_cut_in_the_middle_of_statements_lose_nothing(
     config = StudyConfig(
         dataset=str(clouds),
         n_trials=3,
-        epochs=15,
+        epochs=12,
         hidden_units="8",
         report="none",
         baselines="none",
