@@ -31,7 +31,7 @@ from search.workers import reproduce, tasks
 
 
 def config(clouds: Path, **settings: object) -> StudyConfig:
-    base = {"dataset": str(clouds), "epochs": 2, "n_trials": 3, "hidden_units": "8,16"}
+    base = {"dataset": str(clouds), "epochs": 2, "n_trials": 3, "hidden_units": "8"}
     base |= {"workers": 1, "report": "none", "baselines": "none"}
     return StudyConfig(**{**base, **settings})  # type: ignore[arg-type]
 
@@ -310,7 +310,7 @@ def at_their_limits(in_folder: Path) -> StudyConfig:
     x = np.random.default_rng(0).normal(size=(classes * 3, 4)).astype("float32")
     y = np.arange(classes * 3) % classes
     np.savez(LONGEST["dataset"], x_train=x, y_train=y, x_test=x, y_test=y)
-    return config(in_folder, n_trials=1, epochs=1, **{"hidden_units": "8", **LONGEST})
+    return config(in_folder, n_trials=1, epochs=1, **LONGEST)
 
 
 def check_most_frequent_confusions(result: Result) -> None:
