@@ -29,7 +29,7 @@ EXAMPLE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
 SERVE, ASK = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)[:2]
 NAMES = "cat", "dog & fox"
 SMALL = (
-    *("--n-trials", "2", "--epochs", "2", "--hidden-units", "8,16", "--workers", "1"),
+    *("--n-trials", "2", "--epochs", "2", "--hidden-units", "8", "--workers", "1"),
     *("--learning-rate", "0.01"),
 )
 pytestmark = pytest.mark.slow

@@ -34,7 +34,7 @@ STEPS = (
 
 
 def small(dataset: Path, **changed: Any) -> StudyConfig:
-    settings = {"epochs": 1, "n_trials": TRIALS, "workers": 1, "hidden_units": "8,16"}
+    settings = {"epochs": 1, "n_trials": TRIALS, "workers": 1, "hidden_units": "8"}
     return StudyConfig(
         dataset=str(dataset), report="none", baselines="none", **{**settings, **changed}
     )

@@ -12,8 +12,8 @@ from in_process import command
 
 OPTIONS = (
     *("--dataset", "people.csv", "--target", "answer", "--study-name", "people"),
-    *("--model-name", "People", "--n-trials", "2", "--epochs", "3", "--workers", "1"),
-    *("--hidden-units", "8,16", "--report", "none", "--baselines", "none"),
+    *("--model-name", "People", "--n-trials", "1", "--epochs", "3", "--workers", "1"),
+    *("--hidden-units", "8", "--report", "none", "--baselines", "none"),
 )
 ROWS = 300
 

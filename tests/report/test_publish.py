@@ -26,7 +26,7 @@ def of_study(path: Path) -> str:
 
 
 def small(clouds: Path, **changed: Any) -> StudyConfig:
-    settings = {"n_trials": 1, "epochs": 1, "workers": 1, "hidden_units": "4", "baselines": "none"}
+    settings = {"n_trials": 1, "epochs": 1, "workers": 1, "hidden_units": "8", "baselines": "none"}
     return StudyConfig(dataset=str(clouds), study_name="first", **{**settings, **changed})
 
 

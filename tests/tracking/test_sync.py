@@ -83,7 +83,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, clouds: Path) -> Damaged:
         epochs=2,
         n_trials=TRIALS,
         workers=1,
-        hidden_units="8,16",
+        hidden_units="8",
         report="none",
     )
     with pytest.MonkeyPatch.context() as patch:
