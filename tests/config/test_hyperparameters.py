@@ -34,7 +34,8 @@ VALUES: dict[str, dict[str, Any]] = {  # of each trial, several at once
     "five layers": {
         "hidden_layers": 5,
         "activation": "leaky_relu",
-        "optimizer": "nadam",
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
         "schedule": "cosine",
         "augmentation": "shift",
     },
@@ -46,15 +47,14 @@ VALUES: dict[str, dict[str, Any]] = {  # of each trial, several at once
         "weight_decay": 0.1,
         "early_stopping": 1,
         "batch_size": 16,
+        "augmentation": "elastic",
     },
-    "adamw": {
-        "optimizer": "adamw",
-        "weight_decay": 0.01,
+    "nadam": {
+        "optimizer": "nadam",
         "learning_rate": 0.03,
         "activation": "gelu",
         "batch_size": 1024,  # more than there are examples: a step an epoch
         "schedule": "plateau",
-        "augmentation": "elastic",
     },
     "cnn of 3 blocks, with the weight decay of adam, much at once": {
         "architecture": "cnn",
