@@ -347,6 +347,16 @@ def run_elsewhere(config: StudyConfig) -> None:
     assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """A winner's pictures are empty files: a sixth of the time that its registration takes."""
+    from search.promotion import pictures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "_figure", lambda path, _: path.touch())
+        yield
+
+
 @pytest.fixture
 def graphs() -> Iterator[OrderedDict[str, Any]]:
     """TensorFlow's graphs of this test alone; afterwards all are kept, as tracing takes long."""

@@ -36,6 +36,7 @@ ONE_TRIAL = (
     *("--n-trials", "1", "--epochs", "1", "--hidden-units", "8", "--workers", "1"),
     *("--report", "none"),
 )
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def write(name: str) -> str:
@@ -346,7 +347,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_sigterm_meanwhile_ends_the_run_in_one_line(in_folder: Path, clouds: Path) -> None:
-    given = ("--dataset", str(clouds), *ONE_TRIAL)
+    given = ("--dataset", str(clouds), *ONE_TRIAL, "--n-trials", "2")
     for workers in ("1", "2"):
         arguments = ["-c", WITH_A_SLOW_ONE, *given, "--workers", workers]
         process = forks.Python(arguments, cwd=in_folder)
@@ -363,4 +364,4 @@ def test_sigterm_meanwhile_ends_the_run_in_one_line(in_folder: Path, clouds: Pat
     code, out, err = command(in_folder, *given)
     assert (code, err) == (0, "")
     assert "\nbaselines: majority class " in out
-    invariants.check(in_folder, 1)
+    invariants.check(in_folder, 2)

@@ -27,6 +27,8 @@ from search.promotion.baselines import BestBaseline, pack
 from search.promotion.comparison import Comparison, compare_with_baseline
 from search.task import describe
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.mark.parametrize(
     ("one", "other", "p"),

@@ -15,6 +15,7 @@ from search.config.settings import StudyConfig
 
 NAME = "MNIST_DNN_Model"
 TRIALS = 2
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 class Stopped(BaseException):

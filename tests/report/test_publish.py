@@ -17,6 +17,8 @@ from search.report.progress import Result
 from search.report.text import summary
 from search.study import storage
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def of_study(path: Path) -> str:
     """The study that a report names."""

@@ -34,6 +34,7 @@ from search.tracking.runs import Tracking
 from search.tracking.sync import doctor
 
 TRIALS = 4
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @dataclass

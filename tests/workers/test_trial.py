@@ -21,6 +21,8 @@ from search.study.trials import TrialSummary, history_of
 from search.task import KINDS
 from search.workers.tasks import load_trial
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class Outcomes(Progress):
     """Remembers how trials ended; after `most` of them the run stops, without a retraining."""
