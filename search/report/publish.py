@@ -141,7 +141,12 @@ def write_report(config: StudyConfig, given: str) -> Path:
         with existing(config) as (study, config):
             tracking = Tracking(config)
             found = overview.of(study, config, importances=False)
-            _write(path, study, config, tracking.open() if tracking.exists() else None, found)
+            opened = tracking.open() if tracking.exists() else None
+            try:
+                _write(path, study, config, opened, found)
+            finally:
+                if opened is not None:
+                    opened.disconnect()
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
     return path

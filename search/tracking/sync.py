@@ -290,7 +290,10 @@ def doctor(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
             if not fix and not (tracking.exists() and tracking.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]
             stores = Stores(study, config)
-            repaired = stores.sync(at_rest=True) if fix else []
-            return repaired, [left.what for left in stores.disagreements(at_rest=True)]
+            try:
+                repaired = stores.sync(at_rest=True) if fix else []
+                return repaired, [left.what for left in stores.disagreements(at_rest=True)]
+            finally:
+                stores.tracking.disconnect()
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
