@@ -2,6 +2,8 @@
 
 import os
 import sys
+import traceback
+from typing import Any
 
 from search.imports import hidden, quickly
 from search.workers.tasks import load_trial
@@ -23,6 +25,14 @@ class _EndWithParent:
             os._exit(1)
 
 
+def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Say nothing of a worker that starts as its command ends: the semaphores are gone by then."""
+    where = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(trace)]
+    if kind is not FileNotFoundError or where[-1] != "multiprocessing.synchronize":
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report
 sys.meta_path.insert(0, finder := _EndWithParent())
 
 

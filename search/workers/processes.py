@@ -231,6 +231,7 @@ class ProcessBackend:
                 executor.shutdown()
                 del self._last[executor]
         executor = self._executor()
+        self._last[executor] = Future()  # `close` ends it also if its start is interrupted
         try:
             self._last[executor] = _submit(executor, task, *arguments)
         except BrokenProcessPool as error:  # it died at once

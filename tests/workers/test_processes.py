@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from conftest import ROOT
 from optuna.trial import TrialState, create_trial
 
 from search.config.settings import StudyConfig
-from search.errors import RunError
+from search.errors import Interrupted, RunError
 from search.study import storage
 from search.training import environment
 from search.workers import processes as pool
@@ -280,6 +281,47 @@ def test_where_a_process_dies_the_other_one_goes_on(processes: pool.ProcessBacke
     with pytest.raises(BrokenProcessPool):
         dying.result()
     assert processes.submit(os.getpid).result() == other
+
+
+def test_a_process_whose_start_is_interrupted_is_ended_with_the_others(
+    processes: pool.ProcessBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = pool._submit
+
+    def interrupted(*arguments: Any) -> None:
+        submit(*arguments)
+        raise Interrupted("interrupted by Ctrl-C", 130)
+
+    monkeypatch.setattr(pool, "_submit", interrupted)
+    with pytest.raises(Interrupted):
+        processes.submit(time.sleep, 600)
+    (worker,) = multiprocessing.active_children()
+    processes.close(now=True)
+    assert not worker.is_alive()
+
+
+STARTED_TOO_LATE = """
+import _multiprocessing, os
+from multiprocessing import resource_tracker
+from search.workers import processes
+
+context = processes._start_method()
+lock = context.Lock()
+_multiprocessing.sem_unlink(lock._semlock.name)  # as a command that ends does
+resource_tracker.unregister(lock._semlock.name, "semaphore")
+process = context.Process(target=print, args=(lock,))
+process.start()
+process.join()
+print(process.exitcode, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nothing is forked")
+def test_a_process_that_starts_as_the_command_ends_says_nothing(tmp_path: Path) -> None:
+    process = forks.Python(["-c", STARTED_TOO_LATE], cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (out, err) == ("1\n", "")
 
 
 @pytest.mark.parametrize("now", [True, False])
