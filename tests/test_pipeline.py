@@ -376,7 +376,7 @@ def test_runs_leave_all_as_it_was_and_no_descriptor_open_also_at_their_limits(
         assert state() == expected
 
         assert doctor(at_their_limits, fix=False) == ([], [])
-        doctor(config(clouds), fix=False)
+        doctor(config(clouds), fix=True)
         overview.read(config(clouds))
         publish.write_report(config(clouds), "report.html")
         reproduce.reproduce(config(clouds), 0, None, lambda _: None)

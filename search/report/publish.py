@@ -138,15 +138,9 @@ def write_report(config: StudyConfig, given: str) -> Path:
     check_report(config, given)
     path = report_path(given, config.study_name)
     try:
-        with existing(config) as (study, config):
-            tracking = Tracking(config)
+        with existing(config) as (study, config, tracking):
             found = overview.of(study, config, importances=False)
-            opened = tracking.open() if tracking.exists() else None
-            try:
-                _write(path, study, config, opened, found)
-            finally:
-                if opened is not None:
-                    opened.disconnect()
+            _write(path, study, config, tracking.open() if tracking.exists() else None, found)
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error
     return path

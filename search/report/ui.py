@@ -17,7 +17,7 @@ from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path, sqlite_url
 from search.errors import InputError, RunError, redact
 from search.study import storage
-from search.tracking.runs import TRACKING_ERRORS, Tracking
+from search.tracking.runs import TRACKING_ERRORS
 from search.tracking.sync import existing
 
 HOST = "127.0.0.1"
@@ -49,8 +49,7 @@ def serve(config: StudyConfig, report: Callable[[str], None]) -> None:
 def _pages(config: StudyConfig) -> dict[str, str]:
     """The study's page in each of them."""
     try:
-        with existing(config) as (study, config):
-            tracking = Tracking(config)
+        with existing(config) as (study, config, tracking):
             if not tracking.exists():
                 raise InputError(
                     f"--tracking-uri must be where the study's runs are, but "

@@ -39,15 +39,21 @@ class Disagreement:
 
 
 @contextlib.contextmanager
-def existing(config: StudyConfig) -> Iterator[tuple[optuna.Study, StudyConfig]]:
-    """The study of `config`, open in the block, and `config` with the study's experiment.
+def existing(config: StudyConfig) -> Iterator[tuple[optuna.Study, StudyConfig, Tracking]]:
+    """The study of `config`, `config` with the study's experiment, and its tracking, not opened.
 
-    Raises InputError if it does not exist or a database can't be used.
+    Both stores are closed after the block. Raises InputError if there is no such study or a
+    database can't be used.
     """
     storage.check(config)
     check_tracking(config.tracking_uri)
     with storage.loaded(config) as study:
-        yield study, replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
+        config = replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
+        tracking = Tracking(config)
+        try:
+            yield study, config, tracking
+        finally:
+            tracking.disconnect()
 
 
 class Stores:
@@ -56,10 +62,12 @@ class Stores:
     Constructing creates the parent run, the experiment and the database where they are missing.
     """
 
-    def __init__(self, study: optuna.Study, config: StudyConfig) -> None:
+    def __init__(
+        self, study: optuna.Study, config: StudyConfig, tracking: Tracking | None = None
+    ) -> None:
         self.study = study
         self.config = config
-        self.tracking = Tracking(config).open()
+        self.tracking = (tracking or Tracking(config)).open()
         self.parent = self.tracking.parent_run(study, study.user_attrs[SETTINGS])
         self._metadata = study.user_attrs[METADATA]
         self._repaired: set[Key] = set()
@@ -285,15 +293,11 @@ def doctor(config: StudyConfig, *, fix: bool) -> tuple[list[str], list[str]]:
     InputError if there is no study, RunError if it is being run or a database fails.
     """
     try:
-        with existing(config) as (study, config), study_lock(config):
-            tracking = Tracking(config)
+        with existing(config) as (study, config, tracking), study_lock(config):
             if not fix and not (tracking.exists() and tracking.open().has_parent(study)):
                 return [], ["the study has no parent run in MLflow"]
-            stores = Stores(study, config)
-            try:
-                repaired = stores.sync(at_rest=True) if fix else []
-                return repaired, [left.what for left in stores.disagreements(at_rest=True)]
-            finally:
-                stores.tracking.disconnect()
+            stores = Stores(study, config, tracking)
+            repaired = stores.sync(at_rest=True) if fix else []
+            return repaired, [left.what for left in stores.disagreements(at_rest=True)]
     except (*storage.ERRORS, *TRACKING_ERRORS) as error:
         raise storage.failure(error) from error

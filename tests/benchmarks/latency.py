@@ -3,9 +3,9 @@
     python tests/benchmarks/latency.py COMMIT [--turns 3]
 
 Both versions run the same commands in turns, each as a whole process on a terminal: in a fresh
-folder a first
-study of four trials of one epoch, then there the same command again, `show`, `report` and
-`doctor`. Prints a Markdown table of medians in seconds, and of the ratios turn by turn.
+folder a first study of four trials of one epoch, then there the same command again, `show`,
+`report` and `doctor`. Prints a Markdown table of medians in seconds, and of the ratios turn by
+turn.
 """
 
 import argparse
