@@ -19,8 +19,10 @@ from typing import Any
 import crash
 import forks
 import invariants
+import optuna
 import pytest
 from conftest import ROOT, command, start, start_anew, wait_until
+from optuna.trial import TrialState
 from optuna_dashboard import get_note
 from servers import MlflowServer, Proxy
 
@@ -180,12 +182,12 @@ def test_of_many_first_starts_one_runs_the_study_and_the_others_say_so(
     ("numbers", "code"), [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGTERM,), 143)]
 )
 def test_an_epoch_that_takes_long_is_ended_within_ten_seconds(
-    tmp_path: Path, numbers: tuple[int, ...], code: int
+    in_folder: Path, numbers: tuple[int, ...], code: int
 ) -> None:
     long = ("--hidden-units", "16384", "--workers", "1", "--n-trials", "2")  # a minute an epoch
-    process = start(tmp_path, *long)
+    process = start(in_folder, *long)
     try:
-        wait_until(lambda: statuses(tmp_path, "RUNNING") >= 2)  # the parent's and a trial's run
+        wait_until(lambda: statuses(in_folder, "RUNNING") >= 2)  # the parent's and a trial's run
         for number in numbers:
             os.kill(process.pid, number)
             wait_until(lambda: not pending(process.pid))  # two at once would be one
@@ -196,9 +198,11 @@ def test_an_epoch_that_takes_long_is_ended_within_ten_seconds(
         process.kill()
     assert process.returncode == code
     assert err.endswith("; run the same command again to go on\n")
-    found = invariants.check(tmp_path, registered=False)
-    (trial,) = found["trials"]
+    (trial,) = optuna.load_study(study_name="mnist-dnn", storage="sqlite:///study.db").trials
+    assert trial.state is TrialState.FAIL
     assert "Ctrl-C" in trial.user_attrs["failure"] or "SIGTERM" in trial.user_attrs["failure"]
+    doctor(StudyConfig(), fix=True)  # on a busy machine, those seconds may not suffice for MLflow
+    invariants.check(in_folder, registered=False)
 
 
 def pending(pid: int) -> bool:
