@@ -39,7 +39,6 @@ class Tracking:
         self.uri = config.tracking_uri if path is None else sqlite_url(path)
         self._path = path
         self._experiment = config.experiment
-        self._connected = False
         configure_client()
 
     def open(self) -> "Tracking":
@@ -47,17 +46,13 @@ class Tracking:
         if self._path is not None:
             create_sqlite(self._path, lambda url: _create_schema(url, self._artifacts()))
             tune_sqlite(self._path)
-        self._connect()
+        self.client = MlflowClient(self.uri, registry_uri=self.uri)
         self.experiment_id = self._experiment_id()
         return self
 
-    def _connect(self) -> None:
-        self.client = MlflowClient(self.uri, registry_uri=self.uri)
-        self._connected = True
-
     def disconnect(self) -> None:
         """Close the database connections, which MLflow keeps open until the process ends."""
-        if not self._connected:
+        if not hasattr(self, "client"):
             return
         registry = self.client._get_registry_client()  # type: ignore[no-untyped-call]
         for store in (self.client._tracking_client.store, registry.store):
@@ -69,7 +64,7 @@ class Tracking:
         """Whether `open` would create nothing."""
         if self._path is not None and not self._path.exists():
             return False
-        self._connect()
+        self.client = MlflowClient(self.uri, registry_uri=self.uri)
         return self.client.get_experiment_by_name(self._experiment) is not None
 
     def _artifacts(self) -> str:

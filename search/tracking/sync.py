@@ -40,20 +40,17 @@ class Disagreement:
 
 @contextlib.contextmanager
 def existing(config: StudyConfig) -> Iterator[tuple[optuna.Study, StudyConfig, Tracking]]:
-    """The study of `config`, `config` with the study's experiment, and its tracking, not opened.
+    """The study, `config` with its experiment, and its tracking, not opened; closed afterwards.
 
-    Both stores are closed after the block. Raises InputError if there is no such study or a
-    database can't be used.
+    Raises InputError if there is no such study or a database can't be used.
     """
     storage.check(config)
     check_tracking(config.tracking_uri)
-    with storage.loaded(config) as study:
+    with storage.loaded(config) as study, contextlib.ExitStack() as stack:
         config = replace(config, experiment=study.user_attrs[SETTINGS]["experiment"])
         tracking = Tracking(config)
-        try:
-            yield study, config, tracking
-        finally:
-            tracking.disconnect()
+        stack.callback(tracking.disconnect)
+        yield study, config, tracking
 
 
 class Stores:
