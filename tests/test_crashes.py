@@ -201,7 +201,10 @@ def test_an_epoch_that_takes_long_is_ended_within_ten_seconds(
     (trial,) = optuna.load_study(study_name="mnist-dnn", storage="sqlite:///study.db").trials
     assert trial.state is TrialState.FAIL
     assert "Ctrl-C" in trial.user_attrs["failure"] or "SIGTERM" in trial.user_attrs["failure"]
-    doctor(StudyConfig(), fix=True)  # on a busy machine, those seconds may not suffice for MLflow
+    # On a busy machine, those seconds may not suffice to end the runs; nothing else is wrong.
+    repaired, left = doctor(StudyConfig(), fix=True)
+    assert all("RUNNING" in line for line in repaired), repaired
+    assert left == []
     invariants.check(in_folder, registered=False)
 
 

@@ -124,12 +124,8 @@ def of_all(small: Path, monkeypatch: pytest.MonkeyPatch) -> StudyConfig:
 
 @pytest.mark.slow
 def test_every_value_trains_is_saved_loaded_retrained_and_reproduces(
-    client: MlflowClient,
-    in_folder: Path,
-    of_all: StudyConfig,
-    monkeypatch: pytest.MonkeyPatch,
+    client: MlflowClient, in_folder: Path, of_all: StudyConfig, no_pictures: None
 ) -> None:
-    monkeypatch.setattr(retrain, "save_evaluation", lambda *_: None)  # the same for all values
     result = pipeline.run(of_all)
     found = invariants.check(in_folder, len(VALUES))
     for trial, changed in zip(found["trials"], VALUES.values(), strict=True):

@@ -420,10 +420,11 @@ def test_a_scheduler_that_is_started_again_loses_nothing(
 
     hearing = Hearing()
     with meanwhile(restart):
-        pipeline.run(config, hearing)
+        result = pipeline.run(config, hearing)
+    assert result.complete == TRIALS
     found = check(whole, in_folder, config)
     assert results(found) == alone
-    assert len(lost(found)) <= 3
+    assert len(lost(found)) == result.failed <= 3
 
 
 # ---- the main process ----------------------------------------------------------------------------
