@@ -2,6 +2,7 @@ import contextlib
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -99,11 +100,13 @@ def default_network(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One fork server for all processes of pytest: the first one starts the others."""
+    """One fork server for all processes of pytest, which are forked from it themselves."""
     if not hasattr(config, "workerinput"):
         running = contextlib.ExitStack()
         running.enter_context(forks.server())
         config.add_cleanup(running.close)
+        forked = f"popen//python={shlex.join([sys.executable, forks.__file__])}"
+        config.option.tx = [forked for _ in config.getoption("tx", None) or ()]
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -1,17 +1,17 @@
 """Python processes that are ready at once: forked from one that has imported the large libraries.
 
 Importing TensorFlow, MLflow and Optuna takes ten seconds of processor, and hundreds of processes
-under test need them. So `Python([...])` stands for `subprocess.Popen([sys.executable, ...])`:
+under test need them, as do pytest's own. So `Python([...])` stands for
+`subprocess.Popen([sys.executable, ...])`, and this file, run as a program, for `python`:
 
     process = Python(["study.py", "--n-trials", "3"], cwd=folder)
     out, err = process.communicate()
 
-It asks the *fork server*, of which a session of pytest has one, for a process. The server, which is
-this file run as a program, imports what is in LIBRARIES when it is first asked, and nothing else
-ever happens in it; a process forked from it runs the file, `-c` code, `-m` module or what it reads
-(`-`) in a session of its own, with the working directory, environment and open files that it was
-given. There `multiprocessing`'s fork server, from which the command forks its workers, is forked as
-well.
+It asks the *fork server*, of which a session of pytest has one, for a process. The server imports
+what is in LIBRARIES when it is first asked, and nothing else ever happens in it; a process forked
+from it runs the file, `-c` code, `-m` module or what it reads (`-`) in a session of its own, with
+the working directory, environment and open files that it was given. There `multiprocessing`'s fork
+server, from which the command forks its workers, is forked as well.
 
 The differences to a new interpreter: the libraries are imported already; MLflow's tables are copied
 in place of made; the name in the list of processes is this file's; what Python and the libraries
@@ -78,6 +78,7 @@ LIBRARIES = (  # what commands import, and in their order, and what tests' own p
 OF_OWN_DATA = ("sklearn.linear_model", "search.data.table", "pyarrow.csv", "pyarrow.parquet")
 AT_THE_START = ("PYTHON", "LC_", "LANG", "TF_", "KERAS_", "MALLOC_", "LD_", "OMP_")
 ADDRESS = "SEARCH_TESTS_FORKS"  # names the server's socket to the processes of pytest
+_SERVE = "--serve"
 FOLDER = "SEARCH_TESTS_FOLDER"  # a folder for what they share, which ends with the server
 
 
@@ -201,7 +202,7 @@ def server() -> Iterator[None]:
         listening.listen(100)
         listening.set_inheritable(True)
         process = subprocess.Popen(
-            [sys.executable, "-u", __file__, str(listening.fileno())],
+            [sys.executable, "-u", __file__, _SERVE, str(listening.fileno())],
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
             start_new_session=True,
@@ -353,6 +354,8 @@ def _become(request: dict[str, Any]) -> None:
 def _run(arguments: list[str]) -> None:
     """What a new interpreter with these arguments does."""
     program, *rest = arguments
+    if program == "-u":  # nothing here is a stream of Python's
+        program, *rest = rest
     if program in ("-", "-c"):
         code = sys.stdin.read() if program == "-" else rest.pop(0)
         sys.argv = [program, *rest]
@@ -431,11 +434,21 @@ def _leave() -> None:
         os._exit(_status)
 
 
+def _stand_for_python(arguments: list[str]) -> int:
+    """Let a forked process run these, with this one's terminal and signals; its exit status."""
+    process = Python(arguments, cwd=Path.cwd(), stdin=0, stdout=1, stderr=2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    return process.wait()
+
+
 def main() -> None:
     """Serve; in the processes forked from this one, run what was asked for."""
     global _status
+    if sys.argv[1] != _SERVE:
+        sys.exit(_stand_for_python(sys.argv[1:]))
     atexit.register(_leave)  # before any library does, so it is called after theirs
-    with socket.socket(fileno=int(sys.argv[1])) as listening:
+    with socket.socket(fileno=int(sys.argv[2])) as listening:
         request = _serve(listening)
     _become(request)
     _fork_the_fork_server()
