@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import forks
-import invariants
 import numpy as np
 import pytest
-import templates
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -138,6 +136,8 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _templates() -> None:
     """In this process, too, as in those that are forked."""
+    import templates  # here, as pytest's first process runs no test and waits for no import
+
     templates.use()
 
 
@@ -199,6 +199,8 @@ def finished(
 
     That takes half a minute, so one process of pytest does it for all.
     """
+
+    import invariants
 
     def make(folder: Path) -> None:
         shutil.copy(digits, folder / "digits.npz")
@@ -270,6 +272,8 @@ def mlflow_at(folder: Path) -> Iterator["MlflowClient"]:
 @pytest.fixture
 def client(in_folder: Path) -> Iterator["MlflowClient"]:
     """MLflow's client of a fresh folder, whose functions that take no address work there, too."""
+    import templates
+
     templates.copy_mlflows_tables(f"sqlite:///{in_folder / 'mlflow.db'}")
     with mlflow_at(in_folder) as found:
         yield found
