@@ -87,7 +87,8 @@ def allowed(name: str, option: Option) -> str:
     elif option.low is not None:
         words.append(f"{option.low:g} or more")
     else:
-        words.append(option.example if "://" in option.example else "text")
+        placeholder = option.metavar.replace("|", " or ")
+        words.append(option.example if "://" in option.example else placeholder)
     return " or ".join(words)
 
 
