@@ -354,7 +354,7 @@ def _become(request: dict[str, Any]) -> None:
 def _run(arguments: list[str]) -> None:
     """What a new interpreter with these arguments does."""
     program, *rest = arguments
-    if program == "-u":  # nothing here is a stream of Python's
+    if program == "-u":  # of pytest-xdist, which writes to the descriptors themselves
         program, *rest = rest
     if program in ("-", "-c"):
         code = sys.stdin.read() if program == "-" else rest.pop(0)

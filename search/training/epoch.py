@@ -221,10 +221,10 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         found: list[keras.metrics.Metric] = super().metrics
         return [m for m in found if self._validates or m is not self._of_validation]
 
-    def reset_metrics(self) -> None:
-        """Reset all."""
-        super().reset_metrics()
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Keras; `fit` calls it after every epoch, with the validation data."""
         self._of_validation.reset_state()
+        return super().evaluate(*args, **kwargs)
 
     def test_step(self, data: Any) -> Any:
         """One validation batch."""
