@@ -135,7 +135,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _templates() -> None:
-    """In this process, too, as in those that are forked."""
+    """In a process of pytest that was not forked, too (`-n 0`)."""
     import templates  # here, as pytest's first process runs no test and waits for no import
 
     templates.use()

@@ -78,8 +78,8 @@ LIBRARIES = (  # what commands import, and in their order, and what tests' own p
 OF_OWN_DATA = ("sklearn.linear_model", "search.data.table", "pyarrow.csv", "pyarrow.parquet")
 AT_THE_START = ("PYTHON", "LC_", "LANG", "TF_", "KERAS_", "MALLOC_", "LD_", "OMP_")
 ADDRESS = "SEARCH_TESTS_FORKS"  # names the server's socket to the processes of pytest
-_SERVE = "--serve"
 FOLDER = "SEARCH_TESTS_FOLDER"  # a folder for what they share, which ends with the server
+_SERVE = "--serve"  # this file's argument as the server; with others it stands for `python`
 
 
 class Python:

@@ -19,8 +19,9 @@ from search.tracking.runs import _create_schema
 _make_mlflows_tables = _create_schema
 
 
+@functools.cache
 def use() -> None:
-    """In this process."""
+    """In this process and those forked from it."""
     tracking._create_schema = copy_mlflows_tables
     alembic.util.load_python_file = _load_once(alembic.util.load_python_file)
     requirements_utils._init_packages_to_modules_map()  # reads what all packages consist of
