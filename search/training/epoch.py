@@ -5,8 +5,7 @@ training set and seeds are variables of the graph, so that only a change of the 
 requires a new one.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,79 +15,36 @@ from numpy.typing import NDArray
 
 from search.data.function import Pipeline
 from search.data.preparation import UINT8_SCALE
-from search.data.sources import Images, Labels
+from search.data.sources import Images
 from search.training import augmentation
-from search.training.fused import SCHEDULES, Dropout, clone, fused
+from search.training.fused import SCHEDULES, Dropout, Examples, Plan, TrainingSet, clone, fused
 from search.training.metrics import compiled_metric, validation_metrics
-from search.training.network import decay_weights, image_shape, is_of_layers
+from search.training.network import decay_weights, is_of_layers
 
+VALIDATION_BATCH = 2_000  # examples
 _ALIGNED = 64  # bytes, of TensorFlow's own memory; its kernels end the process for less
 _OTHER_STREAM = 0x2545F491  # so that augmentation and dropout draw different numbers
-Examples = tuple[Images, Labels]
-TrainingSet = Examples | Pipeline
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything, beside the network, that changes the graph.
-
-    dtype: of the examples; streams: whether each step gets its batch. decays, smooths, weighs:
-    whether there is weight decay, label smoothing, weights of the classes.
-    schedule: None if the learning rate is constant within an epoch. augmentation: None, or its kind
-    for images of `shape`.
-    """
-
-    dtype: str
-    streams: bool
-    batch_size: int
-    optimizer: str
-    decays: bool
-    smooths: bool
-    weighs: bool
-    schedule: str | None
-    augmentation: str | None
-    shape: tuple[int, ...] | None
-
-
-def plan_of(
-    hp: Mapping[str, Any], examples: TrainingSet, shape: tuple[int, ...], *, weighs: bool = False
-) -> Plan:
-    """The plan for training with the hyperparameters `hp` on `examples` of this shape."""
-    distorted = hp["augmentation"] != "none"
-    if streams := isinstance(examples, Pipeline):
-        dtype, size = examples.dtype, examples.size(hp["batch_size"])
-    else:
-        dtype, size = examples[0].dtype.name, hp["batch_size"]
-        if distorted:  # which draws as many random numbers as a batch has examples
-            size = min(size, len(examples[0]))
-    return Plan(
-        dtype=dtype,
-        streams=streams,
-        batch_size=size,
-        optimizer=hp["optimizer"],
-        decays=hp["weight_decay"] > 0,
-        smooths=hp["label_smoothing"] > 0,
-        weighs=weighs,
-        schedule=hp["schedule"] if hp["schedule"] in SCHEDULES else None,
-        augmentation=hp["augmentation"] if distorted else None,
-        shape=image_shape(shape) if distorted else None,
-    )
 
 
 class EpochInGraph(keras.Model):  # type: ignore[misc]
     """A network like `model`, whose training step is an epoch on the training set it has taken."""
 
+    train_function: Any
+
     def __init__(self, model: keras.Sequential, plan: Plan) -> None:
         super().__init__()
         self.network = keras.models.clone_model(model, clone_function=clone, recursive=True)
         self._plan = plan
-        self._validates = False  # true while the graph of a validation batch is traced
+        self._held_out = 0  # validation examples
         self._of_validation = validation_metrics(model.task)
         shape = model.input_shape[1:]
         self._x = tf.Variable(np.zeros((0, *shape), plan.dtype), shape=(None, *shape))
         labels = np.int32 if model.task.classes else np.float32
         target = model.task.target_shape
         self._y = tf.Variable(np.zeros((0, *target), labels), shape=(None, *target))
+        self._validation_x, self._validation_y = (
+            tf.Variable(empty, shape=empty.shape) for empty in (self._x, self._y)
+        )
         self._weights = tf.Variable(np.ones(model.task.classes if plan.weighs else 0, np.float32))
         self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
         self._rate, self._decay, self._smoothing, self._strength = (
@@ -117,6 +73,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         hp: Mapping[str, Any],
         seed: int,
         epochs: int,
+        validation: Examples | None = None,
         class_weights: NDArray[np.float32] | None = None,
     ) -> None:
         """Take over the weights and rates of `model`, with a new optimizer state and this seed.
@@ -131,6 +88,10 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             self._x.assign(tensor_of(examples[0]))
             self._y.assign(examples[1])
             steps = -(-len(examples[0]) // self._plan.batch_size)
+        self._held_out = 0 if validation is None else len(validation[1])
+        if validation is not None:
+            self._validation_x.assign(tensor_of(validation[0]))
+            self._validation_y.assign(validation[1])
         dropouts = 0
         for own, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
             if isinstance(own, Dropout):
@@ -154,8 +115,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
 
         Its learning rate is the original one, so that it can be trained further.
         """
-        self._x.assign(self._x[:0])
-        self._y.assign(self._y[:0])
+        for examples in (self._x, self._y, self._validation_x, self._validation_y):
+            examples.assign(examples[:0])
         for own, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
             if not isinstance(own, Dropout):
                 _assign(own.variables, theirs.variables)
@@ -163,10 +124,35 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         _assign(self.optimizer.variables, model.optimizer.variables)
         model.optimizer.learning_rate.assign(self._rate)
 
-    def train_step(self, data: Any) -> Any:
+    def make_train_function(self, force: bool = False) -> None:
+        """Make what `fit` calls for a step, which is an epoch and its validation."""
+        if self.train_function is not None and not force:
+            return
+        train = tf.function(lambda iterator: self.train_step(next(iterator)), autograph=False)
+        validate = tf.function(self._validate, autograph=False)
+
+        def epoch(iterator: Any) -> dict[str, Any]:
+            logs: dict[str, Any] = train(iterator)
+            for first in range(0, self._held_out, VALIDATION_BATCH):
+                measured = validate(tf.constant(first))
+                logs |= {f"val_{name}": value for name, value in measured.items()}
+            return logs
+
+        self.train_function = epoch
+
+    def train_step(self, data: Any) -> dict[str, Any]:
         """One epoch: of a pipeline, over the batches in `data`, which is ignored otherwise."""
+        counted = [metric for metric in self.metrics if metric is not self._of_validation]
+        _reset(counted)
         if self._plan.streams:
-            return self._train_on_all(iter(data))
+            self._train_on_all(iter(data))
+        else:
+            self._train_on_examples()
+        found = _results(counted)
+        _reset(self.metrics)
+        return found
+
+    def _train_on_examples(self) -> None:
         x, y = self._x.read_value(), self._y.read_value()
         examples = tf.shape(y)[0]
         order = epoch_order(examples, self._seed, self._epoch)
@@ -186,9 +172,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             (tf.constant(0),),
             parallel_iterations=1,
         )
-        return self.get_metrics_result()
 
-    def _train_on_all(self, batches: Any) -> Any:
+    def _train_on_all(self, batches: Any) -> None:
         """One step on every batch of an iterator over a tf.data.Dataset."""
 
         def train_on(batch: Any) -> Any:
@@ -200,7 +185,6 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
 
         first = batches.get_next_as_optional()
         tf.while_loop(lambda batch: batch.has_value(), train_on, (first,), parallel_iterations=1)
-        return self.get_metrics_result()
 
     def _train_on(self, x: Any, y: Any) -> None:
         """One step on a batch; for augmentation x is filled up to the size of a whole one."""
@@ -215,31 +199,23 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         weights = (tf.gather(self._weights, y),) if self._plan.weighs else ()
         super().train_step((x, y, *weights))
 
-    @property
-    def metrics(self) -> list[keras.metrics.Metric]:
-        """Those of validation data only for them: in training, they would only be traced."""
-        found: list[keras.metrics.Metric] = super().metrics
-        return [m for m in found if self._validates or m is not self._of_validation]
+    def _validate(self, first: Any) -> dict[str, Any]:
+        """Validate on the batch from the example `first`; returns the metrics so far."""
+        batch = slice(first, first + VALIDATION_BATCH)
+        x, y = scaled(self._validation_x[batch]), self._validation_y[batch]
+        y_pred = self(x, training=False)
+        loss, *others = self.metrics
+        loss.update_state(self.compute_loss(x, y, y_pred, training=False), tf.shape(y)[0])
+        for metric in others:
+            metric.update_state(y, y_pred)
+        return _results(self.metrics)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Keras; `fit` calls it after every epoch, with the validation data."""
-        self._of_validation.reset_state()
-        return super().evaluate(*args, **kwargs)
+    def reset_metrics(self) -> None:
+        """Nothing to do: the graph does it."""
 
-    def test_step(self, data: Any) -> Any:
-        """One validation batch."""
-        x, y = data
-        self._validates = True
-        try:
-            return super().test_step((scaled(x), y))
-        finally:
-            self._validates = False
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The metrics so far; of validation data, all those of the task."""
-        if self._validates:
-            self._of_validation.update_state(y, y_pred)
-        return super().compute_metrics(x, y, y_pred, sample_weight)
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Nothing: Keras asks after every batch, and `train_step` returns those of the epoch."""
+        return {}
 
     def compute_loss(
         self,
@@ -284,6 +260,20 @@ def tensor_of(x: Images) -> Any:
 def scaled(x: Any) -> Any:
     """The same as `data.dataset.scaled`, in the graph."""
     return tf.cast(x, tf.float32) * UINT8_SCALE if x.dtype == tf.uint8 else x
+
+
+def _reset(metrics: Sequence[keras.metrics.Metric]) -> None:
+    for metric in metrics:
+        metric.reset_state()
+
+
+def _results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
+    """All results by their names; a metric may have several."""
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        result = metric.result()
+        found |= result if isinstance(result, dict) else {metric.name: result}
+    return found
 
 
 def _assign(sources: Any, targets: Any) -> None:

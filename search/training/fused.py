@@ -1,11 +1,22 @@
-"""Keras' Adam and dropout in fewer, faster kernels, with variable rates; their schedules."""
+"""Keras' Adam and dropout in fewer, faster kernels, with variable rates; their schedules.
 
+And the `Plan`, which says what is no variable and so requires another graph.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from search.data.function import Pipeline
+from search.data.sources import Images, Labels
+from search.training.network import image_shape
+
 _STEP_BITS = 24  # of a dropout layer's counter: 16 million steps
+Examples = tuple[Images, Labels]
+TrainingSet = Examples | Pipeline
 
 
 def _up_and_down(start: float, up: float) -> keras.optimizers.schedules.LearningRateSchedule:
@@ -100,3 +111,53 @@ def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
 def has_variable_rate(layer: Any) -> bool:
     """Whether it is a dropout layer whose rate can be a variable of the graph."""
     return type(layer) is keras.layers.Dropout and layer.noise_shape is None
+
+
+# ---- what requires another graph -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything, beside the network, that changes the graph.
+
+    dtype: of the examples; streams: whether each step gets its batch. decays, smooths, weighs:
+    whether there is weight decay, label smoothing, weights of the classes.
+    schedule: None if the learning rate is constant within an epoch. augmentation: None, or its kind
+    for images of `shape`.
+    """
+
+    dtype: str
+    streams: bool
+    batch_size: int
+    optimizer: str
+    decays: bool
+    smooths: bool
+    weighs: bool
+    schedule: str | None
+    augmentation: str | None
+    shape: tuple[int, ...] | None
+
+
+def plan_of(
+    hp: Mapping[str, Any], examples: TrainingSet, shape: tuple[int, ...], *, weighs: bool = False
+) -> Plan:
+    """The plan for training with the hyperparameters `hp` on `examples` of this shape."""
+    distorted = hp["augmentation"] != "none"
+    if streams := isinstance(examples, Pipeline):
+        dtype, size = examples.dtype, examples.size(hp["batch_size"])
+    else:
+        dtype, size = examples[0].dtype.name, hp["batch_size"]
+        if distorted:  # which draws as many random numbers as a batch has examples
+            size = min(size, len(examples[0]))
+    return Plan(
+        dtype=dtype,
+        streams=streams,
+        batch_size=size,
+        optimizer=hp["optimizer"],
+        decays=hp["weight_decay"] > 0,
+        smooths=hp["label_smoothing"] > 0,
+        weighs=weighs,
+        schedule=hp["schedule"] if hp["schedule"] in SCHEDULES else None,
+        augmentation=hp["augmentation"] if distorted else None,
+        shape=image_shape(shape) if distorted else None,
+    )

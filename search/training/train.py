@@ -21,19 +21,10 @@ from numpy.typing import NDArray
 from search.data.function import Pipeline, seed_generators
 from search.data.sources import Images, Labels
 from search.task import DEFAULT_OBJECTIVE, Metric
-from search.training.epoch import (
-    EpochInGraph,
-    Examples,
-    Plan,
-    TrainingSet,
-    plan_of,
-    scaled,
-    tensor_of,
-)
-from search.training.fused import has_variable_rate
+from search.training.epoch import VALIDATION_BATCH, EpochInGraph, scaled, tensor_of
+from search.training.fused import Examples, Plan, TrainingSet, has_variable_rate, plan_of
 from search.training.network import is_of_layers
 
-_VALIDATION_BATCH = 2_000
 _CLEAR_EVERY = 10  # trainings
 _PLATEAU = {"monitor": "val_loss", "patience": 2, "factor": 0.3}  # Keras' suit 100s of epochs
 History = dict[str, list[float]]
@@ -99,14 +90,14 @@ def train(
     batches = 0  # `take` sets the examples
     if isinstance(examples, Pipeline):
         batches = batches_of(examples, hp["batch_size"], seed, model.input_shape[-1])
-    graph.take(model, examples, hp, seed, epochs, class_weights)
+    graph.take(model, examples, hp, seed, epochs, validation, class_weights)
     try:
         history = graph.fit(
-            tf.data.Dataset.from_tensors(batches),  # one step per epoch
+            tf.data.Dataset.from_tensors(batches).repeat(),
             epochs=only or epochs,
+            steps_per_epoch=1,
             shuffle=False,
             verbose=0,
-            validation_data=None if validation is None else _batched(*validation),
             callbacks=[
                 _StopAtNaN(),
                 *_monitors(hp, objective, validation is not None),
@@ -174,7 +165,7 @@ def _clear_regularly() -> None:
 
 def _batched(x: Images, y: Labels) -> tf.data.Dataset:
     values = x if isinstance(x, dict) else tensor_of(x)  # a dict: rows of a table
-    return tf.data.Dataset.from_tensor_slices((values, y)).batch(_VALIDATION_BATCH)
+    return tf.data.Dataset.from_tensor_slices((values, y)).batch(VALIDATION_BATCH)
 
 
 # ---- pipelines -----------------------------------------------------------------------------------

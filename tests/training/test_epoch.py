@@ -18,7 +18,8 @@ from search.config.parameter import Choice
 from search.memory import shared
 from search.task import Task
 from search.training import train as training
-from search.training.epoch import epoch_order, plan_of, tensor_of
+from search.training.epoch import epoch_order, tensor_of
+from search.training.fused import plan_of
 from search.training.network import MOMENTUM, build_network, network_to_register
 from search.training.train import History, evaluate, graph_for
 

@@ -19,10 +19,10 @@ from search.data.preparation import Normalization, scaled
 from search.task import Task
 from search.training import epoch as graph
 from search.training import train as training
-from search.training.epoch import Examples, plan_of
+from search.training.fused import Examples, plan_of
 from search.training.network import build_network
 from search.training.train import (
-    _VALIDATION_BATCH,
+    VALIDATION_BATCH,
     History,
     TrainingDiverged,
     batches_of,
@@ -124,7 +124,7 @@ def test_the_last_smaller_batch_is_trained_on() -> None:
 
 
 def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None:
-    ours, held_out = network(rate=0.01), examples(2 * _VALIDATION_BATCH + 1, seed=1)
+    ours, held_out = network(rate=0.01), examples(2 * VALIDATION_BATCH + 1, seed=1)
     history = train(ours, examples(WHOLE), validation=held_out, epochs=2)
     names = {"loss", "accuracy", *(metric.name for metric in TASK.metrics)}
     assert {name: len(values) for name, values in history.items()} == dict.fromkeys(names, 2)
