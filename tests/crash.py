@@ -47,8 +47,8 @@ OF_SEARCH = {
     "trial created": Point("search.study.trials:SlottedStudy", "ask", nth=2),
     "run created": Point(TRACKING, "create_run", nth=2),
     "params logged": Point(TRACKING, "log_start", nth=2),
-    "mid-report, epoch not in MLflow": Point(TRACKING, "log_epoch", nth=5, before=True),
-    "mid-report, epoch in MLflow": Point(TRACKING, "log_epoch", nth=5),
+    "mid-report, epoch not in MLflow": Point(TRACKING, "log_epochs", nth=5, before=True),
+    "mid-report, epoch in MLflow": Point(TRACKING, "log_epochs", nth=5),
     # the repair of that one
     "mid-sync, trial failed": Point("search.study.trials", "fail_trial"),
     "mid-sync, run not repaired": Point(TRACKING, "repair", before=True),
@@ -132,7 +132,9 @@ def run(point: str, options: list[str]) -> int:
     """The command, in this process, which is to die at `point`."""
     import search.pipeline  # noqa: F401 - and by it all that may name what is armed
     from search.cli import main
+    from search.workers import trial
 
+    trial._TOGETHER = 0  # so that an epoch of milliseconds is written as one of a second is
     arm(POINTS[point])
     return main(options)
 

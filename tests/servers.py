@@ -251,11 +251,28 @@ class Proxy:
         self._thread.join()
 
 
+HOLD = """
+import time
+from pathlib import Path
+from search.workers import trial
+hold, record = Path({!r}), trial.Attempt._record
+def held(attempt, *arguments):
+    while hold.exists() and len(attempt._history) > 1:
+        time.sleep(0.01)
+    record(attempt, *arguments)
+trial.Attempt._record = held
+"""
+
+
 class Dask:
-    """`dask scheduler` and, as asked for, `dask worker`s, each in a process group of its own."""
+    """`dask scheduler` and, as asked for, `dask worker`s, each in a process group of its own.
+
+    hold: a file; while it exists, trials wait for its end when they have recorded an epoch.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.hold = folder / "hold"
         self._port = free_port()
         self.address = f"tcp://127.0.0.1:{self._port}"
         self._processes: list[forks.Python] = []
@@ -296,7 +313,7 @@ class Dask:
             "workers.log",
             *("worker", scheduler or self.address, "--host", "127.0.0.1", "--no-nanny"),
             *("--nthreads", str(threads), "--no-dashboard", "--local-directory", folder),
-            first=first,
+            first=HOLD.format(str(self.hold)) + first,
         )
 
     def stop(self) -> None:

@@ -5,7 +5,6 @@ import importlib
 import json
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -26,7 +25,7 @@ from search.promotion.measures import measure_all
 from search.promotion.pictures import DATA, MISTAKES, save_evaluation
 from search.promotion.served_model import log_model
 from search.study.storage import BEST_BASELINE, METADATA, SEED, SETTINGS, UID, objective
-from search.study.trials import best_epoch, history_of, read_trial
+from search.study.trials import best_epoch, history_of, now_ms, read_trial
 from search.tracking.runs import Tracking
 from search.tracking.schema import (
     BASELINE,
@@ -141,7 +140,7 @@ def _train(
         only=epochs,
         rates=[entry["learning_rate"] for entry in earlier if "learning_rate" in entry],
     )
-    now = int(time.time() * 1000)
+    now = now_ms()
     by_epoch = [{name: curve[epoch] for name, curve in curves.items()} for epoch in range(epochs)]
     return network, [
         {"epoch": epoch, "time_ms": now, **dataset.task.measured(logs)}

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,11 @@ def given_up(study: optuna.Study) -> dict[int, FrozenTrial]:
 # Stored in user attributes of so many epochs each, so that what is written after an epoch does not
 # grow with the number of epochs before it.
 HISTORY_BLOCK = 100
+
+
+def now_ms() -> int:
+    """The time in milliseconds since 1970, as an entry of a history has it."""
+    return int(time.time() * 1000)
 
 
 def history_attr(epoch: int) -> str:

@@ -6,7 +6,6 @@ the study's metadata alone, so writing it is idempotent, and a lost run can be w
 
 import contextlib
 import getpass
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from search.config.settings import StudyConfig
 from search.config.urls import sqlite_path, sqlite_url
 from search.study.sqlite import create_sqlite, tune_sqlite
 from search.study.storage import RUN_ID, UID
-from search.study.trials import history_of, metrics_in
+from search.study.trials import history_of, metrics_in, now_ms
 from search.tracking import schema
 from search.tracking.address import configure_client, global_uri, in_trash
 
@@ -159,7 +158,7 @@ class Tracking:
 
     def log_values(self, run_id: str, values: Mapping[str, float]) -> None:
         """Log metrics that have no epoch."""
-        now = int(time.time() * 1000)
+        now = now_ms()
         self._log(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
 
     # ---- runs of trials ----------------------------------------------------------------------
@@ -187,9 +186,9 @@ class Tracking:
         dataset = mlflow.entities.Dataset(**metadata["dataset"])
         self.client.log_inputs(run_id, [DatasetInput(dataset, tags=[])])
 
-    def log_epoch(self, run_id: str, epoch: Mapping[str, float]) -> None:
-        """Log one entry of a trial's history."""
-        self._log(run_id, metrics=_metrics([epoch]))
+    def log_epochs(self, run_id: str, entries: Iterable[Mapping[str, float]]) -> None:
+        """Log entries of a trial's history."""
+        self._log(run_id, metrics=_metrics(entries))
 
     def finish(self, run_id: str, trial: FrozenTrial) -> None:
         """End the run as its trial ended; the tag of the state is written last."""
@@ -208,7 +207,7 @@ class Tracking:
     def repair(self, run_id: str, trial: FrozenTrial, metadata: schema.Metadata) -> None:
         """Write a finished trial into its run; idempotent."""
         self.log_start(run_id, trial, metadata)
-        self._log(run_id, metrics=_metrics(history_of(trial)))
+        self.log_epochs(run_id, history_of(trial))
         self.finish(run_id, trial)
 
     def curve(self, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -265,7 +264,7 @@ class Tracking:
         model_id: str,
     ) -> None:
         """Log the retraining's history and its final metrics, those also to the logged model."""
-        now, step = int(time.time() * 1000), len(history) - 1
+        now, step = now_ms(), len(history) - 1
         last = [Metric(*point, now, step, model_id, run_id=run_id) for point in final.items()]
         self._log(run_id, metrics=[*_metrics(history), *last])
 

@@ -18,10 +18,10 @@ from search.errors import InputError, RunError
 from search.imports import undisturbed
 from search.study import ranking, sampling, storage
 from search.study.storage import ENVIRONMENT, METADATA, SEED, SETTINGS, SLOT
-from search.study.trials import history_of, metrics_in, read_trial
+from search.study.trials import history_of, metrics_in, now_ms, read_trial
 from search.tracking.schema import Metadata
 from search.training import environment
-from search.workers.trial import now_ms, reason_of, train_network
+from search.workers.trial import reason_of, train_network
 from search.workers.worker import Worker
 
 

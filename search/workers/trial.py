@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the main process needs no Keras
     import keras
 
 _LOOK = 1.0  # seconds
+_TOGETHER = 0.5  # seconds between two writes of epochs to a run
 _PATIENCE = 10  # seconds that a trial spends on its run before it leaves it to `Stores.sync`
 _REST = 20  # times as long as a failure of MLflow took, it is left alone
 
@@ -121,6 +122,8 @@ class Attempt:
         self._number: int | None = None
         self._history: list[dict[str, float]] = []
         self._run_id: str | None = None
+        self._unwritten: list[dict[str, float]] = []  # entries of the history, to the run
+        self._next_write = 0.0
         self._mirrored = time.monotonic() >= worker.rest_until
         self._spent = 0.0
 
@@ -167,15 +170,21 @@ class Attempt:
         epoch = len(self._history) - 1
         block = self._history[epoch // trials.HISTORY_BLOCK * trials.HISTORY_BLOCK :]
         trial.set_user_attr(trials.history_attr(epoch), block)
-        self._mirror(lambda: self._worker.tracking.log_epoch(str(self._run_id), entry))
+        self._unwritten.append(entry)
+        if time.monotonic() >= self._next_write:
+            self._mirror(self._write_epochs)
+
+    def _write_epochs(self) -> None:
+        self._worker.tracking.log_epochs(str(self._run_id), self._unwritten)
+        self._unwritten = []
+        self._next_write = time.monotonic() + _TOGETHER
 
     def _open_run(self, trial: optuna.Trial) -> None:
-        worker = self._worker
-        self._run_id = worker.tracking.create_run(
-            worker.parent_run, f"trial-{trial.number:04d}", trial.number, {STATE: "RUNNING"}
-        )
+        tracking, name = self._worker.tracking, f"trial-{trial.number:04d}"
+        parent, tags = self._worker.parent_run, {STATE: "RUNNING"}
+        self._run_id = tracking.create_run(parent, name, trial.number, tags)
         trial.set_user_attr(RUN_ID, self._run_id)
-        worker.tracking.log_start(self._run_id, self.frozen(), worker.metadata)
+        tracking.log_start(self._run_id, self.frozen(), self._worker.metadata)
 
     def _mirror(self, write: Callable[..., Any], *arguments: Any) -> None:
         """Call `write`, unless a write of this trial to MLflow has already failed.
@@ -198,9 +207,11 @@ class Attempt:
             self._worker.rest_until = time.monotonic() + _REST * self._spent
 
     def end(self) -> None:
-        """End the MLflow run with the status of the trial."""
-        if self._number is not None and self._run_id is not None:
-            self._mirror(lambda: self._worker.tracking.finish(str(self._run_id), self.frozen()))
+        """End the MLflow run with its last epochs and the status of the trial."""
+        if self._number is not None and (run_id := self._run_id) is not None:
+            if self._unwritten:
+                self._mirror(self._write_epochs)
+            self._mirror(lambda: self._worker.tracking.finish(run_id, self.frozen()))
 
     def frozen(self) -> FrozenTrial:
         """The trial, as it is stored."""
@@ -255,7 +266,7 @@ def train_network(
         measured = dataset.task.measured(logs)
         if "learning_rate" in logs:  # of a schedule that depends on the validation loss
             measured["learning_rate"] = float(logs["learning_rate"])
-        history.append({"epoch": epoch, "time_ms": now_ms(), **measured})
+        history.append({"epoch": epoch, "time_ms": trials.now_ms(), **measured})
         on_epoch(history[-1])
 
     train(
@@ -272,11 +283,6 @@ def train_network(
         callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=record), *callbacks],
     )
     return trials.best_epoch(history, objective, stopping=bool(tried["early_stopping"]))
-
-
-def now_ms() -> int:
-    """The time in milliseconds since 1970."""
-    return int(time.time() * 1000)
 
 
 def reason_of(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from search.study.trials import LOST, TrialSummary
 from search.tracking.sync import doctor
 from search.workers.scheduler import connect
 
-TRIALS, EPOCHS = 6, 15
+TRIALS, EPOCHS = 6, 3
 pytestmark = [
     pytest.mark.skipif(not BINARIES, reason="no PostgreSQL is installed"),
     pytest.mark.slow,
@@ -63,7 +63,8 @@ class Site:
         return ask(self.postgres.url, query, **values)
 
     def at_full_strength(self) -> None:
-        """Start the workers that are missing, and wait for them."""
+        """Start the workers that are missing, wait for them, and let them train."""
+        self.dask.hold.unlink(missing_ok=True)
         for threads in (1, 2):
             if threads not in self.workers or self.workers[threads].poll() is not None:
                 self.workers[threads] = self.dask.start_worker(threads)
@@ -167,7 +168,7 @@ def lost(found: dict[str, Any]) -> list[Any]:
 
 
 def running(site: Site, config: StudyConfig) -> list[Any]:
-    """Trial id, host and pid of every trial that is some epochs into its training."""
+    """Trial id, host and pid of every trial that has reported an epoch and not ended."""
     return site.ask(
         "SELECT t.trial_id, a.value_json::json->>'host', (a.value_json::json->>'pid')::int "
         "FROM trials t JOIN studies s USING (study_id) "
@@ -236,6 +237,7 @@ def test_a_killed_worker_costs_its_trials_one_cut_off_leaves_and_one_that_joins_
     remote = whole.dask.start_worker(1, scheduler=proxy.address)
     config = whole.settings(clouds)
     joining: list[Process] = []
+    hearing = Hearing()
 
     def cut_kill_and_add() -> None:
         wait_until(lambda: any(pid == remote.pid for *_, pid in running(whole, config)))
@@ -245,8 +247,10 @@ def test_a_killed_worker_costs_its_trials_one_cut_off_leaves_and_one_that_joins_
         victim.kill()
         victim.wait()
         joining.append(whole.dask.start_worker(1))
+        wait_until(lambda: "2 workers, 2 trials at once" in hearing.lines[-1])
+        whole.dask.hold.unlink()
 
-    hearing = Hearing()
+    whole.dask.hold.touch()
     try:
         whole.wait_for_threads(1, 1, 2)
         with meanwhile(cut_kill_and_add):
@@ -293,6 +297,7 @@ def test_a_trial_of_a_worker_on_another_host_is_lost_when_it_gives_no_sign_of_li
         (trial, *_), *_ = wait_until(there)
         os.killpg(elsewhere.pid, signal.SIGKILL)
         elsewhere.wait()
+        whole.dask.hold.unlink()
         done = "SELECT count(*) FROM trials JOIN studies USING (study_id) WHERE study_name = :name "
         others = done + "AND state = 'COMPLETE'"
         wait_until(lambda: whole.ask(others, name=config.study_name)[0][0] == TRIALS - 1)
@@ -306,6 +311,7 @@ def test_a_trial_of_a_worker_on_another_host_is_lost_when_it_gives_no_sign_of_li
         )
         silent.append(trial)
 
+    whole.dask.hold.touch()
     whole.wait_for_threads(1, 1, 2)
     with meanwhile(kill):
         pipeline.run(config)
@@ -391,15 +397,19 @@ def test_workers_with_other_packages_are_refused_and_slow_ones_are_named(
 def test_a_database_and_a_tracking_server_restarted_lose_nothing(
     whole: Site, in_folder: Path, clouds: Path, alone: dict[int, Any]
 ) -> None:
+    config = whole.settings(clouds)
+
     def restart() -> None:
+        wait_until(lambda: len(running(whole, config)) == 3)
         whole.postgres.stop()
         whole.mlflow.stop()
+        whole.dask.hold.unlink()
         whole.postgres.start()
         whole.mlflow.start()
 
-    config = whole.settings(clouds)
-    hearing = Hearing(2, restart)
-    result = pipeline.run(config, hearing)
+    whole.dask.hold.touch()
+    with meanwhile(restart):
+        result = pipeline.run(config)
     assert (result.complete, result.failed) == (TRIALS, 0)
     assert results(check(whole, in_folder, config)) == alone
 
@@ -413,14 +423,15 @@ def test_a_scheduler_that_is_started_again_loses_nothing(
         wait_until(lambda: running(whole, config))
         whole.dask.scheduler.kill()
         whole.dask.scheduler.wait()
+        whole.dask.hold.unlink()
         whole.dask.start_scheduler()
         for worker in whole.workers.values():
             worker.wait(timeout=60)  # they end themselves, and what runs a cluster starts others
         whole.at_full_strength()
 
-    hearing = Hearing()
+    whole.dask.hold.touch()
     with meanwhile(restart):
-        result = pipeline.run(config, hearing)
+        result = pipeline.run(config)
     assert result.complete == TRIALS
     found = check(whole, in_folder, config)
     assert results(found) == alone
@@ -445,10 +456,12 @@ def test_what_runs_when_the_main_process_is_killed_is_finished_and_not_run_again
     whole: Site, in_folder: Path, clouds: Path, alone: dict[int, Any]
 ) -> None:
     config = whole.settings(clouds)
+    whole.dask.hold.touch()
     process = start(in_folder, *options(config))
     began = wait_until(lambda: len(found := running(whole, config)) == 3 and found, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    whole.dask.hold.unlink()
     result = pipeline.run(config)
     found = check(whole, in_folder, config)
     assert results(found) == alone

@@ -1,3 +1,4 @@
+import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from search.errors import Interrupted, RunError
 from search.report.progress import Progress
 from search.study.trials import TrialSummary, history_of
 from search.task import KINDS
+from search.tracking.runs import Tracking
 from search.workers.tasks import load_trial
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -86,6 +88,28 @@ def test_a_trial_outlives_a_failing_tracking_server_and_its_run_is_written_later
     invariants.check(in_folder, trials, registered=False)
 
 
+@pytest.mark.parametrize(("together", "written"), [(math.inf, [1, 4]), (0, [1, 1, 1, 1, 1])])
+def test_epochs_that_end_soon_after_each_other_are_written_to_the_run_together(
+    in_folder: Path,
+    clouds: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    together: float,
+    written: list[int],
+) -> None:
+    calls: list[int] = []
+
+    def count(tracking: Tracking, run_id: str, entries: list[Any]) -> None:
+        calls.append(len(entries))
+        write(tracking, run_id, entries)
+
+    write = Tracking.log_epochs
+    monkeypatch.setattr(Tracking, "log_epochs", count)
+    monkeypatch.setattr("search.workers.trial._TOGETHER", together)
+    run(replace(config(clouds), epochs=5, n_trials=1), Outcomes(1))
+    assert calls == written
+    invariants.check(in_folder, 1, registered=False)
+
+
 class Traffic:
     """What comes from and goes to all SQLite databases of this process."""
 
@@ -146,6 +170,7 @@ def test_what_an_epoch_writes_and_reads_does_not_grow_with_the_epochs_before(
     outcomes = Outcomes()
     monkeypatch.setattr("search.training.train.train", train)
     monkeypatch.setattr("search.study.trials.HISTORY_BLOCK", block)
+    monkeypatch.setattr("search.workers.trial._TOGETHER", 0)
     monkeypatch.setattr("search.workers.trial._PATIENCE", float("inf"))  # a busy machine is slow
     monkeypatch.setattr("search.workers.worker.retrain", interrupt)
     with pytest.raises(KeyboardInterrupt):
