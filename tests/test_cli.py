@@ -148,7 +148,7 @@ def ended(process: forks.Python, code: int, reason: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
-    process = search(tmp_path, clouds, epochs=300)
+    process = search(tmp_path, clouds, epochs=100_000)
     wait_until(lambda: len(running_owners(tmp_path)) == 2, process)
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "stopping when")
@@ -158,7 +158,7 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, clouds: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_ends_at_once(tmp_path: Path, clouds: Path) -> None:
-    process = search(tmp_path, clouds, epochs=300)
+    process = search(tmp_path, clouds, epochs=100_000)
     wait_until(lambda: len(running_owners(tmp_path)) == 2, process)
     os.killpg(process.pid, signal.SIGTERM)
     ended(process, 143, "terminated by SIGTERM", tmp_path)

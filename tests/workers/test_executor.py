@@ -233,7 +233,7 @@ def workers(process: Process) -> list[psutil.Process]:
     return found
 
 
-def options(dataset: Path, trials: int, epochs: int = 25) -> tuple[str, ...]:
+def options(dataset: Path, trials: int, epochs: int = 100) -> tuple[str, ...]:
     return (
         *("--dataset", str(dataset), "--n-trials", str(trials), "--epochs", str(epochs)),
         *("--workers", "2", "--hidden-units", "8", "--pruner", "none"),
