@@ -228,9 +228,12 @@ def outputs_of(model: Any, dataset: Dataset) -> NDArray[Any] | None:
 
     Of labels and numbers it is not: the targets have the same size.
     """
-    if dataset.classes and len(dataset.x_test) * dataset.classes > MOST_OUTPUTS:
-        return None
-    return np.concatenate(list(_outputs(model, dataset)))
+    return np.concatenate(list(_outputs(model, dataset))) if outputs_fit(dataset) else None
+
+
+def outputs_fit(dataset: Dataset) -> bool:
+    """Whether what a model gives for all test examples fits in the memory."""
+    return len(dataset.x_test) * dataset.classes <= MOST_OUTPUTS
 
 
 def evaluate(model: Any, dataset: Dataset, outputs: NDArray[Any] | None) -> Found:

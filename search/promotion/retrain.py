@@ -20,7 +20,7 @@ from search.data.dataset import Dataset
 from search.data.load import class_weights
 from search.promotion.baselines import BestBaseline
 from search.promotion.comparison import compare_with_baseline
-from search.promotion.evaluation import outputs_of
+from search.promotion.evaluation import outputs_fit, outputs_of
 from search.promotion.measures import measure_all
 from search.promotion.pictures import DATA, MISTAKES, save_evaluation
 from search.promotion.served_model import log_model
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 _PINNED = ("tensorflow", "keras", "numpy")
-_TESTED = ("loss", "accuracy")
 
 
 def lineage(study: "optuna.Study", trial: "FrozenTrial", dataset: Dataset) -> dict[str, str]:
@@ -95,11 +94,13 @@ def retrain(
     tracking.log_start(run_id, trial, metadata)
     network, history = _train(config, dataset, trial, complete(trial.params, metadata["params"]))
     model = network_to_register(network, dataset)
-    outputs = outputs_of(model, dataset)
+    if dataset.task.classes:  # loss and accuracy in float32, as in the epochs
+        examples = dataset.raw_test, dataset.y_test
+        outputs, found = evaluate(model, examples, keep=outputs_fit(dataset))
+    else:
+        outputs, found = outputs_of(model, dataset), {}
     test = {} if outputs is None else measure_all(dataset.task, dataset.y_test, outputs)
-    if dataset.task.classes:  # in float32, as in the epochs and in earlier versions
-        kept = evaluate(model, (dataset.raw_test, dataset.y_test))
-        test.update({f"test_{name}": kept[name] for name in _TESTED})
+    test.update({f"test_{name}": value for name, value in found.items()})
     if (best := study.user_attrs.get(BEST_BASELINE)) is not None:
         against = compare_with_baseline(model, dataset, outputs, BestBaseline(**best), config.seed)
         tracking.client.set_tag(run_id, BASELINE, json.dumps(against))

@@ -129,13 +129,32 @@ def _monitors(
     return callbacks
 
 
-def evaluate(model: keras.Model, examples: tuple[Any, Labels]) -> dict[str, float]:
-    """The loss and the metrics of `model` on `examples`, as it takes them; flat uint8 is scaled."""
+def evaluate(
+    model: keras.Model, examples: tuple[Any, Labels], *, keep: bool = True
+) -> tuple[NDArray[np.float32] | None, dict[str, float]]:
+    """What `model` gives for `examples` of classes, if it is to be kept; its loss and its accuracy.
+
+    examples: x as the model takes it, but flat uint8 is scaled; y of shape (n,).
+    """
     batches = _batched(*examples)
     if getattr(examples[0], "dtype", None) == np.uint8 and examples[0].ndim == 2:
         batches = batches.map(lambda x, y: (scaled(x), y))
-    logs = model.evaluate(batches, verbose=0, return_dict=True)
-    return {name: float(value) for name, value in logs.items()}
+    loss, accuracy = keras.metrics.Mean(), keras.metrics.SparseCategoricalAccuracy()
+
+    def test(x: Any, y: Any) -> Any:
+        outputs = model(x, training=False)
+        loss.update_state(model.compute_loss(x, y, outputs, training=False), tf.shape(y)[0])
+        accuracy.update_state(y, outputs)
+        return outputs
+
+    in_graph = tf.function(test, batches.element_spec, autograph=False)
+    kept = []
+    for x, y in batches:
+        outputs = in_graph(x, y)
+        if keep:
+            kept.append(outputs.numpy())
+    found = {"loss": float(loss.result()), "accuracy": float(accuracy.result())}
+    return np.concatenate(kept) if keep else None, found
 
 
 class _StopAtNaN(keras.callbacks.Callback):  # type: ignore[misc]

@@ -129,8 +129,10 @@ def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None
     names = {"loss", "accuracy", *(metric.name for metric in TASK.metrics)}
     assert {name: len(values) for name, values in history.items()} == dict.fromkeys(names, 2)
     expected = ours.evaluate(*held_out, verbose=0, return_dict=True)
-    found = evaluate(ours, held_out)
+    outputs, found = evaluate(ours, held_out)
     assert found == pytest.approx(expected, rel=1e-5)
+    assert outputs == pytest.approx(ours.predict(held_out[0], verbose=0), rel=1e-5)
+    assert evaluate(ours, held_out, keep=False) == (None, found)
     assert history["val_loss"][-1] == pytest.approx(expected["loss"], rel=1e-5)
     assert history["val_accuracy"][-1] == pytest.approx(expected["accuracy"], rel=1e-5)
     assert history["val_accuracy"][-1] > 0.5
@@ -208,7 +210,7 @@ def test_bytes_train_as_their_scaled_floats() -> None:
     for name, values in as_bytes.items():
         assert values == pytest.approx(as_floats[name], rel=1e-5)
     assert same(one.get_weights(), other.get_weights())
-    assert evaluate(one, (x, y)) == pytest.approx(evaluate(one, (scaled(x), y)), rel=1e-5)
+    assert evaluate(one, (x, y))[1] == pytest.approx(evaluate(one, (scaled(x), y))[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [np.inf, 1e30])
