@@ -67,6 +67,7 @@ LIBRARIES = (  # what commands import, and in their order, and what tests' own p
     "sqlalchemy.dialects.postgresql.psycopg",
     "search.workers.preload",
     "mlflow.keras",
+    "mlflow.cli",
     "psycopg",
     "distributed.cli.dask_worker",
     "distributed.cli.dask_scheduler",

@@ -10,9 +10,11 @@ import alembic.util
 import sqlalchemy.orm
 from filelock import FileLock
 from forks import FOLDER
+from mlflow.store.db.utils import _get_latest_schema_revision
 from mlflow.utils import requirements_utils
 
 from search.config.urls import sqlite_path, sqlite_url
+from search.study.storage import _alembic_head
 from search.tracking import runs as tracking
 from search.tracking.runs import _create_schema
 
@@ -24,6 +26,8 @@ def use() -> None:
     """In this process and those forked from it."""
     tracking._create_schema = copy_mlflows_tables
     alembic.util.load_python_file = _load_once(alembic.util.load_python_file)
+    for newest in (_get_latest_schema_revision, _alembic_head):
+        newest()
     requirements_utils._init_packages_to_modules_map()  # reads what all packages consist of
     sqlalchemy.orm.configure_mappers()
 

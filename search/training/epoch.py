@@ -78,7 +78,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
     ) -> None:
         """Take over the weights and rates of `model`, with a new optimizer state and this seed.
 
-        epochs: the length of a schedule. class_weights: of shape (classes,), if the plan `weighs`.
+        epochs: the length of a schedule. validation: what is measured after every epoch.
+        class_weights: of shape (classes,), if the plan `weighs`.
         """
         if class_weights is not None:
             self._weights.assign(class_weights)
