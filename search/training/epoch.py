@@ -204,11 +204,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         """Validate on the batch from the example `first`; returns the metrics so far."""
         batch = slice(first, first + VALIDATION_BATCH)
         x, y = scaled(self._validation_x[batch]), self._validation_y[batch]
-        y_pred = self(x, training=False)
-        loss, *others = self.metrics
-        loss.update_state(self.compute_loss(x, y, y_pred, training=False), tf.shape(y)[0])
-        for metric in others:
-            metric.update_state(y, y_pred)
+        measure(self, x, y, self.metrics)
         return _results(self.metrics)
 
     def reset_metrics(self) -> None:
@@ -249,6 +245,16 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
 def epoch_order(examples: int, seed: int, epoch: int) -> Any:
     """The order in which epoch `epoch` (from 0) visits the examples: an int32 permutation."""
     return tf.random.experimental.stateless_shuffle(tf.range(examples), seed=[seed, epoch])
+
+
+def measure(model: keras.Model, x: Any, y: Any, metrics: Sequence[keras.metrics.Metric]) -> Any:
+    """What `model` gives for a batch; the mean loss and other `metrics` count it."""
+    outputs = model(x, training=False)
+    loss, *others = metrics
+    loss.update_state(model.compute_loss(x, y, outputs, training=False), tf.shape(y)[0])
+    for metric in others:
+        metric.update_state(y, outputs)
+    return outputs
 
 
 def tensor_of(x: Images) -> Any:

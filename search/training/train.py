@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from search.data.function import Pipeline, seed_generators
 from search.data.sources import Images, Labels
 from search.task import DEFAULT_OBJECTIVE, Metric
-from search.training.epoch import VALIDATION_BATCH, EpochInGraph, scaled, tensor_of
+from search.training.epoch import VALIDATION_BATCH, EpochInGraph, measure, scaled, tensor_of
 from search.training.fused import Examples, Plan, TrainingSet, has_variable_rate, plan_of
 from search.training.network import is_of_layers
 
@@ -140,14 +140,9 @@ def evaluate(
     if getattr(examples[0], "dtype", None) == np.uint8 and examples[0].ndim == 2:
         batches = batches.map(lambda x, y: (scaled(x), y))
     loss, accuracy = keras.metrics.Mean(), keras.metrics.SparseCategoricalAccuracy()
-
-    def test(x: Any, y: Any) -> Any:
-        outputs = model(x, training=False)
-        loss.update_state(model.compute_loss(x, y, outputs, training=False), tf.shape(y)[0])
-        accuracy.update_state(y, outputs)
-        return outputs
-
-    in_graph = tf.function(test, batches.element_spec, autograph=False)
+    in_graph = tf.function(
+        lambda x, y: measure(model, x, y, (loss, accuracy)), batches.element_spec, autograph=False
+    )
     kept = []
     for x, y in batches:
         outputs = in_graph(x, y)

@@ -7,6 +7,7 @@ tracking server accepts it; `Stores.sync` writes later what the server has misse
 import contextlib
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -122,7 +123,7 @@ class Attempt:
         self._number: int | None = None
         self._history: list[dict[str, float]] = []
         self._run_id: str | None = None
-        self._unwritten: list[dict[str, float]] = []  # entries of the history, to the run
+        self._written = 0  # entries of the history, to the run
         self._next_write = 0.0
         self._mirrored = time.monotonic() >= worker.rest_until
         self._spent = 0.0
@@ -155,28 +156,24 @@ class Attempt:
             check_output(own, network)
         trial.set_user_attr("trainable_parameters", trainable_parameters(network))
         self._mirror(self._open_run, trial)
-
-        def record(entry: dict[str, float]) -> None:
-            self._record(trial, entry)
-
         objective = dataset.task.objective(config.objective).name
+        record = partial(self._record, trial)
         pruning = _pruning(trial, objective, config.trial_epochs)
         best = train_network(config, dataset, tried, network, seed, self._history, record, pruning)
         if tried["early_stopping"]:
             trial.set_user_attr("best_epoch", best)
         return self._history[best][objective]
 
-    def _record(self, trial: optuna.Trial, entry: dict[str, float]) -> None:
+    def _record(self, trial: optuna.Trial) -> None:
         epoch = len(self._history) - 1
         block = self._history[epoch // trials.HISTORY_BLOCK * trials.HISTORY_BLOCK :]
         trial.set_user_attr(trials.history_attr(epoch), block)
-        self._unwritten.append(entry)
         if time.monotonic() >= self._next_write:
             self._mirror(self._write_epochs)
 
     def _write_epochs(self) -> None:
-        self._worker.tracking.log_epochs(str(self._run_id), self._unwritten)
-        self._unwritten = []
+        self._worker.tracking.log_epochs(str(self._run_id), self._history[self._written :])
+        self._written = len(self._history)
         self._next_write = time.monotonic() + _TOGETHER
 
     def _open_run(self, trial: optuna.Trial) -> None:
@@ -209,7 +206,7 @@ class Attempt:
     def end(self) -> None:
         """End the MLflow run with its last epochs and the status of the trial."""
         if self._number is not None and (run_id := self._run_id) is not None:
-            if self._unwritten:
+            if self._written < len(self._history):
                 self._mirror(self._write_epochs)
             self._mirror(lambda: self._worker.tracking.finish(run_id, self.frozen()))
 
@@ -247,14 +244,14 @@ def train_network(
     network: "keras.Sequential",
     seed: int,
     history: list[dict[str, float]],
-    on_epoch: Callable[[dict[str, float]], object] = lambda _: None,
+    on_epoch: Callable[[], object] = lambda: None,
     *callbacks: "keras.callbacks.Callback",
     only: int | None = None,
 ) -> int:
     """Train `network` as a trial is trained, and append an entry to `history` after every epoch.
 
-    tried: a value for every hyperparameter. on_epoch: is then called with the entry, before the
-    `callbacks`. only: end after so many epochs. Returns the epoch of the final weights, from 0.
+    tried: a value for every hyperparameter. on_epoch: is then called, before the `callbacks`.
+    only: end after so many epochs. Returns the epoch of the final weights, from 0.
     """
     import keras
 
@@ -267,7 +264,7 @@ def train_network(
         if "learning_rate" in logs:  # of a schedule that depends on the validation loss
             measured["learning_rate"] = float(logs["learning_rate"])
         history.append({"epoch": epoch, "time_ms": trials.now_ms(), **measured})
-        on_epoch(history[-1])
+        on_epoch()
 
     train(
         network,
