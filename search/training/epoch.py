@@ -1,8 +1,8 @@
 """A network whose `train_step` is a whole epoch, in one graph that similar networks share.
 
 Learning rate, dropout rate, weight decay, label smoothing, class weights, augmentation strength,
-training set and seeds are variables of the graph, so that only a change of the graph itself
-requires a new one.
+training set, batch size, seeds and the number of hidden units are variables of the graph, so that
+only a change of the graph itself requires a new one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,18 @@ from search.data.function import Pipeline
 from search.data.preparation import UINT8_SCALE
 from search.data.sources import Images
 from search.training import augmentation
-from search.training.fused import SCHEDULES, Dropout, Examples, Plan, TrainingSet, clone, fused
-from search.training.metrics import compiled_metric, validation_metrics
+from search.training.fused import (
+    SCHEDULES,
+    Dropout,
+    Examples,
+    Plan,
+    TrainingSet,
+    batch_size_of,
+    clone,
+    fused,
+    of_any_shape,
+)
+from search.training.metrics import compiled_metric, measure, reset, results, validation_metrics
 from search.training.network import decay_weights, is_of_layers
 
 VALIDATION_BATCH = 2_000  # examples
@@ -33,7 +43,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
 
     def __init__(self, model: keras.Sequential, plan: Plan) -> None:
         super().__init__()
-        self.network = keras.models.clone_model(model, clone_function=clone, recursive=True)
+        self.network = clone(model)
         self._plan = plan
         self._held_out = 0  # validation examples
         self._of_validation = validation_metrics(model.task)
@@ -46,7 +56,9 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             tf.Variable(empty, shape=empty.shape) for empty in (self._x, self._y)
         )
         self._weights = tf.Variable(np.ones(model.task.classes if plan.weighs else 0, np.float32))
-        self._seed, self._epoch, self._steps = (tf.Variable(0, dtype=tf.int32) for _ in range(3))
+        self._seed, self._epoch, self._steps, self._batch_size = (
+            tf.Variable(0, dtype=tf.int32) for _ in range(4)
+        )
         self._rate, self._decay, self._smoothing, self._strength = (
             tf.Variable(0.0) for _ in range(4)
         )
@@ -57,7 +69,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         self.compile(optimizer, model.loss, metrics=metrics, jit_compile=False)
         # Variables created during the first trace of an epoch would require a second trace.
         outputs = self(tf.zeros((1, *shape)))
-        optimizer.build(self.trainable_variables)
+        with tf.variable_creator_scope(of_any_shape):
+            optimizer.build(self.trainable_variables)
         self.compute_metrics(None, tf.zeros((1, *target), labels), outputs)
         # All start as zeros except scalars such as Nadam's product of momentums.
         self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
@@ -83,12 +96,14 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         """
         if class_weights is not None:
             self._weights.assign(class_weights)
+        size = batch_size_of(hp, examples)
+        self._batch_size.assign(size)
         if isinstance(examples, Pipeline):
-            steps = sum(examples.steps(self._plan.batch_size))
+            steps = sum(examples.steps(size))
         else:
             self._x.assign(tensor_of(examples[0]))
             self._y.assign(examples[1])
-            steps = -(-len(examples[0]) // self._plan.batch_size)
+            steps = -(-len(examples[0]) // size)
         self._held_out = 0 if validation is None else len(validation[1])
         if validation is not None:
             self._validation_x.assign(tensor_of(validation[0]))
@@ -100,8 +115,10 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
                 dropouts += 1
             else:
                 _assign(theirs.variables, own.variables)
-        for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
-            variable.assign(tf.fill(variable.shape, tf.cast(value, variable.dtype)))
+        model.optimizer.build(model.trainable_variables)
+        states = zip(self.optimizer.variables, model.optimizer.variables, self._fresh, strict=True)
+        for own, theirs, value in states:
+            own.value.assign(tf.fill(theirs.shape, tf.cast(value, own.dtype)))
         self.optimizer.learning_rate.assign(model.optimizer.learning_rate)
         self._rate.assign(model.optimizer.learning_rate)
         self._decay.assign(hp["weight_decay"])
@@ -121,7 +138,6 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         for own, theirs in zip(_leaves(self.network), _leaves(model), strict=True):
             if not isinstance(own, Dropout):
                 _assign(own.variables, theirs.variables)
-        model.optimizer.build(model.trainable_variables)
         _assign(self.optimizer.variables, model.optimizer.variables)
         model.optimizer.learning_rate.assign(self._rate)
 
@@ -144,13 +160,13 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
     def train_step(self, data: Any) -> dict[str, Any]:
         """One epoch: of a pipeline, over the batches in `data`, which is ignored otherwise."""
         counted = [metric for metric in self.metrics if metric is not self._of_validation]
-        _reset(counted)
+        reset(counted)
         if self._plan.streams:
             self._train_on_all(iter(data))
         else:
             self._train_on_examples()
-        found = _results(counted)
-        _reset(self.metrics)
+        found = results(counted)
+        reset(self.metrics)
         return found
 
     def _train_on_examples(self) -> None:
@@ -158,7 +174,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         examples = tf.shape(y)[0]
         order = epoch_order(examples, self._seed, self._epoch)
         self._epoch.assign_add(1)
-        size = self._plan.batch_size
+        size = self._plan.batch_size or self._batch_size.read_value()
 
         def train_on(first: Any) -> Any:
             batch = whole = order[first : first + size]  # the last one may be smaller
@@ -205,7 +221,12 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         batch = slice(first, first + VALIDATION_BATCH)
         x, y = scaled(self._validation_x[batch]), self._validation_y[batch]
         measure(self, x, y, self.metrics)
-        return _results(self.metrics)
+        return results(self.metrics)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set the weights, which Keras would refuse if the number of units had changed."""
+        for variable, value in zip(self.weights, weights, strict=True):
+            variable.value.assign(value)
 
     def reset_metrics(self) -> None:
         """Nothing to do: the graph does it."""
@@ -247,16 +268,6 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Any:
     return tf.random.experimental.stateless_shuffle(tf.range(examples), seed=[seed, epoch])
 
 
-def measure(model: keras.Model, x: Any, y: Any, metrics: Sequence[keras.metrics.Metric]) -> Any:
-    """What `model` gives for a batch; the mean loss and other `metrics` count it."""
-    outputs = model(x, training=False)
-    loss, *others = metrics
-    loss.update_state(model.compute_loss(x, y, outputs, training=False), tf.shape(y)[0])
-    for metric in others:
-        metric.update_state(y, outputs)
-    return outputs
-
-
 def tensor_of(x: Images) -> Any:
     """`x` as a tensor in the same memory, where TensorFlow can use that; else a copy."""
     if x.flags.writeable and x.flags.c_contiguous and x.size and x.ctypes.data % _ALIGNED == 0:
@@ -269,23 +280,9 @@ def scaled(x: Any) -> Any:
     return tf.cast(x, tf.float32) * UINT8_SCALE if x.dtype == tf.uint8 else x
 
 
-def _reset(metrics: Sequence[keras.metrics.Metric]) -> None:
-    for metric in metrics:
-        metric.reset_state()
-
-
-def _results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
-    """All results by their names; a metric may have several."""
-    found: dict[str, Any] = {}
-    for metric in metrics:
-        result = metric.result()
-        found |= result if isinstance(result, dict) else {metric.name: result}
-    return found
-
-
 def _assign(sources: Any, targets: Any) -> None:
     for source, target in zip(sources, targets, strict=True):
-        target.assign(source)
+        target.value.assign(source.value)  # Keras would refuse another shape
 
 
 def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:

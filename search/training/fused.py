@@ -1,6 +1,6 @@
-"""Keras' Adam and dropout in fewer, faster kernels, with variable rates; their schedules.
+"""Keras' Adam, dropout and dense layers with variable rates and sizes, and in faster kernels.
 
-And the `Plan`, which says what is no variable and so requires another graph.
+And the schedules, and the `Plan`, which says what is no variable and so requires another graph.
 """
 
 from collections.abc import Mapping
@@ -101,16 +101,66 @@ class Dropout(keras.layers.Layer):  # type: ignore[misc]
         return inputs * (tf.cast(kept, tf.float32) * scale)
 
 
-def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """A new layer like `layer`, for `keras.models.clone_model`: of dropout the faster one."""
-    if has_variable_rate(layer):
-        return Dropout(name=layer.name)
-    return layer.__class__.from_config(layer.get_config())
+class Dense(keras.layers.Dense):  # type: ignore[misc]
+    """Keras' dense layer, but its variables take any number of inputs and, if hidden, of units."""
+
+    def __init__(self, *, hidden: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._hidden = hidden
+
+    def add_weight(self, shape: tuple[int, ...], **options: Any) -> Any:
+        """Create the kernel or the bias."""
+        known = (None, None if self._hidden else self.units)[-len(shape) :]
+        with tf.variable_creator_scope(lambda make, **how: make(**{**how, "shape": known})):
+            return super().add_weight(shape=shape, **options)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """What Keras computes where it knows the number of units, in the same operations."""
+        if not self._hidden:
+            return super().call(inputs)
+        return self.activation(tf.nn.bias_add(tf.matmul(inputs, self.kernel), self.bias))
+
+
+def of_any_shape(make: Any, **options: Any) -> Any:
+    """For `tf.variable_creator_scope`: a variable that takes any shape of its rank."""
+    value = options["initial_value"]
+    value = value() if callable(value) else value
+    return make(**{**options, "initial_value": value, "shape": [None] * len(value.shape)})
+
+
+def clone(model: keras.Sequential) -> keras.Sequential:
+    """A new network like `model`, with the layers above for those that they can replace."""
+    hidden = resizable(model)
+
+    def alike(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if has_variable_rate(layer):
+            return Dropout(name=layer.name)
+        if layer.name in hidden:
+            return Dense.from_config({**layer.get_config(), "hidden": hidden[layer.name]})
+        return layer.__class__.from_config(layer.get_config())
+
+    return keras.models.clone_model(model, clone_function=alike, recursive=True)
 
 
 def has_variable_rate(layer: Any) -> bool:
     """Whether it is a dropout layer whose rate can be a variable of the graph."""
     return type(layer) is keras.layers.Dropout and layer.noise_shape is None
+
+
+def resizable(model: keras.Sequential) -> dict[str, bool]:
+    """The dense layers of which a graph need not know the sizes, by name, and which are hidden.
+
+    Those are the last ones of `model` with at most dropout between them; any other layer may depend
+    on a size, and the output has to be known.
+    """
+    found: dict[str, bool] = {}
+    for layer in reversed(model.layers):
+        dense = type(layer) is keras.layers.Dense and layer.use_bias
+        if dense and (not found or layer.units > 1):  # Keras adds a single bias in another way
+            found[layer.name] = bool(found)
+        elif not has_variable_rate(layer):
+            break
+    return found if any(found.values()) else {}
 
 
 # ---- what requires another graph -----------------------------------------------------------------
@@ -123,18 +173,18 @@ class Plan:
     dtype: of the examples; streams: whether each step gets its batch. decays, smooths, weighs:
     whether there is weight decay, label smoothing, weights of the classes.
     schedule: None if the learning rate is constant within an epoch. augmentation: None, or its kind
-    for images of `shape`.
+    for batches of `batch_size` images of `shape`.
     """
 
     dtype: str
     streams: bool
-    batch_size: int
     optimizer: str
     decays: bool
     smooths: bool
     weighs: bool
     schedule: str | None
     augmentation: str | None
+    batch_size: int | None
     shape: tuple[int, ...] | None
 
 
@@ -143,21 +193,22 @@ def plan_of(
 ) -> Plan:
     """The plan for training with the hyperparameters `hp` on `examples` of this shape."""
     distorted = hp["augmentation"] != "none"
-    if streams := isinstance(examples, Pipeline):
-        dtype, size = examples.dtype, examples.size(hp["batch_size"])
-    else:
-        dtype, size = examples[0].dtype.name, hp["batch_size"]
-        if distorted:  # which draws as many random numbers as a batch has examples
-            size = min(size, len(examples[0]))
     return Plan(
-        dtype=dtype,
-        streams=streams,
-        batch_size=size,
+        dtype=examples.dtype if isinstance(examples, Pipeline) else examples[0].dtype.name,
+        streams=isinstance(examples, Pipeline),
         optimizer=hp["optimizer"],
         decays=hp["weight_decay"] > 0,
         smooths=hp["label_smoothing"] > 0,
         weighs=weighs,
         schedule=hp["schedule"] if hp["schedule"] in SCHEDULES else None,
         augmentation=hp["augmentation"] if distorted else None,
+        batch_size=batch_size_of(hp, examples) if distorted else None,
         shape=image_shape(shape) if distorted else None,
     )
+
+
+def batch_size_of(hp: Mapping[str, Any], examples: TrainingSet) -> int:
+    """The number of examples in a batch: of a pipeline the most, of arrays in all but the last."""
+    if isinstance(examples, Pipeline):
+        return examples.size(hp["batch_size"])
+    return min(int(hp["batch_size"]), len(examples[0]))

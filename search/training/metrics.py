@@ -1,6 +1,7 @@
 """The metrics of the validation data, as Keras metrics that count in the graph, batch by batch."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -25,6 +26,31 @@ def validation_metrics(task: Task) -> keras.metrics.Metric:
     if task.is_number:
         return OfNumbers(task.deviation)
     return OfLabels(task.outputs) if task.labels else OfClasses(task.outputs)
+
+
+def measure(model: keras.Model, x: Any, y: Any, metrics: Sequence[keras.metrics.Metric]) -> Any:
+    """What `model` gives for a batch; the mean loss and other `metrics` count it."""
+    outputs = model(x, training=False)
+    loss, *others = metrics
+    loss.update_state(model.compute_loss(x, y, outputs, training=False), tf.shape(y)[0])
+    for metric in others:
+        metric.update_state(y, outputs)
+    return outputs
+
+
+def reset(metrics: Sequence[keras.metrics.Metric]) -> None:
+    """Let all count from zero."""
+    for metric in metrics:
+        metric.reset_state()
+
+
+def results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
+    """All results by their names; a metric may have several."""
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        result = metric.result()
+        found |= result if isinstance(result, dict) else {metric.name: result}
+    return found
 
 
 class OfClasses(keras.metrics.Metric):  # type: ignore[misc]

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from search.data.function import Pipeline, seed_generators
 from search.data.sources import Images, Labels
 from search.task import DEFAULT_OBJECTIVE, Metric
-from search.training.epoch import VALIDATION_BATCH, EpochInGraph, measure, scaled, tensor_of
-from search.training.fused import Examples, Plan, TrainingSet, has_variable_rate, plan_of
+from search.training.epoch import VALIDATION_BATCH, EpochInGraph, scaled, tensor_of
+from search.training.fused import Examples, Plan, TrainingSet, has_variable_rate, plan_of, resizable
+from search.training.metrics import measure
 from search.training.network import is_of_layers
 
 _CLEAR_EVERY = 10  # trainings
@@ -248,7 +249,7 @@ _REFERENCES = ("keras_history", "input_layers", "output_layers")  # to layers, b
 
 
 def _architecture(model: keras.Sequential) -> str:
-    """The configuration without seeds, variable rates and names: equal if a graph can be shared."""
+    """The configuration without seeds, names, variable rates and sizes: equal if they can share."""
     names: dict[str, str] = {}
 
     def alike(config: Any, key: str = "", kind: str = "") -> Any:
@@ -264,6 +265,12 @@ def _architecture(model: keras.Sequential) -> str:
 
     config = model.get_config()
     _leave_out_rates(config, model)
+    hidden = resizable(model)
+    for entry in config["layers"]:
+        if (name := entry["config"].get("name")) in hidden:
+            del entry["build_config"]  # the number of inputs
+            if hidden[name]:
+                del entry["config"]["units"]
     return json.dumps(alike(config), default=str)
 
 

@@ -17,6 +17,7 @@ from search.config import custom_model
 from search.config.parameter import Choice
 from search.memory import shared
 from search.task import Task
+from search.training import fused
 from search.training import train as training
 from search.training.epoch import epoch_order, tensor_of
 from search.training.fused import plan_of
@@ -227,6 +228,30 @@ def test_what_is_only_a_number_shares_a_graph_and_what_is_not_does_not(
     others += [{"optimizer": "sgd"}, {"weight_decay": 0.0}, {"activation": "elu"}]
     for count, other in enumerate(others, start=2):
         assert one(**{**base, **other}) == count
+
+
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_a_graph_for_all_sizes_gives_the_digits_of_one_for_each(
+    graphs: OrderedDict[str, Any], monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    what = tried(hidden_layers=2, dropout_rate=0.3, optimizer=optimizer, activation="silu")
+    held_out = examples(FEW, seed=1)
+
+    def trained(units: int, size: int) -> Any:
+        sized = {**what, "hidden_units": units, "batch_size": size, "early_stopping": 1}
+        net = build(sized)
+        how: Any = {"epochs": 3, "seed": 7, "validation": held_out}
+        history = training.train(net, examples(FEW), sized, **how)
+        state = [*net.get_weights(), *(variable.numpy() for variable in net.optimizer.variables)]
+        return history, [value.tobytes() for value in state]
+
+    sizes = (16, 32), (40, 16), (3, 99)
+    together = [trained(*size) for size in sizes]
+    assert len(graphs) == 1
+    for module in (fused, training):
+        monkeypatch.setattr(module, "resizable", lambda _: {})
+    assert [trained(*size) for size in sizes] == together
+    assert len(graphs) == 1 + len(sizes)
 
 
 # ---- models of the user's own --------------------------------------------------------------------

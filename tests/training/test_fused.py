@@ -1,4 +1,6 @@
-"""The dropout that a graph shares among rates and seeds."""
+"""The layers that a graph shares among rates, seeds and sizes."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,3 +30,11 @@ def test_every_dropout_layer_draws_masks_of_its_own(no_graphs: None) -> None:
     assert len(masks) == 2
     assert (masks[0] != masks[1]).any()
     assert 0.4 < np.mean(masks[0] == 0) < 0.6
+
+
+def test_the_size_of_a_layer_is_variable_unless_another_may_depend_on_it() -> None:
+    def of(**changed: Any) -> list[bool]:
+        return list(fused.resizable(build(tried(**changed))).values())
+
+    assert of(hidden_layers=2) == [False, True, True]  # from the output back
+    assert of(hidden_layers=2, batch_normalization=True) == of(hidden_units=1) == []

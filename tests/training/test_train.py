@@ -138,7 +138,7 @@ def test_validation_is_measured_after_every_epoch_as_keras_measures_it() -> None
     assert history["val_accuracy"][-1] > 0.5
 
 
-def test_equal_architectures_share_one_graph_whatever_their_rates(
+def test_equal_architectures_share_one_graph_whatever_their_rates_and_sizes(
     graphs: OrderedDict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = []
@@ -149,28 +149,34 @@ def test_equal_architectures_share_one_graph_whatever_their_rates(
         return epoch_order(*arguments)
 
     monkeypatch.setattr(graph, "epoch_order", counting)
-    for dropout, rate in ((0.0, 0.001), (0.4, 0.002), (0.1, 0.1)):
-        train(network(dropout, rate), examples(RAGGED), epochs=2)
+    for dropout, rate, units, size in (
+        (0.0, 0.001, 16, 32),
+        (0.4, 0.002, 40, 16),
+        (0.1, 0.1, 2, 99),
+    ):
+        train(network(dropout, rate, units), examples(RAGGED), size, epochs=2)
     assert len(graphs) == len(traced) == 1
-    keep(17)
-    keep(17, batch_size=16)
-    assert len(graphs) == 3
+    keep(activation="elu")
+    keep(hidden_layers=2)
+    keep(hidden_units=1)
+    assert len(graphs) == 4
 
 
-def keep(units: int, batch_size: int = BATCH) -> None:
-    plan = plan_of(default_network(batch_size=batch_size), examples(RAGGED), (FEATURES,))
-    graph_for(network(units=units), plan)
+def keep(**changed: Any) -> None:
+    hp = default_network(**{"hidden_units": 16, **changed})
+    net = build_network(hp, (FEATURES,), TASK, seed=3)
+    graph_for(net, plan_of(hp, examples(RAGGED), (FEATURES,)))
 
 
 def test_the_graph_not_used_for_longest_is_dropped_first(
     graphs: OrderedDict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "_GRAPHS", 3)
-    for units in range(1, 4):
-        keep(units)
+    for layers in range(1, 4):
+        keep(hidden_layers=layers)
     first, second = list(graphs)[:2]
-    keep(1)
-    keep(99)
+    keep(hidden_layers=1)
+    keep(hidden_layers=4)
     assert len(graphs) == 3
     assert first in graphs
     assert second not in graphs
