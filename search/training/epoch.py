@@ -72,6 +72,7 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         with tf.variable_creator_scope(of_any_shape):
             optimizer.build(self.trainable_variables)
         self.compute_metrics(None, tf.zeros((1, *target), labels), outputs)
+        self.sums_of_weights = tf.Variable(np.zeros(len(self.trainable_variables), np.float32))
         # All start as zeros except scalars such as Nadam's product of momentums.
         self._fresh = [0 if len(v.shape) else float(v.numpy()) for v in optimizer.variables]
 
@@ -165,6 +166,9 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
             self._train_on_all(iter(data))
         else:
             self._train_on_examples()
+        self.sums_of_weights.assign(
+            [tf.cast(tf.reduce_sum(weight), tf.float32) for weight in self.trainable_variables]
+        )
         found = results(counted)
         reset(self.metrics)
         return found

@@ -159,8 +159,7 @@ class _StopAtNaN(keras.callbacks.Callback):  # type: ignore[misc]
             if not np.isfinite(value):
                 raise TrainingDiverged(f"{name} became {value} in epoch {epoch}")
         # Keras clips probabilities, so a loss can stay finite although a weight did not.
-        for weight in self.model.trainable_weights:
-            total = float(tf.reduce_sum(weight.value))
+        for total in self.model.sums_of_weights.numpy():
             if not np.isfinite(total):
                 raise TrainingDiverged(f"weights became {total} in epoch {epoch}")
 
