@@ -228,9 +228,8 @@ class EpochInGraph(keras.Model):  # type: ignore[misc]
         return results(self.metrics)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set the weights, which Keras would refuse if the number of units had changed."""
-        for variable, value in zip(self.weights, weights, strict=True):
-            variable.value.assign(value)
+        """Set the weights, as Keras does for early stopping, also where the units are others."""
+        _assign(weights, self.weights)
 
     def reset_metrics(self) -> None:
         """Nothing to do: the graph does it."""
@@ -286,7 +285,7 @@ def scaled(x: Any) -> Any:
 
 def _assign(sources: Any, targets: Any) -> None:
     for source, target in zip(sources, targets, strict=True):
-        target.value.assign(source.value)  # Keras would refuse another shape
+        target.value.assign(source)  # Keras would refuse another shape
 
 
 def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:
