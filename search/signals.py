@@ -118,6 +118,34 @@ def leaving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are handled after the block: what starts in it has then started.
+
+    A thread or an executor whose start is interrupted can neither be ended nor waited for.
+    """
+    if threading.current_thread() is not threading.main_thread():  # it handles all signals
+        yield
+        return
+    arrived: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in _REASONS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            handler = signal.getsignal(number)  # the one before may have replaced it
+            if callable(handler):
+                handler(number, None)
+            else:
+                signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def no_ctrl_c_for_children() -> Iterator[None]:
     """Processes started in the block never receive Ctrl-C, not even before they can ignore it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

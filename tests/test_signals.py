@@ -1,10 +1,12 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from search import signals
+from search.errors import Interrupted
 
 LOST = """
 import contextlib, time
@@ -37,3 +39,40 @@ def test_signal_handlers_are_restored() -> None:
     with signals.handled(lambda: None, lambda reason: None):
         assert signal.getsignal(signal.SIGINT) is not before[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_deferred_signal_is_handled_after_the_block_whatever_the_handler_is() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), signals.deferred():  # Python's own handler
+        signal.raise_signal(signal.SIGINT)
+        done.append("block")
+    assert done == ["block"]
+
+    stopped = threading.Event()
+    with (
+        pytest.raises(Interrupted, match="terminated by SIGTERM"),
+        signals.handled(stopped.set, lambda reason: None),
+    ):
+        with signals.deferred():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the first Ctrl-C")
+        assert stopped.wait(10)
+        with signals.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)  # ignored from here on
+            done.append("SIGTERM")
+    assert done == ["block", "the first Ctrl-C", "SIGTERM"]
+
+
+def test_nothing_is_deferred_in_another_thread() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def run() -> None:
+        with signals.deferred():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]

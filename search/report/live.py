@@ -19,6 +19,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from search import signals
 from search.config.hyperparameters import describe
 from search.config.parameter import Value
 from search.report.progress import Progress
@@ -89,7 +90,8 @@ class Panel(Lines):
         self._terminal.enter_context(_no_echo_of_control_keys())
         screen = self._terminal.enter_context(_lines_to(self._waiting))
         self._writer = threading.Thread(target=self._write, args=(screen,), daemon=True)
-        self._writer.start()
+        with signals.deferred():
+            self._writer.start()
         threading.Thread(target=self._watch, args=(study,), daemon=True).start()
 
     def _count(self, trial: "TrialSummary") -> None:

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -18,6 +20,7 @@ import pytest
 from conftest import ROOT
 from optuna.trial import TrialState, create_trial
 
+from search import signals
 from search.config.settings import StudyConfig
 from search.errors import Interrupted, RunError
 from search.study import storage
@@ -297,6 +300,25 @@ def test_a_process_whose_start_is_interrupted_is_ended_with_the_others(
         processes.submit(time.sleep, 600)
     (worker,) = multiprocessing.active_children()
     processes.close(now=True)
+    assert not worker.is_alive()
+
+
+def test_a_signal_that_arrives_as_a_process_starts_is_handled_afterwards(
+    processes: pool.ProcessBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        start(thread)
+
+    with signals.handled(lambda: None, lambda reason: None):
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(Interrupted, match="terminated by SIGTERM"):
+            processes.submit(time.sleep, 600)
+        monkeypatch.undo()
+        (worker,) = multiprocessing.active_children()
+        processes.close(now=True)
     assert not worker.is_alive()
 
 
