@@ -137,12 +137,12 @@ def deferred() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in arrived:
-            handler = signal.getsignal(number)  # the one before may have replaced it
-            if callable(handler):
-                handler(number, None)
+        for each in arrived:
+            current = signal.getsignal(each)  # the handler of the one before may have replaced it
+            if callable(current):
+                current(each, None)
             else:
-                signal.raise_signal(number)
+                signal.raise_signal(each)
 
 
 @contextlib.contextmanager
