@@ -43,9 +43,16 @@ def test_signal_handlers_are_restored() -> None:
 
 def test_a_deferred_signal_is_handled_after_the_block_whatever_the_handler_is() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), signals.deferred():  # Python's own handler
-        signal.raise_signal(signal.SIGINT)
-        done.append("block")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals.deferred():
+            signal.raise_signal(signal.SIGINT)
+            done.append("block")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a command in the background
+        with signals.deferred():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done == ["block"]
 
     stopped = threading.Event()
