@@ -59,6 +59,7 @@ LIBRARIES = (  # what commands import, and in their order, and what tests' own p
     "scipy.stats",
     "git",
     "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "PIL.PngImagePlugin",
     "mlflow.pyfunc",
     "mlflow.store.tracking.sqlalchemy_store",

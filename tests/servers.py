@@ -255,13 +255,13 @@ HOLD = """
 import time
 from pathlib import Path
 from search.workers import trial
-hold, record = Path({!r}), trial.Attempt._record
+hold, record = Path({file!r}), trial.Attempt._record
 def held(attempt, *arguments):
-    while hold.exists() and len(attempt._history) > 1:
+    while hold.exists() and attempt._number >= {number} and len(attempt._history) > 1:
         time.sleep(0.01)
     record(attempt, *arguments)
 trial.Attempt._record = held
-"""
+"""  # while the file exists, trials from that number on wait when they have recorded an epoch
 
 
 class Dask:
@@ -313,7 +313,7 @@ class Dask:
             "workers.log",
             *("worker", scheduler or self.address, "--host", "127.0.0.1", "--no-nanny"),
             *("--nthreads", str(threads), "--no-dashboard", "--local-directory", folder),
-            first=HOLD.format(str(self.hold)) + first,
+            first=HOLD.format(file=str(self.hold), number=0) + first,
         )
 
     def stop(self) -> None:

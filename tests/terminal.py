@@ -23,13 +23,17 @@ LINE = re.compile(
 
 
 class Terminal:
-    """Runs Python on a terminal of its own, which it controls: keys typed here are its keys."""
+    """Runs Python on a terminal of its own, which it controls: keys typed here are its keys.
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
+    first: a statement that the process executes before all else.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path, first: str = "") -> None:
         self._mine, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         given: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
         given |= {"cwd": folder, "env": {**os.environ, "TERM": "xterm-256color"}}
+        given["first"] = first
         self.process = forks.Python(arguments, **given)
         self.modes = termios.tcgetattr(theirs)
         self._theirs = theirs  # kept open, so that its modes can be read at the end

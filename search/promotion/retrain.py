@@ -178,7 +178,8 @@ def _load() -> None:
     """Import what saving a model needs; an error is reported when it is saved."""
     with contextlib.suppress(Exception):
         importlib.import_module("mlflow.keras")
-        importlib.import_module("matplotlib.backends.backend_agg")
+        for module in ("matplotlib.backends.backend_agg", "matplotlib.figure"):
+            importlib.import_module(module)
         requirements_utils = importlib.import_module("mlflow.utils.requirements_utils")
         requirements_utils.warn_dependency_requirement_mismatches(_requirements())  # lists packages
 
