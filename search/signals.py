@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM: the first Ctrl-C finishes the running trials; a second or SIGTERM exits."""
 
-import _thread
 import contextlib
 import os
 import signal
@@ -14,7 +13,7 @@ from search.errors import Interrupted
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _GRACE = 5  # seconds for the main thread to exit, which it can't do inside TensorFlow
 _ABANDON = 4  # seconds to mark the running trials as failed in its place
-_COALESCED = 0.5  # seconds after which two Ctrl-C must have arrived as one signal
+_UNNOTICED = 0.5  # seconds after which the main thread can't have noticed that it is to exit
 _REASONS = {
     signal.SIGINT: ("interrupted by Ctrl-C", EXIT_INTERRUPTED),
     signal.SIGTERM: ("terminated by SIGTERM", EXIT_TERMINATED),
@@ -73,14 +72,15 @@ def _watch(
 
     raised: whether the main thread was told to exit; left: whether it has left the block.
     """
-    interrupts = 0
+    interrupts, main = 0, threading.main_thread().ident
+    assert main is not None
     while number := received.recv(1):
         interrupts += number[0] == signal.SIGINT
         if number[0] == signal.SIGINT and interrupts == 1:
             stop()
         if number[0] == signal.SIGTERM or interrupts > 1:
-            if interrupts > 1 and not raised.wait(_COALESCED):
-                _thread.interrupt_main(signal.SIGINT)  # Python merged the two
+            if not raised.wait(_UNNOTICED):  # Python took two for one, or the thread began to wait
+                signal.pthread_kill(main, number[0])
             if not left.wait(_GRACE):
                 _end_process(abandon, *_REASONS[signal.Signals(number[0])])
             return

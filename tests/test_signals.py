@@ -1,7 +1,9 @@
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -32,6 +34,21 @@ def test_an_end_that_a_library_swallowed_is_an_end_nevertheless() -> None:
     assert out == "abandoned: terminated by SIGTERM\n"
     assert err == "error: terminated by SIGTERM; run the same command again to go on\n"
     assert process.returncode == 143
+
+
+def test_two_ctrl_c_that_python_took_for_one_wake_a_main_thread_that_waits() -> None:
+    stopped = threading.Event()
+    with pytest.raises(Interrupted), signals.handled(stopped.set, lambda reason: None):
+        signal.raise_signal(signal.SIGINT)
+        assert stopped.wait(10)
+        noticed = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(noticed, warn_on_full_buffer=False)
+        os.write(noticed, bytes([signal.SIGINT]))
+        began = time.monotonic()
+        try:
+            threading.Event().wait(4)
+        finally:
+            assert time.monotonic() - began < 3
 
 
 def test_signal_handlers_are_restored() -> None:
