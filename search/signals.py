@@ -6,7 +6,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from search.errors import Interrupted
 
@@ -45,20 +46,28 @@ def handled(stop: Callable[[], None], abandon: Callable[[str], None]) -> Iterato
     received, written = socket.socketpair()
     written.setblocking(False)
     descriptor = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-    before = {number: signal.signal(number, on_signal) for number in _REASONS}
     watching = (received, stop, abandon, raised, left)
     watcher = threading.Thread(target=_watch, args=watching, daemon=True)
     watcher.start()
     try:
-        yield
+        with _handled_by(on_signal, _REASONS):
+            yield
     finally:
         left.set()
         signal.set_wakeup_fd(descriptor)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         written.close()
         watcher.join()
         received.close()
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _watch(
@@ -108,13 +117,8 @@ def leaving() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted("ended", 128 + number)
 
-    before = {number: signal.signal(number, on_signal) for number in signals}
-    try:
-        with contextlib.suppress(Interrupted):
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _handled_by(on_signal, signals), contextlib.suppress(Interrupted):
+        yield
 
 
 @contextlib.contextmanager
@@ -131,18 +135,16 @@ def deferred() -> Iterator[None]:
     def on_signal(number: int, _: object) -> None:
         arrived.append(number)
 
-    before = {number: signal.signal(number, on_signal) for number in _REASONS}
     try:
-        yield
+        with _handled_by(on_signal, _REASONS):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for each in arrived:
-            current = signal.getsignal(each)  # the handler of the one before may have replaced it
-            if callable(current):
-                current(each, None)
+        for number in arrived:
+            handler = signal.getsignal(number)  # that of the one before may have replaced it
+            if callable(handler):
+                handler(number, None)
             else:
-                signal.raise_signal(each)
+                signal.raise_signal(number)
 
 
 @contextlib.contextmanager
