@@ -43,6 +43,13 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+def interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption in whose handling `error` was raised, as by a bare `except`, if it was."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def printable(text: str) -> str:
     """`text` with control characters and lone surrogates replaced by their escapes.
 

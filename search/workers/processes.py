@@ -8,7 +8,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path, PurePosixPath
@@ -108,19 +108,6 @@ def _count_finished(path: Path, config: StudyConfig) -> int:
     return 0
 
 
-class InProcess(Executor):
-    """Runs a task at once, in this process."""
-
-    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run `task`; an interruption is raised at once, any other error by the future."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(task(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 def _prepare_process(environ: dict[str, str], run: str, config: StudyConfig, data: Any) -> None:
     """Prepare a process that dies with the main process, and has its `environ` and its data."""
     os.environ.clear()
@@ -174,7 +161,7 @@ class ProcessBackend:
         self._prepare = parent_run, config, dataset
         self._report = report
         self._slots: int | None = None
-        self._in_process: InProcess | None = None
+        self._in_process: tasks.InProcess | None = None
         self._last: dict[ProcessPoolExecutor, Future[Any]] = {}  # the last task of each
 
     def slots(self) -> int:
@@ -220,7 +207,7 @@ class ProcessBackend:
         if self.slots() == 1:
             if self._in_process is None:
                 tasks.prepare(*self._prepare)
-                self._in_process = InProcess()
+                self._in_process = tasks.InProcess()
             return self._in_process.submit(task, *arguments)
         self._drop_dead()
         for executor in [executor for executor, last in self._last.items() if last.done()]:

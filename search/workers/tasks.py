@@ -9,13 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from search.config.custom_model import ModelError
 from search.config.settings import StudyConfig
-from search.errors import RunError, one_line
+from search.errors import RunError, interruption_behind, one_line
 from search.imports import silent_stderr
 
 if TYPE_CHECKING:
@@ -54,6 +54,21 @@ def end_of(future: "Future[Any]", deaths: Errors, not_started: Errors = ()) -> E
         return NotStarted()
     except deaths:
         return Died()
+
+
+class InProcess(Executor):
+    """Runs a task at once, in this process."""
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Run `task`; an interruption is raised at once, any other error by the future."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task(*args, **kwargs))
+        except Exception as error:
+            if (interruption := interruption_behind(error)) is not None:
+                raise interruption from None
+            future.set_exception(error)
+        return future
 
 
 class NotPrepared(Exception):

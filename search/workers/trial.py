@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config.settings import StudyConfig
 from search.data.dataset import Dataset
 from search.data.load import class_weights
-from search.errors import RunError, one_line, printable
+from search.errors import RunError, interruption_behind, one_line, printable
 from search.study import sampling, storage, trials
 from search.study.storage import BY_ITSELF, ENVIRONMENT, OWNER, REASON, RUN_ID, SEED, SLOT
 from search.study.trials import TrialSummary, read_trial
@@ -134,10 +134,11 @@ class Attempt:
             return self._train(trial)
         except optuna.TrialPruned:
             raise
-        except KeyboardInterrupt as interruption:
-            trial.set_user_attr(REASON, printable(str(interruption)) or "interrupted")
-            raise
-        except Exception as error:
+        except (KeyboardInterrupt, Exception) as error:
+            interruption = interruption_behind(error)
+            if interruption is not None:
+                trial.set_user_attr(REASON, printable(str(interruption)) or "interrupted")
+                raise interruption from None
             trial.set_user_attr(REASON, reason_of(error))
             if not isinstance(error, storage.ERRORS):  # those do not depend on the configuration
                 trial.set_user_attr(BY_ITSELF, True)
@@ -285,10 +286,3 @@ def train_network(
 def reason_of(error: BaseException) -> str:
     """Why a trial failed, in one line."""
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-def interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interruption that `error` was raised in the handling of, if it was."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error

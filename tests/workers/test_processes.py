@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -26,26 +25,6 @@ from search.errors import Interrupted, RunError
 from search.study import storage
 from search.training import environment
 from search.workers import processes as pool
-from search.workers.processes import InProcess
-
-
-def test_in_process_a_task_runs_at_once_and_its_error_is_in_the_future() -> None:
-    with InProcess() as executor:
-        done: list[int] = []
-        future: Future[None] = executor.submit(done.append, 1)
-        assert (done, future.done()) == ([1], True)
-        assert executor.submit(divmod, 7, 2).result() == (3, 1)
-        failed = executor.submit(divmod, 7, 0)
-        with pytest.raises(ZeroDivisionError):
-            failed.result()
-
-
-def test_in_process_an_interruption_is_raised_at_once() -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    with InProcess() as executor, pytest.raises(KeyboardInterrupt):
-        executor.submit(interrupt)
 
 
 def test_there_are_as_many_workers_as_asked_or_one_a_core() -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Engine
 from search import StudyConfig, run
 from search.errors import Interrupted, RunError
 from search.report.progress import Progress
+from search.study.storage import BY_ITSELF
 from search.study.trials import TrialSummary, history_of
 from search.task import KINDS
 from search.tracking.runs import Tracking
@@ -198,6 +199,24 @@ def test_a_failure_is_kept_and_shown_without_control_characters(
     assert outcomes.seen[0].failure == shown
     found = invariants.check(in_folder, 0, registered=False)
     assert found["trials"][0].user_attrs["failure"] == shown
+
+
+def test_an_interruption_that_a_library_replaced_by_its_own_error_is_one_nevertheless(
+    in_folder: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        try:
+            raise Interrupted("terminated by SIGTERM", 143)
+        except:  # noqa: E722 - as in TensorFlow
+            raise TypeError("no such type")  # noqa: B904
+
+    monkeypatch.setattr("search.training.train.train", interrupt)
+    with pytest.raises(Interrupted, match="terminated by SIGTERM"):
+        run(config(clouds))
+    found = invariants.check(in_folder, 0, registered=False)
+    (trial,) = found["trials"]
+    assert trial.user_attrs["failure"] == "terminated by SIGTERM"
+    assert BY_ITSELF not in trial.user_attrs
 
 
 @pytest.mark.slow
