@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -88,9 +89,10 @@ def _watch(
         if number[0] == signal.SIGINT and interrupts == 1:
             stop()
         if number[0] == signal.SIGTERM or interrupts > 1:
-            if not raised.wait(_UNNOTICED):  # Python took two for one, or the thread began to wait
-                signal.pthread_kill(main, number[0])
-            if not left.wait(_GRACE):
+            deadline = time.monotonic() + _GRACE
+            if not (raised.wait(_UNNOTICED) or left.is_set()):
+                signal.pthread_kill(main, number[0])  # Python took two for one, or it began to wait
+            if not left.wait(deadline - time.monotonic()):
                 _end_process(abandon, *_REASONS[signal.Signals(number[0])])
             return
 
@@ -149,9 +151,13 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_ctrl_c_for_children() -> Iterator[None]:
-    """Processes started in the block never receive Ctrl-C, not even before they can ignore it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    """Processes started in the block never receive Ctrl-C, not even before they can ignore it.
+
+    This one handles it, and SIGTERM, once they have started.
+    """
+    with deferred():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -32,8 +32,8 @@ class Terminal:
         self._mine, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         given: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        given |= {"cwd": folder, "env": {**os.environ, "TERM": "xterm-256color"}}
-        given["first"] = first
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        given |= {"cwd": folder, "env": environment, "first": first}
         self.process = forks.Python(arguments, **given)
         self.modes = termios.tcgetattr(theirs)
         self._theirs = theirs  # kept open, so that its modes can be read at the end

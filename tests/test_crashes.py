@@ -181,7 +181,7 @@ def test_of_many_first_starts_one_runs_the_study_and_the_others_say_so(
 @pytest.mark.parametrize(
     ("numbers", "code"), [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGTERM,), 143)]
 )
-def test_an_epoch_that_takes_long_is_ended_within_seconds(
+def test_an_epoch_that_takes_long_is_ended_within_ten_seconds(
     in_folder: Path, numbers: tuple[int, ...], code: int
 ) -> None:
     long = ("--hidden-units", "16384", "--workers", "1", "--n-trials", "2")  # a minute an epoch
@@ -193,7 +193,7 @@ def test_an_epoch_that_takes_long_is_ended_within_seconds(
             wait_until(lambda: not pending(process.pid))  # two at once would be one
         began = time.monotonic()
         _, err = process.communicate(timeout=60)
-        assert time.monotonic() - began < 15  # 9, and what a busy machine adds
+        assert time.monotonic() - began < 10
     finally:
         process.kill()
     assert process.returncode == code

@@ -177,8 +177,7 @@ def _requirements() -> list[str]:
 def _load() -> None:
     """Import what saving a model needs; an error is reported when it is saved."""
     with contextlib.suppress(Exception):
-        importlib.import_module("mlflow.keras")
-        for module in ("matplotlib.backends.backend_agg", "matplotlib.figure"):
+        for module in ("mlflow.keras", "matplotlib.backends.backend_agg", "matplotlib.figure"):
             importlib.import_module(module)
         requirements_utils = importlib.import_module("mlflow.utils.requirements_utils")
         requirements_utils.warn_dependency_requirement_mismatches(_requirements())  # lists packages

@@ -253,8 +253,8 @@ class ProcessBackend:
 def _submit(
     executor: ProcessPoolExecutor, task: Callable[..., Any], *arguments: Any
 ) -> "Future[Any]":
-    with signals.deferred(), signals.no_ctrl_c_for_children(), _no_main_module():
-        return executor.submit(task, *arguments)  # the first one starts the process
+    with signals.no_ctrl_c_for_children(), _no_main_module():  # the first task starts the process
+        return executor.submit(task, *arguments)
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:

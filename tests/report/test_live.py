@@ -43,24 +43,24 @@ def options(dataset: Path, trials: int, workers: str = "2") -> list[str]:
 
 @pytest.mark.slow
 def test_the_panel_shows_how_the_search_stands_and_leaves_whole_lines(
-    terminal: Callable[..., Terminal], clouds: Path, tmp_path: Path
+    terminal: Callable[..., Terminal], digits: Path, tmp_path: Path
 ) -> None:
     trials, hold = 6, tmp_path / "hold"
     hold.touch()
     first = HOLD.format(file=str(hold), number=2)
-    running = terminal(*options(clouds, trials), first=first)
+    running = terminal(*options(digits, trials), first=first)
     running.until(lambda lines: "study mnist-dnn: loading the libraries" in lines[0])
     running.until(lambda lines: any(f"0 of {trials} trials" in line for line in lines))
     shown = running.until(
         lambda lines: (
-            any(line.startswith("reference  ") for line in lines)
+            any(line.startswith("reference  0.") for line in lines)
             and len([line for line in lines if WORKER.match(line)]) == 2
         )
     )
     progress = next(line for line in shown if f" of {trials} trials" in line)
     assert re.search(r"\d of 6 trials  0:\d\d:\d\d passed  0:\d\d:\d\d to go", progress)
     assert any(re.fullmatch(r"\d complete  \d pruned  0 failed", line) for line in shown)
-    assert any(re.match(r"best +[01]\.\d{4}  trial \d+  units", line) for line in shown)
+    assert any(re.match(r"best +0\.\d{4}  trial \d+  units", line) for line in shown)
     hold.unlink()
     lines = running.end()
     assert running.process.returncode == 0
